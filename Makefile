@@ -1,0 +1,73 @@
+# make demo: a workflow on this machine, nothing else to install.   make test: the whole test suite.
+# Both create .venv on their first run and are quick on the next ones; setup.cfg or pyproject.toml changed: they update it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+METADATA := setup.cfg pyproject.toml
+PYTEST_ARGS ?=
+SOURCES := leoflow_celery leoflow_runtime workers tests bench examples scripts $(wildcard *.py)
+
+# The first that can create a virtual environment; 3.11 is what we develop on. PYTHON=... chooses another.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	$$name -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+
+.PHONY: help demo test lint proto bench images clean
+
+help:
+	@echo 'make demo    create .venv, install, run examples/sales/dag.json on an embedded system'
+	@echo 'make test    install the test needs and run the whole suite (PYTEST_ARGS="-k name" for a part)'
+	@echo 'make lint    ruff, mypy --strict, import-linter, file lengths'
+	@echo 'make bench   the benchmarks, each beside its floor'
+	@echo 'make images  build leoflow-task-base:latest and leoflow-system:latest with Docker (TAG=... names another tag)'
+	@echo 'make proto   regenerate leoflow_celery/protocol/agent_pb2.py from agent.proto'
+	@echo 'make clean   remove .venv and every generated file'
+
+demo: $(VENV)/.lite
+	$(BIN)/python examples/sales/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@long=$$(find $(SOURCES) -name '*.py' ! -name '*_pb2.py' -exec wc -l {} + \
+		| awk '$$1 > 400 && $$2 != "total"'); \
+	if [ -n "$$long" ]; then echo "files of more than 400 lines:"; echo "$$long"; exit 1; fi
+
+proto: $(VENV)/.lint
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. leoflow_celery/protocol/agent.proto
+
+bench: $(VENV)/.lite
+	for file in $$(grep -l '__main__' bench/*.py); do \
+		name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m bench.$$name; done
+
+images: $(VENV)/.python
+	$(BIN)/python scripts/images.py --tag $(or $(TAG),latest) $(if $(BASE_IMAGE),--base $(BASE_IMAGE))
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@if [ -z "$(PYTHON)" ]; then \
+		if command -v python3 >/dev/null && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+			echo 'Python is here, but it cannot create virtual environments. On Debian and Ubuntu: apt-get install python3-venv'; \
+		else \
+			echo 'Python 3.11 or newer is needed. On Debian and Ubuntu: apt-get install python3 python3-venv'; \
+		fi >&2; exit 1; fi
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# One stamp per set of extras: each is installed once, and again when the metadata changed.
+$(VENV)/.lite $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.python $(METADATA)
+	$(PIP) install --quiet --editable '.[$*]'
+	@touch $@

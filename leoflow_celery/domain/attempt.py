@@ -1,0 +1,87 @@
+"""The identity of an attempt and every external name derived from it.
+
+An attempt is (task_instance_id, try_number, launch). ``try_number`` belongs to the scheduler's retries; ``launch``
+starts at 1 and grows when *we* start the same try again. All names are functions of the attempt, so that a second
+launch of the same attempt finds "name in use" instead of making a second pod.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any
+
+_NAMESPACE = uuid.UUID("6f0b9c5e-4a55-5f0e-9d0a-1e0f5ca1ab1e")
+_NAME_LIMIT = 63
+_SUFFIX_HEX_DIGITS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptId:
+    """One start of one try of one task instance."""
+
+    task_instance_id: str
+    try_number: int = 1
+    launch: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"task_instance_id": self.task_instance_id, "try_number": self.try_number, "launch": self.launch}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AttemptId:
+        return cls(str(data["task_instance_id"]), int(data["try_number"]), int(data.get("launch", 1)))
+
+    def evolve(self, **changes: Any) -> AttemptId:
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        return f"{self.task_instance_id}/{self.try_number}.{self.launch}"
+
+
+def celery_task_id(task_instance_id: str, try_number: int) -> str:
+    """The Celery id of a try. A relaunch keeps it: the scheduler waits on the try, not on its launches."""
+    return str(uuid.uuid5(_NAMESPACE, f"{task_instance_id}\x00{try_number}"))
+
+
+def digest(*parts: object, length: int = _SUFFIX_HEX_DIGITS) -> str:
+    """A short stable hash of the raw parts: what keeps two ids apart that sanitise to the same text."""
+    raw = "\x00".join(str(part) for part in parts).encode(errors="surrogatepass")
+    return hashlib.sha256(raw).hexdigest()[:length]
+
+
+def sanitise(text: str) -> str:
+    """Lower case, anything but a-z 0-9 - becomes -, trimmed of - (Leoflow's rule for names and labels)."""
+    return re.sub(r"[^a-z0-9-]", "-", text.lower()).strip("-")
+
+
+def label_value(text: str) -> str:
+    """A Kubernetes label value: sanitised, at most 63 characters, hashed when sanitising changed or cut something."""
+    clean = sanitise(text)
+    if clean == text and len(clean) <= _NAME_LIMIT:
+        return clean
+    tail = digest(text, length=8)
+    return f"{clean[: _NAME_LIMIT - 9].rstrip('-')}-{tail}".lstrip("-")
+
+
+def attempt_name(attempt: AttemptId, dag_id: str, task_id: str) -> str:
+    """The pod and container name: ``leoflow-<dag>-<task>-<try>-<suffix>``, DNS-1123, at most 63 characters.
+
+    The suffix is derived from the raw attempt, so it is the same on redelivery and another for the next launch.
+    """
+    suffix = digest(attempt.task_instance_id, attempt.try_number, attempt.launch)
+    base = f"leoflow-{sanitise(dag_id)}-{sanitise(task_id)}-{attempt.try_number}"
+    return f"{base[: _NAME_LIMIT - len(suffix) - 1].rstrip('-')}-{suffix}"
+
+
+def staging_claim_name(dag_id: str, run_id: str) -> str:
+    """The PVC or volume name of a run's staging volume, stable across retries and clear + re-run.
+
+    A hyphen in the DAG's id calls for the hash: DAG "a" with run "b-c" and DAG "a-b" with run "c" would share a volume.
+    """
+    name = f"leoflow-staging-{sanitise(dag_id)}-{sanitise(run_id)}"
+    unchanged = sanitise(dag_id) == dag_id and sanitise(run_id) == run_id
+    if unchanged and "-" not in dag_id and len(name) <= _NAME_LIMIT:
+        return name
+    return f"{name[: _NAME_LIMIT - 9].rstrip('-')}-{digest(dag_id, run_id, length=8)}"

@@ -1,0 +1,289 @@
+"""``Dag``: the compiled dag.json, read strictly, and the task requests it stands for.
+
+Every rule that one file can break is checked here, before a run exists: unknown keys, ids, missing fields, cycles,
+inputs that no upstream produces. Errors name the file, the task, the key, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints, ValidationError, model_validator
+
+from leoflow_celery.domain.attempt import staging_claim_name
+from leoflow_celery.domain.dag_text import parse_dag_text
+from leoflow_celery.domain.plan import Retries, TriggerRule
+from leoflow_celery.domain.request import (
+    Environment,
+    Execution,
+    Frozen,
+    HttpRequest,
+    Operator,
+    Quantity,
+    Resources,
+    SecretReference,
+    TaskRequest,
+    invalid_request,
+)
+from leoflow_celery.errors import InvalidDag, InvalidRequest
+
+_NAMESPACE = uuid.UUID("0f9a3f1e-8f3b-5c43-9b52-6e6c2a6f7d10")
+
+
+def _schema(value: dict[str, Any]) -> dict[str, Any]:
+    import jsonschema  # 60 ms that only DAGs with a schema should pay
+
+    try:
+        jsonschema.validators.validator_for(value).check_schema(value)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"is not a JSON Schema: {error.message}") from error
+    return value
+
+
+Id = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_][a-zA-Z0-9_-]{0,199}$")]
+RetryCount = Annotated[int, Field(ge=0, le=100)]
+Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Timeout = Annotated[int, Field(ge=1)]
+JsonSchema = Annotated[dict[str, Any], AfterValidator(_schema)]
+
+
+class DefaultArgs(Frozen):
+    """What a task takes when it says nothing itself."""
+
+    retries: RetryCount = 0
+    retry_delay_seconds: Delay = 300
+    execution_timeout_seconds: Timeout | None = None
+
+
+class Staging(Frozen):
+    """One volume that the tasks of a run share."""
+
+    enabled: bool = False
+    size: Quantity | Literal[""] = ""
+    storage_class: str = ""
+
+
+class TaskSpec(Frozen):
+    """One task of a DAG. ``None`` in the first three overrides means: as ``default_args`` says."""
+
+    task_id: Id
+    type: Operator
+    depends_on: tuple[Id, ...] = ()
+    trigger_rule: TriggerRule = TriggerRule.ALL_SUCCESS
+    retries: RetryCount | None = None
+    retry_delay_seconds: Delay | None = None
+    execution_timeout_seconds: Timeout | None = None
+    execution_mode: Literal["inline", "pod"] | None = None
+    entrypoint: str = ""
+    http_request: HttpRequest | None = None
+    env: Environment = Field(default_factory=dict)
+    call_args: dict[str, JsonValue] = Field(default_factory=dict)
+    secrets: tuple[SecretReference, ...] = ()
+    resources: Resources = Resources()
+    execution: Execution = Execution()
+    #: parameter name → upstream task id
+    xcom_input: dict[str, Id] = Field(default_factory=dict)
+    xcom_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _fields_of_type(self) -> TaskSpec:
+        if self.type is Operator.HTTP_API:
+            if self.http_request is None:
+                raise ValueError("http_request: is missing; an http_api task needs one with method and url")
+            return self
+        if self.http_request is not None:
+            raise ValueError(f"http_request: a {self.type} task makes no call; remove it or set type http_api")
+        if self.execution_mode == "inline":
+            raise ValueError(f"execution_mode: 'inline' is for http_api; a {self.type} task is always 'pod'; remove it")
+        if self.type is Operator.BASH and not self.entrypoint.strip():
+            raise ValueError("entrypoint: is missing; a bash task needs the command to run")
+        if self.type is Operator.PYTHON and not re.fullmatch(r"[^:\s]+:[^:\s]+", self.entrypoint):
+            raise ValueError(
+                f"entrypoint: a python task needs 'module:callable', e.g. 'dag:extract' (got {self.entrypoint!r})"
+            )
+        return self
+
+    @property
+    def mode(self) -> Literal["inline", "pod"]:
+        """Inline for http_api unless it says otherwise; python and bash always run in an agent."""
+        if self.type is Operator.HTTP_API:
+            return self.execution_mode or "inline"
+        return "pod"
+
+
+class Dag(Frozen):
+    """A whole dag.json. The scheduling keys are accepted and not used by a single run."""
+
+    schema_version: Literal["1.0"]
+    dag_id: Id
+    dag_version: Annotated[str, Field(min_length=1, max_length=255)]
+    image: str
+    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1)]
+    description: str = ""
+    owner: str = ""
+    tags: tuple[str, ...] = ()
+    schedule: str = ""
+    schedule_timezone: str = ""
+    start_date: str = ""
+    end_date: str = ""
+    max_active_runs: Annotated[int, Field(ge=0)] = 0
+    catchup: bool = False
+    default_args: DefaultArgs = DefaultArgs()
+    staging: Staging = Staging()
+    source: str = ""
+
+    @model_validator(mode="after")
+    def _graph(self) -> Dag:
+        if len(self.by_id) < len(self.tasks):
+            ids = [task.task_id for task in self.tasks]
+            twice = next(task_id for task_id in ids if ids.count(task_id) > 1)
+            raise ValueError(f"tasks: task_id {twice!r} occurs more than once; give every task an id of its own")
+        for task in self.tasks:
+            for upstream in (*task.depends_on, *task.xcom_input.values()):
+                if upstream not in self.by_id:
+                    key = "depends_on" if upstream in task.depends_on else "xcom_input"
+                    raise ValueError(
+                        f"task {task.task_id!r}: {key}: no task has the id {upstream!r}; correct the id or add the task"
+                    )
+        _ = self.order
+        for task in self.tasks:
+            self._check_inputs(task)
+        return self
+
+    def _check_inputs(self, task: TaskSpec) -> None:
+        missing = set(task.xcom_input.values()) - set(task.depends_on)
+        if missing and (missing := missing - self.ancestors(task.task_id)):
+            parameter, upstream = next(item for item in task.xcom_input.items() if item[1] in missing)
+            raise ValueError(
+                f"task {task.task_id!r}: xcom_input: parameter {parameter!r} reads {upstream!r}, which does not run "
+                f"before it, so the value may not exist; add {upstream!r} to depends_on"
+            )
+
+    @cached_property
+    def by_id(self) -> dict[str, TaskSpec]:
+        """task_id → task, in the file's order."""
+        return {task.task_id: task for task in self.tasks}
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """The task ids, every upstream before its downstreams."""
+        try:
+            return tuple(TopologicalSorter({task.task_id: task.depends_on for task in self.tasks}).static_order())
+        except CycleError as error:
+            # graphlib lists each node before the one that waits for it; people read "a waits for b".
+            circle = " → ".join(repr(task_id) for task_id in reversed(error.args[1]))
+            raise ValueError(f"depends_on: the tasks wait for each other: {circle}; remove one of these") from error
+
+    def ancestors(self, task_id: str) -> set[str]:
+        """Every task that ends before this one may start."""
+        found: set[str] = set()
+        waiting = list(self.by_id[task_id].depends_on)
+        while waiting:
+            upstream = waiting.pop()
+            if upstream not in found:
+                found.add(upstream)
+                waiting.extend(self.by_id[upstream].depends_on)
+        return found
+
+    def retries_of(self, task_id: str) -> Retries:
+        """How often a task is tried again, and after how many seconds."""
+        task, defaults = self.by_id[task_id], self.default_args
+        return Retries(
+            defaults.retries if task.retries is None else task.retries,
+            defaults.retry_delay_seconds if task.retry_delay_seconds is None else task.retry_delay_seconds,
+        )
+
+
+def load_dag(source: Path | str | bytes) -> Dag:
+    """A DAG from a dag.json: its path, or its content as bytes.
+
+    Raises:
+        InvalidDag: the file cannot be read, is no JSON, or breaks a rule; names file, task, key, value and fix.
+    """
+    name = "dag.json" if isinstance(source, bytes) else str(source)
+    try:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise InvalidDag(f"{name}: cannot be read: {error.strerror}; give the path of a dag.json") from error
+    try:
+        data = parse_dag_text(content)
+        # JSON mode, strict: "3" is no number and 1 is no boolean, but an array may become a tuple.
+        return Dag.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        found = invalid_request(error, InvalidDag)
+        raise InvalidDag(f"{name}: {_with_task_ids(found.message, data)}", found.field) from error
+    except ValueError as error:
+        raise InvalidDag(f"{name}: {error}") from error
+
+
+def _with_task_ids(message: str, data: Any) -> str:
+    """``tasks.3.retries`` as ``task 'load': retries``: people know their tasks by id, not by position."""
+
+    def named(match: re.Match[str]) -> str:
+        task = data["tasks"][int(match[1])]
+        task_id = task.get("task_id") if isinstance(task, dict) else None
+        return f"task {task_id!r}: " if isinstance(task_id, str) else f"tasks[{match[1]}]: "
+
+    return re.sub(r"\btasks\.(\d+)(?:\.|: )", named, message)
+
+
+def task_instance_id(tenant_id: str, dag_id: str, run_id: str, task_id: str) -> str:
+    """The id of a task in a run: the same on every call, so that a driver that starts again finds its tasks."""
+    return str(uuid.uuid5(_NAMESPACE, "\x00".join((tenant_id, dag_id, run_id, task_id))))
+
+
+def task_request(
+    dag: Dag, task_id: str, run_id: str, *, try_number: int = 1, tenant_id: str = "default"
+) -> TaskRequest:
+    """One try of a task as the executors take it.
+
+    Raises:
+        InvalidDag: a value cannot travel in a request, the run id for example; names the task and the field.
+    """
+    task = dag.by_id[task_id]
+    timeout = task.execution_timeout_seconds or dag.default_args.execution_timeout_seconds or 0
+    try:
+        return TaskRequest(
+            task_instance_id=task_instance_id(tenant_id, dag.dag_id, run_id, task_id),
+            tenant_id=tenant_id,
+            dag_id=dag.dag_id,
+            dag_version=dag.dag_version,
+            run_id=run_id,
+            task_id=task_id,
+            try_number=try_number,
+            image=dag.image,
+            image_pull_policy=task.execution.image_pull_policy,
+            operator=task.type,
+            entrypoint=task.entrypoint,
+            env=task.env,
+            resources=task.resources,
+            execution=task.execution,
+            timeout_seconds=timeout,
+            source=dag.source,
+            http_request=task.http_request,
+            execution_mode=task.mode,
+            xcom_input=task.xcom_input,
+            xcom_schema=task.xcom_schema,
+            call_args=task.call_args,
+            secrets=task.secrets,
+            **_staging(dag, run_id),
+        )
+    except ValidationError as error:
+        found: InvalidRequest = invalid_request(error)
+        raise InvalidDag(f"task {task_id!r}: {found.message}", found.field) from error
+
+
+def _staging(dag: Dag, run_id: str) -> dict[str, Any]:
+    if not dag.staging.enabled:
+        return {}
+    return {
+        "staging_claim": staging_claim_name(dag.dag_id, run_id),
+        "staging_size": dag.staging.size,
+        "staging_storage_class": dag.staging.storage_class,
+    }

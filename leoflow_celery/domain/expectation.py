@@ -1,0 +1,67 @@
+"""What SQL expects to exist outside: the live attempts of one executor, as a reconcile message carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from leoflow_celery.domain.attempt import AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedAttempt:
+    """One live attempt. Times are seconds since the epoch.
+
+    ``launched_at`` is None while no executor has said that it started it. ``host`` is where that executor was; empty
+    when it is not known, or when it does not matter.
+    """
+
+    attempt: AttemptId
+    name: str
+    launched_at: float | None = None
+    claimed: bool = False
+    host: str = ""
+
+    def launched_before(self, moment: float) -> bool:
+        """Whether it must exist if it was started and still lives."""
+        return self.launched_at is not None and self.launched_at < moment
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """All live attempts of one executor at the moment ``read_at``, by external name.
+
+    What is absent from it is terminal, superseded or unknown in SQL, unless it came into being after ``read_at``.
+    """
+
+    read_at: float
+    attempts: dict[str, ExpectedAttempt]
+
+    @classmethod
+    def of(cls, read_at: float, attempts: Iterable[ExpectedAttempt]) -> Expectation:
+        return cls(read_at, {one.name: one for one in attempts})
+
+    def to_json(self) -> dict[str, Any]:
+        """Rows, not objects: there may be thousands."""
+        rows = [
+            [
+                one.attempt.task_instance_id,
+                one.attempt.try_number,
+                one.attempt.launch,
+                one.name,
+                one.launched_at,
+                one.claimed,
+                one.host,
+            ]
+            for one in self.attempts.values()
+        ]
+        return {"read_at": self.read_at, "attempts": rows}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Expectation:
+        rows = (
+            ExpectedAttempt(AttemptId(ti, number, launch), name, launched_at, claimed, host)
+            for ti, number, launch, name, launched_at, claimed, host in data["attempts"]
+        )
+        return cls.of(float(data["read_at"]), rows)

@@ -1,0 +1,122 @@
+"""Which executor a task gets, and the Celery task and queue of each executor.
+
+The rule is the contract's Router: http_api runs inline in the control plane unless it asks for ``execution_mode:
+pod``; everything else runs on the standard executor or the one the request names.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from leoflow_celery.domain.request import Operator, TaskRequest
+from leoflow_celery.errors import InvalidRequest
+
+
+class ExecutorType(StrEnum):
+    """The four ways to run a task."""
+
+    KUBERNETES = "kubernetes"
+    DOCKER = "docker"
+    SUBPROCESS = "subprocess"
+    INLINE = "inline"
+
+
+QUEUE_OF: dict[ExecutorType, str] = {
+    ExecutorType.KUBERNETES: "k8s",
+    ExecutorType.DOCKER: "docker",
+    ExecutorType.SUBPROCESS: "subprocess",
+    ExecutorType.INLINE: "inline",
+}
+DISPATCH_QUEUE = "dispatch"
+RESULTS_QUEUE = "results"
+MAINTENANCE_QUEUE = "maintenance"
+LAUNCH_QUEUES = tuple(QUEUE_OF.values())
+ALL_QUEUES = (*LAUNCH_QUEUES, DISPATCH_QUEUE, RESULTS_QUEUE, MAINTENANCE_QUEUE)
+
+_EXECUTE_PREFIX = "leoflow.execute."
+#: Tasks of the workers that hold a back end: ``<prefix><executor>``.
+RECONCILE_PREFIX = "leoflow.reconcile."
+STOP_PREFIX = "leoflow.stop."
+STAGING_PREFIX = "leoflow.staging."
+_BACK_END_PREFIXES = (_EXECUTE_PREFIX, RECONCILE_PREFIX, STOP_PREFIX, STAGING_PREFIX)
+#: Executors whose attempts and volumes live elsewhere and are compared with SQL.
+RECONCILED = (ExecutorType.KUBERNETES, ExecutorType.DOCKER)
+_QUEUE_OF_PREFIX = {
+    "leoflow.dispatch": DISPATCH_QUEUE,
+    "leoflow.results.": RESULTS_QUEUE,
+    "leoflow.maintenance.": MAINTENANCE_QUEUE,
+}
+
+
+def executor_for(request: TaskRequest, standard: ExecutorType) -> ExecutorType:
+    """The executor of a request; ``standard`` is the system's LEOFLOW_EXECUTOR_TYPE.
+
+    Raises:
+        InvalidRequest: the executor named contradicts ``execution_mode``.
+    """
+    wants_agent = request.operator is not Operator.HTTP_API or request.execution_mode == "pod"
+    if request.executor is not None:
+        chosen = ExecutorType(request.executor)
+        if chosen is not ExecutorType.INLINE and request.execution_mode == "inline":
+            raise InvalidRequest(
+                f"executor: {chosen.value!r} contradicts execution_mode 'inline'; leave one of the two out", "executor"
+            )
+        if chosen is ExecutorType.INLINE and wants_agent:
+            raise InvalidRequest(
+                "executor: 'inline' contradicts execution_mode 'pod'; name kubernetes, docker or subprocess", "executor"
+            )
+        return chosen
+    return standard if wants_agent else ExecutorType.INLINE
+
+
+def check_inline_timeout(request: TaskRequest, max_duration_seconds: int) -> None:
+    """Refuse an inline task that asks for more time than the control plane gives.
+
+    Raises:
+        InvalidRequest: names the timeout, the cap and ``execution_mode: pod``.
+    """
+    if request.timeout_seconds > max_duration_seconds:
+        raise InvalidRequest(
+            f"timeout_seconds: {request.timeout_seconds} is above the inline cap of {max_duration_seconds} s; "
+            "set execution_mode: pod to run the call in an agent, or ask for less",
+            "timeout_seconds",
+        )
+
+
+def check_secrets(request: TaskRequest, executor: ExecutorType) -> None:
+    """Refuse secrets that nobody would resolve: the task would start without them.
+
+    The gateway resolves ``env``; ``k8s_secret`` is put into pods by the kubernetes executor.
+
+    Raises:
+        InvalidRequest: names the secret and its source.
+    """
+    resolved = {"env"} | ({"k8s_secret"} if executor is ExecutorType.KUBERNETES else set())
+    if executor is ExecutorType.INLINE:
+        resolved = set()
+    for index, secret in enumerate(request.secrets):
+        if secret.source not in resolved:
+            known = " or ".join(repr(one) for one in sorted(resolved)) or "none: put it into http_request"
+            raise InvalidRequest(
+                f"secrets.{index}.source: {secret.source!r} of {secret.name!r} is not resolved by the {executor} "
+                f"executor; it takes {known}",
+                f"secrets.{index}.source",
+            )
+
+
+def task_name(executor: ExecutorType) -> str:
+    """The Celery task that launches on an executor, e.g. ``leoflow.execute.kubernetes``."""
+    return f"{_EXECUTE_PREFIX}{executor.value}"
+
+
+def host_queue(executor: ExecutorType, host: str) -> str:
+    """The queue that one host's workers consume beside the executor's own, e.g. ``docker.host-1``."""
+    return f"{QUEUE_OF[executor]}.{host}"
+
+
+def queue_for_task(name: str) -> str | None:
+    """The queue of one of our Celery tasks, or None for a task that is not ours."""
+    for prefix in _BACK_END_PREFIXES:
+        if name.startswith(prefix):
+            return QUEUE_OF[ExecutorType(name.removeprefix(prefix))]
+    return next((queue for prefix, queue in _QUEUE_OF_PREFIX.items() if name.startswith(prefix)), None)

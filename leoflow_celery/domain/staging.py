@@ -1,0 +1,65 @@
+"""When a staging volume is deleted, and what the control plane asks a back end to delete.
+
+The rules are the contract's (GCStagingClaims): success frees the volume now, a failed run keeps it for the TTL after
+its end, an active run keeps it, and a volume whose run is unknown goes when it is older than the TTL itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from leoflow_celery.domain.states import RunState
+
+
+class StagingReason(StrEnum):
+    """Why a volume was deleted, as recorded."""
+
+    RUN_SUCCEEDED = "run_succeeded"
+    TTL_EXPIRED = "ttl_expired"
+    ORPHANED = "orphaned"
+
+
+def staging_decision(
+    run_state: RunState | None, seconds_since_end: float | None, age_seconds: float, ttl_seconds: float
+) -> StagingReason | None:
+    """The reason to delete a volume now, or None to keep it. ``run_state`` is None when the run's row is gone."""
+    if run_state is None:
+        return StagingReason.ORPHANED if age_seconds > ttl_seconds else None
+    if run_state is RunState.SUCCESS:
+        return StagingReason.RUN_SUCCEEDED
+    if run_state is RunState.FAILED and seconds_since_end is not None and seconds_since_end > ttl_seconds:
+        return StagingReason.TTL_EXPIRED
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class StagingPlan:
+    """What a back end is asked: delete these claims (name → reason), and what neither list knows once it is old.
+
+    ``keep`` are all other active claims of SQL at ``read_at``; a labelled volume in neither that is older than
+    ``orphan_seconds`` at that moment is an orphan.
+    """
+
+    read_at: float
+    delete: dict[str, str] = field(default_factory=dict)
+    keep: frozenset[str] = frozenset()
+    orphan_seconds: float = 24 * 3600
+
+    def is_orphan(self, name: str, created_at: float) -> bool:
+        """Whether a labelled volume is one that SQL does not know and never will."""
+        unknown = name not in self.keep and name not in self.delete
+        return unknown and self.read_at - created_at > self.orphan_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "read_at": self.read_at,
+            "delete": self.delete,
+            "keep": sorted(self.keep),
+            "orphan_seconds": self.orphan_seconds,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> StagingPlan:
+        return cls(float(data["read_at"]), dict(data["delete"]), frozenset(data["keep"]), float(data["orphan_seconds"]))

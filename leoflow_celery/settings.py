@@ -1,0 +1,399 @@
+"""Every setting, its unit, its default and why. The only file that reads the environment.
+
+A setting is the environment variable ``LEOFLOW_<GROUP>_<FIELD>`` (``LEOFLOW_BROKER_URL``, ``LEOFLOW_GATEWAY_LISTEN``);
+a few keep the names Leoflow gave them. A secret may also come from a file:
+``LEOFLOW_JWT_SECRET_FILE=/run/secrets/jwt``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from leoflow_celery.errors import ConfigurationError
+
+
+def _config(prefix: str) -> SettingsConfigDict:
+    return SettingsConfigDict(env_prefix=prefix, frozen=True, extra="ignore", populate_by_name=True)
+
+
+def state_dir() -> Path:
+    """Where a user's own state lives: ``$XDG_STATE_HOME/leoflow``."""
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "leoflow"
+
+
+class BrokerSettings(BaseSettings):
+    """The Celery broker and result backend."""
+
+    model_config = _config("LEOFLOW_BROKER_")
+
+    url: str = "redis://127.0.0.1:6379/0"
+    #: Empty: the broker's own URL. Workers need no SQL, so results live in Redis.
+    result_url: str = ""
+    #: Every Redis key starts with it, so that systems can share a server.
+    key_prefix: str = "leoflow:"
+    #: Seconds until an unacknowledged message is delivered again. A launch takes seconds, an inline call at most 300.
+    visibility_timeout_seconds: int = 600
+    #: Without these two a black-holed broker hangs a publisher for minutes.
+    connect_timeout_seconds: float = 2
+    socket_timeout_seconds: float = 5
+    #: How long a result is kept for AsyncResult.get().
+    result_expires_seconds: int = 7 * 24 * 3600
+
+
+class DatabaseSettings(BaseSettings):
+    """The SQL database: the source of truth."""
+
+    model_config = _config("LEOFLOW_DATABASE_")
+
+    url: SecretStr = SecretStr("sqlite:///leoflow.db")
+    pool_size: int = 5
+    #: How long a writer waits for a lock or a connection before DatabaseUnavailable.
+    timeout_seconds: float = 15
+
+
+class SecuritySettings(BaseSettings):
+    """Keys. ``leoflow keys`` prints a fresh pair."""
+
+    model_config = _config("LEOFLOW_")
+
+    #: Signs agent tokens (HS256, at least 32 bytes).
+    jwt_secret: SecretStr = SecretStr("")
+    #: Fernet keys, comma separated, newest first: the first seals, all of them open (rotation).
+    seal_keys: SecretStr = SecretStr("")
+    #: Lifetime of an agent token. Longer than any task may wait and run; the claim, not the token, ends access.
+    agent_token_ttl_seconds: int = 7 * 24 * 3600
+
+
+class GatewaySettings(BaseSettings):
+    """The agents' gRPC server."""
+
+    model_config = _config("LEOFLOW_GATEWAY_")
+
+    #: host:port, or unix:/path. Port 0 picks a free one.
+    listen: str = "127.0.0.1:9090"
+    #: Both or none; without them the channel is plain text and variables and connections are refused.
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    #: Serve variables and connections on a plain-text channel all the same (one machine, private network).
+    allow_insecure_secrets: bool = False
+    #: Directory or JSON file of variables and connections (see leoflow_celery.gateway.secrets).
+    variables_path: Path | None = None
+    connections_path: Path | None = None
+    #: Values for TaskRequest.secrets with source env: a directory with one file per secret.
+    secrets_path: Path | None = None
+    #: A holder silent for longer can be replaced. Six heartbeats.
+    lease_seconds: float = 90
+    #: Heartbeats are written to SQL together, this often.
+    heartbeat_flush_seconds: float = 1.0
+    #: Threads that talk to SQL.
+    store_threads: int = 8
+    #: How long open calls may finish on shutdown.
+    shutdown_grace_seconds: float = 5
+    #: Prometheus endpoint; 0 is off.
+    metrics_port: int = 0
+
+
+class AgentDefaults(BaseSettings):
+    """What dispatch tells every agent."""
+
+    model_config = _config("LEOFLOW_")
+
+    #: Where agents find the gateway, host:port.
+    control_plane_addr: str = "127.0.0.1:9090"
+
+
+def _parse_limits(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    pairs = (part.partition("=") for part in value.split(",") if part.strip())
+    return {name.strip(): limit.strip() for name, _, limit in pairs}
+
+
+def _parse_names(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+class DispatchSettings(BaseSettings):
+    """How requests become messages."""
+
+    model_config = _config("LEOFLOW_DISPATCH_")
+
+    #: The standard executor: kubernetes, docker or subprocess.
+    executor_type: Literal["kubernetes", "docker", "subprocess"] = Field(
+        default="kubernetes",
+        validation_alias=AliasChoices("LEOFLOW_EXECUTOR_TYPE", "LEOFLOW_DISPATCH_EXECUTOR_TYPE", "executor_type"),
+    )
+    #: queue → most messages it may hold before submit refuses, as k8s=1000,docker=200. Empty: no limit.
+    queue_limits: Annotated[dict[str, int], NoDecode, BeforeValidator(_parse_limits)] = Field(default_factory=dict)
+
+
+class InlineSettings(BaseSettings):
+    """http_api tasks in the control plane."""
+
+    model_config = _config("LEOFLOW_INLINE_HTTP_")
+
+    #: Total deadline of one task over all its attempts, in seconds; a task asking for more is refused.
+    max_duration: int = 300
+    #: Further attempts after the first, for transient failures.
+    max_retries: int = 3
+    #: Response bytes read at the most.
+    max_response_bytes: int = 1_048_576
+    user_agent: str = "leoflow-celery"
+    #: Hosts or CIDRs that may be called although they are link-local or metadata addresses, comma separated.
+    allow_addresses: str = ""
+
+
+class SubprocessSettings(BaseSettings):
+    """Agents as host processes: development mode."""
+
+    model_config = _config("LEOFLOW_SUBPROCESS_")
+
+    #: Any program that speaks the agent protocol; empty runs ours.
+    agent_path: str = ""
+    #: Working directory of the agent; empty keeps the worker's own.
+    work_dir: str = ""
+    #: <root>/<dag_id>/bin/python runs the DAG's tasks when it exists.
+    venvs_root: str = Field(
+        default="",
+        validation_alias=AliasChoices("LEOFLOW_LITE_VENVS_ROOT", "LEOFLOW_SUBPROCESS_VENVS_ROOT", "venvs_root"),
+    )
+    #: Per-attempt directories live here; empty means a directory below the system's temporary one.
+    state_dir: str = ""
+    #: Keep a pre-imported agent and fork it per task (only for our own agent).
+    preload_agent: bool = True
+
+
+class KubernetesSettings(BaseSettings):
+    """Task pods: where the API is, and what every pod of the queue has."""
+
+    model_config = _config("LEOFLOW_KUBERNETES_")
+
+    #: Empty: the service account of the pod we run in, else $KUBECONFIG, else ~/.kube/config.
+    kubeconfig: Path | None = None
+    context: str = ""
+    #: Empty: the namespace of the service account or of the context, else "default".
+    namespace: str = ""
+    connect_timeout_seconds: float = 5
+    #: For the server's next word in one call. A list page of 500 pods takes a loaded API server seconds.
+    request_timeout_seconds: float = 30
+    #: Connections kept open. They are opened when threads need them: more than the worker's concurrency costs nothing.
+    max_connections: int = 64
+    #: How the agent's token and environment reach the pod: a Secret that the pod owns, or plain values in the pod's
+    #: specification (one API call less, and readable for everyone who may read pods).
+    agent_environment: Literal["secret", "plain"] = "secret"
+    #: YAML or JSON of a Pod, merged over our defaults for all pods of this queue (strategic merge); requests go on top.
+    pod_template: Path | None = None
+    #: Containers cannot write but to /tmp, /staging and other volumes.
+    read_only_root: bool = False
+    service_account: str = ""
+    #: A label value that tells this system's pods and claims from those of another one in the namespace.
+    system: str = ""
+    #: Names of Secrets, comma separated.
+    image_pull_secrets: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_names)] = ()
+    #: What the kubelet waits between SIGTERM and SIGKILL; longer than the agent's own kill grace (10 s).
+    termination_grace_seconds: int = 30
+    #: A pod's deadline is timeout_seconds plus this: the agent ends user code on time and says so, the deadline ends a
+    #: pod whose agent cannot.
+    deadline_allowance_seconds: int = 60
+    #: How long a pod may stay pending before it is given up; 0 is for ever.
+    pending_timeout_seconds: float = 600
+    #: What the kubelet tries again by itself (a pull from a registry that is away, a container whose Secret comes late)
+    #: is given up after so long: two or three of its tries.
+    startup_patience_seconds: float = 30
+    #: How long an ended pod stays for people to look at.
+    finished_grace_seconds: float = 600
+    #: Refuse a staging claim at once when no storage class can serve it. Needs to read storage classes, which belong to
+    #: the cluster; without that right nothing is checked. Off: for volumes that an administrator made by hand.
+    check_storage_class: bool = True
+    #: Pods per page of a list call.
+    page_size: int = 500
+    #: Last lines of a pod that died without its agent reporting.
+    log_tail_lines: int = 50
+
+
+class DockerSettings(BaseSettings):
+    """Task containers on a Docker Engine."""
+
+    model_config = _config("LEOFLOW_DOCKER_")
+
+    #: Empty: $DOCKER_HOST, else the Engine's standard socket. TLS as for the docker command (DOCKER_TLS_VERIFY, …).
+    url: str = ""
+    #: What this host is called in records and queues; empty: derived from the Engine's name and id.
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")] = ""
+    #: Several systems may share an Engine, and none may remove what another one runs: the name of this one, on every
+    #: container and volume. Empty: derived from the broker (its address, database and key prefix).
+    system: str = ""
+    #: Of one call to the Engine; a pull takes longer and has its own.
+    request_timeout_seconds: int = 60
+    #: Less than the broker's visibility timeout, after which another worker would be asked to start the same task.
+    pull_timeout_seconds: int = 540
+    #: Connections kept open. They are opened when threads need them: more than the worker's concurrency costs nothing.
+    max_connections: int = 32
+    #: The network of task containers; empty: the Engine's default bridge.
+    network: str = ""
+    #: Host directory with one directory per agent CA config map and per task secret, mounted read-only into containers.
+    secrets_dir: str = ""
+    #: How the agent's token and the request's variables reach the container: in a file that the agent removes, or plain
+    #: in the container's configuration (for agents that do not know LEOFLOW_AGENT_ENV_FILE).
+    agent_environment: Literal["file", "plain"] = "file"
+    #: Containers cannot write but to /tmp (memory), /staging and /run/leoflow.
+    read_only_root: bool = False
+    #: Processes and threads in one container; 0 is no limit.
+    pids_limit: int = 4_096
+    #: What ``docker logs`` keeps of a container (the control plane has the whole log).
+    log_max_size: str = "10m"
+    log_max_files: int = 2
+    #: Between SIGTERM and SIGKILL; longer than the agent's own kill grace (10 s).
+    termination_grace_seconds: int = 30
+    #: The same backstop as for pods: a container is stopped this long after its timeout_seconds.
+    deadline_allowance_seconds: int = 60
+    #: How long an ended container stays for people to look at.
+    finished_grace_seconds: float = 600
+    #: Last lines of a container that died without its agent reporting.
+    log_tail_lines: int = 50
+
+
+class StagingSettings(BaseSettings):
+    """Staging volumes: the shared directory of a run."""
+
+    model_config = _config("LEOFLOW_STAGING_")
+
+    #: A failed run keeps its volume so long after its end; one whose run is unknown so long after its creation.
+    ttl_seconds: float = 24 * 3600
+    #: When a request names none.
+    default_size: str = "1Gi"
+
+
+class XComSettings(BaseSettings):
+    """Where XCom values are kept."""
+
+    model_config = _config("LEOFLOW_XCOM_")
+
+    #: sql or redis.
+    backend: Literal["sql", "redis"] = "sql"
+    #: For the redis back end; empty: the broker's URL.
+    redis_url: str = ""
+    max_bytes: int = 262_144
+    ttl_seconds: int = 7 * 24 * 3600
+
+
+class LogSettings(BaseSettings):
+    """Task logs on disk."""
+
+    model_config = _config("LEOFLOW_LOGS_")
+
+    root: Path = Field(default_factory=lambda: state_dir() / "logs")
+    #: Logs older than this are pruned; 0 keeps them for ever.
+    retention_seconds: int = 30 * 24 * 3600
+
+
+class MaintenanceSettings(BaseSettings):
+    """Reapers, sweeps and budgets. Units are seconds unless the name says otherwise."""
+
+    model_config = _config("LEOFLOW_MAINTENANCE_")
+
+    max_relaunches: int = 2
+    relaunch_backoff_seconds: float = 1.0
+    heartbeat_timeout_seconds: float = 90
+    lost_message_seconds: float = 60
+    queued_timeout_seconds: float = 3_600
+    #: How long a started attempt may take until its agent calls; a pod's time begins after its pending timeout.
+    launch_timeout_seconds: float = 900
+    cancel_grace_seconds: float = 60
+    #: A try whose container was killed for its memory starts again with its memory limit times this; 1 switches it off.
+    oom_memory_factor: float = 1.0
+    #: The most that such a limit may grow to (a Kubernetes quantity).
+    oom_max_memory: str = "16Gi"
+    #: How often beat sends the reapers, the reconcile and the completion sweep.
+    interval_seconds: float = 15
+    #: How often beat sends the staging GC: a run that succeeded frees its volume within this time.
+    staging_interval_seconds: float = 60
+    #: Tries, their events and their runs are removed so long after their end; 0 keeps them for ever.
+    history_retention_seconds: float = 0
+    #: How often beat sends XCom expiry and the pruning of logs and history.
+    housekeeping_interval_seconds: float = 3_600
+
+
+class MetricsSettings(BaseSettings):
+    """Prometheus."""
+
+    model_config = _config("LEOFLOW_METRICS_")
+
+    #: Port of a worker's endpoint; 0 is off.
+    port: int = 0
+    #: task_id labels multiply series; switch them off on large systems.
+    task_id_label: bool = True
+
+
+class HealthSettings(BaseSettings):
+    """How a supervisor sees that a process without a port is alive."""
+
+    model_config = _config("LEOFLOW_HEALTH_")
+
+    #: A worker touches it every 2 s while it is connected to the broker, beat with every message. Empty: nobody does.
+    file: Path | None = None
+
+
+class Settings(BaseSettings):
+    """All groups, read once. ``Settings.load()`` reads the environment; tests build groups from keywords."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    broker: BrokerSettings = Field(default_factory=BrokerSettings)
+    database: DatabaseSettings = Field(default_factory=DatabaseSettings)
+    security: SecuritySettings = Field(default_factory=SecuritySettings)
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    agent: AgentDefaults = Field(default_factory=AgentDefaults)
+    dispatch: DispatchSettings = Field(default_factory=DispatchSettings)
+    inline: InlineSettings = Field(default_factory=InlineSettings)
+    subprocess: SubprocessSettings = Field(default_factory=SubprocessSettings)
+    kubernetes: KubernetesSettings = Field(default_factory=KubernetesSettings)
+    docker: DockerSettings = Field(default_factory=DockerSettings)
+    staging: StagingSettings = Field(default_factory=StagingSettings)
+    xcom: XComSettings = Field(default_factory=XComSettings)
+    logs: LogSettings = Field(default_factory=LogSettings)
+    maintenance: MaintenanceSettings = Field(default_factory=MaintenanceSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+    health: HealthSettings = Field(default_factory=HealthSettings)
+
+    @classmethod
+    def load(cls) -> Settings:
+        """The settings of this process.
+
+        Raises:
+            ConfigurationError: names the variable, its problem and never a secret's value.
+        """
+        _read_secret_files()
+        try:
+            return cls()
+        except ValidationError as error:
+            item = error.errors(include_url=False, include_input=False)[0]
+            raise ConfigurationError(f"{_variable(error.title, item['loc'])}: {item['msg']}") from error
+
+
+def _variable(group_name: str, place: tuple[int | str, ...]) -> str:
+    """The environment variable behind a field that pydantic found wrong (an aliased field is its variable already)."""
+    first, *rest = (str(part) for part in place)
+    groups = (field.annotation for field in Settings.model_fields.values())
+    prefix = next((str(g.model_config["env_prefix"]) for g in groups if g is not None and g.__name__ == group_name), "")
+    name = first if first.startswith(prefix) else f"{prefix}{first}".upper()
+    return f"{name} ({'.'.join(rest)})" if rest else name
+
+
+_SECRET_VARIABLES = ("LEOFLOW_JWT_SECRET", "LEOFLOW_SEAL_KEYS", "LEOFLOW_DATABASE_URL", "LEOFLOW_BROKER_URL")
+
+
+def _read_secret_files() -> None:
+    for name in _SECRET_VARIABLES:
+        path = os.environ.get(f"{name}_FILE")
+        if path and name not in os.environ:
+            try:
+                os.environ[name] = Path(path).read_text().strip()
+            except OSError as error:
+                raise ConfigurationError(f"{name}_FILE={path}: {error.strerror}") from error

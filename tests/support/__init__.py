@@ -1,0 +1,1 @@
+"""What tests share: waiting, ports, processes, real servers, leak checks. Nothing here is a test."""

@@ -1,0 +1,43 @@
+"""The environment of a test run: none of the developer's own settings, and a temporary directory of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+#: Set in our environment, so inherited by every process a test starts: how the leak checker finds orphans.
+SESSION_VARIABLE = "LEOFLOW_TEST_SESSION"
+_KEPT_PREFIX = "LEOFLOW_TEST_"
+
+
+def strip_settings() -> None:
+    """Remove every LEOFLOW_* variable except the tests' own: a developer's settings must not decide a test."""
+    for name in [name for name in os.environ if name.startswith("LEOFLOW_") and not name.startswith(_KEPT_PREFIX)]:
+        del os.environ[name]
+
+
+def isolate_temporary_directory() -> Path:
+    """Give this process (and its children) a temporary directory that nobody else writes to.
+
+    Its name is short: sockets live in it, and a socket's path holds 107 bytes. pytest's ``tmp_path`` stays where it
+    was, to be looked at after a failure.
+    """
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    directory = Path(tempfile.mkdtemp(prefix="lf-"))
+    directory.chmod(0o711)  # the PostgreSQL user has to pass through it
+    os.environ["TMPDIR"] = str(directory)
+    tempfile.tempdir = None
+    state = directory / "state"
+    state.mkdir()
+    os.environ["XDG_STATE_HOME"] = str(state)
+    os.environ[SESSION_VARIABLE] = directory.name
+    return directory
+
+
+def remove_temporary_directory(directory: Path) -> None:
+    """What isolate_temporary_directory made goes away."""
+    shutil.rmtree(directory, ignore_errors=True)
+    os.environ.pop("TMPDIR", None)
+    tempfile.tempdir = None

@@ -1,0 +1,93 @@
+"""A real redis-server for the tests: its own directory, append-only file on, killable and restartable."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import redis
+
+from leoflow_celery.runtime.embedded.redis_server import find_redis_server
+from tests.support.leaks import keep_process, release_process
+from tests.support.ports import free_port
+from tests.support.process import ManagedProcess, started_in_this_test
+from tests.support.waiting import wait_until
+
+_DATABASES = 512
+
+
+class RedisServer:
+    """One server on a TCP port, which a restart keeps. ``url()`` is an empty database of its own."""
+
+    def __init__(self, directory: Path, session_wide: bool = False) -> None:
+        self.directory, self.port = directory, free_port()
+        self._session_wide = session_wide
+        self._numbers = itertools.count()
+        self._process: ManagedProcess | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server was not started"
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it (again), with the data it had, and wait until it answers."""
+        if self.is_running():
+            return
+        options = {
+            "port": str(self.port),
+            "bind": "127.0.0.1",
+            "dir": str(self.directory),
+            "databases": str(_DATABASES),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            "maxmemory-policy": "noeviction",
+        }
+        command = [find_redis_server(), *(text for name, value in options.items() for text in (f"--{name}", value))]
+        self._process = ManagedProcess(command, self.directory / "redis.log", name="redis-server")
+        if self._session_wide:
+            keep_process(self._process.pid)
+            started_in_this_test.remove(self._process)
+        wait_until(self.answers, 20, self._process.output)
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    def answers(self) -> bool:
+        """Whether it says PONG (not while it loads its append-only file)."""
+        client = redis.Redis(port=self.port, socket_timeout=1, retry=None)
+        try:
+            return bool(client.ping())
+        except (redis.RedisError, OSError):
+            return False
+        finally:
+            client.close()
+
+    def url(self) -> str:
+        """The URL of an empty database that no other test has."""
+        self.start()
+        url = f"redis://127.0.0.1:{self.port}/{next(self._numbers) % _DATABASES}"
+        client = redis.Redis.from_url(url)
+        client.flushdb()
+        client.close()
+        return url
+
+    def kill(self) -> None:
+        """kill -9; what was written in the last second may be lost."""
+        self._ended(lambda process: process.kill())
+
+    def stop(self) -> None:
+        """SIGTERM: everything is on disk when it ends."""
+        self._ended(lambda process: process.stop())
+
+    def restart(self) -> None:
+        """kill -9 and start again with what was on disk."""
+        self.kill()
+        self.start()
+
+    def _ended(self, end: Callable[[ManagedProcess], None]) -> None:
+        if self._process is not None:
+            end(self._process)
+            release_process(self._process.pid)

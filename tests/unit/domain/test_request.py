@@ -1,0 +1,245 @@
+"""The door: what a request may hold, and a sentence that names field, value and fix for what it may not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.request import (
+    MAX_REQUEST_BYTES,
+    TaskRequest,
+    parse_request,
+    request_json_schema,
+)
+from leoflow_celery.errors import InvalidRequest, RequestTooLarge
+
+IDS = {"task_instance_id": "ti-1", "dag_id": "sales", "run_id": "manual:1", "task_id": "load"}
+BASH = {**IDS, "operator": "bash", "entrypoint": "true"}
+PYTHON = {**IDS, "operator": "python", "entrypoint": "dag:load"}
+HTTP = {**IDS, "operator": "http_api", "http_request": {"method": "GET", "url": "http://service/orders"}}
+CANARY = "c4n4ry"
+
+
+def call(**more: Any) -> dict[str, Any]:
+    return {**HTTP, "http_request": {**HTTP["http_request"], **more}}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("data", [BASH, PYTHON, HTTP])
+def test_ids_and_the_operators_own_fields_are_all_that_is_needed(data: dict[str, Any]) -> None:
+    request = parse_request(data)
+    assert parse_request(json.dumps(data)) == parse_request(json.dumps(data).encode()) == request
+    assert parse_request(request) is request
+    assert request.attempt == AttemptId("ti-1", 1, 1)
+    assert request.tenant_id == "default"
+
+
+FULL = {
+    **HTTP,
+    "tenant_id": "acme",
+    "try_number": 3,
+    "image": "registry/app:1",
+    "image_pull_policy": "IfNotPresent",
+    "env": {"A": "1"},
+    "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
+    "execution": {
+        "node_selector": {"disk": "ssd"},
+        "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}],
+        "service_account": "runner",
+        "image_pull_policy": "Always",
+    },
+    "timeout_seconds": 60,
+    "source": "print(1)",
+    "control_plane_addr": "gateway:9090",
+    "staging_claim": "leoflow-staging-sales-1",
+    "staging_size": "1Gi",
+    "staging_storage_class": "fast",
+    "staging_access_mode": "ReadWriteMany",
+    "agent_tls_ca_config_map": "ca",
+    "task_secret_name": "s",
+    "task_secret_mount_path": "/secrets",
+    "dag_version": "v1",
+    "execution_mode": "pod",
+    "executor": "kubernetes",
+    "xcom_input": {"orders": "extract"},
+    "xcom_schema": {"type": "object"},
+    "call_args": {"n": [1, None, {"x": 1.5}]},
+    "secrets": [{"name": "TOKEN", "source": "env", "reference": "token"}],
+    "result_callback": {"task": "shop.done", "queue": "shop"},
+    "priority": 9,
+}
+
+
+def test_every_field_survives_json() -> None:
+    request = parse_request(FULL)
+    again = json.loads(request.model_dump_json())
+    assert parse_request(again) == request
+    assert (
+        again.items() >= {key: value for key, value in FULL.items() if key not in ("execution", "http_request")}.items()
+    )
+
+
+def test_a_request_that_is_accepted_is_valid_by_the_schema_we_publish() -> None:
+    schema = request_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for data in (BASH, PYTHON, HTTP, FULL):
+        jsonschema.validate(data, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**BASH, "nope": 1}, schema)
+
+
+def test_a_request_cannot_be_changed_but_evolved() -> None:
+    request = parse_request(BASH)
+    with pytest.raises(ValidationError, match="frozen"):
+        request.dag_id = "other"  # type: ignore[misc]
+    assert request.evolve(try_number=2).attempt == AttemptId("ti-1", 2)
+    assert request.try_number == 1
+
+
+FILE_NAMES = "is used in file names: no slash, backslash, control character, '.' or '..'"
+NO_QUANTITY = "is not a Kubernetes quantity; write for example 500m, 2, 128Mi or 1Gi"
+
+BAD = [
+    # operator and what it needs
+    ({**BASH, "operator": "spark"}, "operator", "Input should be 'python', 'bash' or 'http_api' (got 'spark')"),
+    ({**PYTHON, "entrypoint": ""}, "entrypoint", "a python task needs 'module:callable', e.g. 'dag:extract' (got '')"),
+    ({**PYTHON, "entrypoint": "dag"}, "entrypoint", "needs 'module:callable', e.g. 'dag:extract' (got 'dag')"),
+    ({**PYTHON, "entrypoint": "dag:"}, "entrypoint", "needs 'module:callable'"),
+    ({**PYTHON, "entrypoint": ":load"}, "entrypoint", "needs 'module:callable'"),
+    ({**BASH, "entrypoint": " "}, "entrypoint", "is empty; a bash task needs the command to run"),
+    ({**IDS, "operator": "http_api"}, "http_request", "is missing; an http_api task needs method and url"),
+    ({**BASH, "execution_mode": "inline"}, "execution_mode", "'inline' is for http_api tasks; a bash task is run by"),
+    ({**PYTHON, "executor": "inline"}, "executor", "'inline' is for http_api tasks; a python task is run by an agent"),
+    # ids
+    ({**BASH, "dag_id": "../../etc"}, "dag_id", f"{FILE_NAMES} (got '../../etc')"),
+    ({**BASH, "task_id": ".."}, "task_id", FILE_NAMES),
+    ({**BASH, "run_id": "a\nb"}, "run_id", FILE_NAMES),
+    ({**BASH, "run_id": "a\\b"}, "run_id", FILE_NAMES),
+    ({**BASH, "task_instance_id": "a\0"}, "task_instance_id", FILE_NAMES),
+    ({**BASH, "tenant_id": ""}, "tenant_id", "must have 1 to 512 bytes"),
+    ({**BASH, "dag_id": "é" * 257}, "dag_id", "must have 1 to 512 bytes"),
+    ({**BASH, "dag_id": "a:b"}, "dag_id", "is used in keys that colons separate: no colon (got 'a:b')"),
+    ({**BASH, "dag_id": None}, "dag_id", "Input should be a valid string"),
+    ({key: value for key, value in BASH.items() if key != "run_id"}, "run_id", "Field required"),
+    ({**BASH, "xcom_input": {"x": "a/b"}}, "xcom_input.x", FILE_NAMES),
+    # numbers
+    ({**BASH, "try_number": 0}, "try_number", "greater than or equal to 1 (got 0)"),
+    ({**BASH, "timeout_seconds": -1}, "timeout_seconds", "greater than or equal to 0 (got -1)"),
+    ({**BASH, "timeout_seconds": "soon"}, "timeout_seconds", "should be a valid integer"),
+    ({**BASH, "timeout_seconds": 30 * 24 * 3600 + 1}, "timeout_seconds", "less than or equal to 2592000"),
+    ({**BASH, "priority": 10}, "priority", "less than or equal to 9 (got 10)"),
+    # quantities
+    ({**BASH, "resources": {"limits": {"memory": "1GB"}}}, "resources.limits.memory", f"'1GB' {NO_QUANTITY}"),
+    ({**BASH, "resources": {"requests": {"cpu": "-1"}}}, "resources.requests.cpu", f"'-1' {NO_QUANTITY}"),
+    ({**BASH, "staging_size": "big"}, "staging_size", f"'big' {NO_QUANTITY}"),
+    # environment
+    ({**BASH, "env": {"A=B": CANARY}}, "env", "variable 'A=…': a name may hold no '=' or NUL and not be empty"),
+    ({**BASH, "env": {"": CANARY}}, "env", "variable ''"),
+    ({**BASH, "env": {"A": f"{CANARY}\0"}}, "env", "a value no NUL"),
+    ({**BASH, "env": {"A": 1}}, "env.A", "Input should be a valid string"),
+    # the call
+    (call(method="TRACE"), "http_request.method", "'GET', 'POST', 'PUT', 'PATCH' or 'DELETE' (got 'TRACE')"),
+    (call(url="ftp://host/"), "http_request.url", "String should match pattern"),
+    (call(url="http:///path"), "http_request.url", "String should match pattern"),
+    (call(timeout_seconds=0), "http_request.timeout_seconds", "greater than 0 (got 0)"),
+    (call(timeout_seconds=float("inf")), "http_request.timeout_seconds", "finite number"),
+    (call(success_status_codes=[]), "http_request.success_status_codes", "at least 1 item"),
+    (call(success_status_codes=[2000]), "http_request.success_status_codes.0", "less than or equal to 599 (got 2000)"),
+    # unknown words
+    ({**BASH, "entry_point": "x"}, "entry_point", "is not a known key; remove it or check its spelling"),
+    (call(verb="GET"), "http_request.verb", "is not a known key"),
+    ({**BASH, "executor": "nomad"}, "executor", "'kubernetes', 'docker', 'subprocess' or 'inline' (got 'nomad')"),
+    ({**BASH, "image_pull_policy": "Sometimes"}, "image_pull_policy", "(got 'Sometimes')"),
+    # text that no server takes
+    ({**BASH, "image": "a\x00b"}, "image", "holds a NUL character"),
+    ({**BASH, "entrypoint": "echo \x00"}, "entrypoint", "holds a NUL character"),
+    ({**BASH, "source": f"{CANARY}\x00"}, "source", "holds a NUL character"),
+    ({**BASH, "staging_claim": "Sales/1"}, "staging_claim", "names a volume: at most 253 lower-case letters"),
+    ({**BASH, "staging_claim": "a" * 254}, "staging_claim", "at most 253"),
+    # pods
+    (
+        {**BASH, "pod_override": {"containers": []}},
+        "pod_override",
+        "a Pod has metadata and spec: write spec.containers",
+    ),
+    ({**BASH, "task_secret_name": "s"}, "task_secret_mount_path", "is empty; say where task_secret_name is mounted"),
+    (
+        {**BASH, "task_secret_name": "s", "task_secret_mount_path": "secrets"},
+        "task_secret_mount_path",
+        "an absolute path without a colon",
+    ),
+    ({**BASH, "secrets": [{"name": "A", "source": "ldap"}]}, "secrets.0.source", "'env', 'vault' or 'k8s_secret'"),
+]
+
+
+@pytest.mark.parametrize(("data", "field", "text"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_refused_by_its_field_with_its_value_and_the_fix(
+    data: dict[str, Any], field: str, text: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request(data)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}: ")
+    assert text in str(caught.value)
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", ["", "{", "[1]", "5", b"\xff", None, 5, [], '{"dag_id": "\\ud800"}'])
+def test_what_is_no_object_is_refused(data: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_request(data)
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    with pytest.raises(InvalidRequest, match=r"^dag_id: .*; timeout_seconds: .*; nope: "):
+        parse_request({**BASH, "dag_id": "a/b", "timeout_seconds": -1, "nope": 1})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {**BASH, "agent_token": [CANARY]},
+        {**BASH, "env": CANARY},
+        {**BASH, "env": {"A": [CANARY]}},
+        {**BASH, "call_args": CANARY},
+        {**BASH, "source": [CANARY]},
+        call(url=f"ftp://user:{CANARY}@host/"),
+        call(headers={"Authorization": [CANARY]}),
+        call(headers=CANARY),
+        {**BASH, "agent_tokens": CANARY},
+    ],
+)
+def test_a_message_never_repeats_what_may_be_a_secret(data: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request(data)
+    assert CANARY not in str(caught.value)
+
+
+def test_text_that_is_cut_short_is_not_repeated() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request('{"agent_token": "' + CANARY)
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000_000, b"x" * 10_000_000, "é" * (MAX_REQUEST_BYTES // 2 + 1)])
+def test_a_request_too_large_for_the_broker_is_refused_unread(text: str | bytes) -> None:
+    with pytest.raises(RequestTooLarge, match=r"the limit is 1048576; put large data into the image, an XCom"):
+        parse_request(text)
+
+
+scalars = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5)
+anything = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner))
+
+
+@given(anything)
+def test_anything_at_all_is_a_request_or_an_error_of_ours(data: Any) -> None:
+    for candidate in (data, {**BASH, "call_args": data}, {**BASH, "env": data}, {**BASH, "dag_id": data}):
+        with contextlib.suppress(InvalidRequest):
+            assert isinstance(parse_request(candidate), TaskRequest)

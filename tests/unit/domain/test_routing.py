@@ -1,0 +1,111 @@
+"""Which executor and queue a request gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from leoflow_celery.domain.request import TaskRequest, parse_request
+from leoflow_celery.domain.routing import (
+    ALL_QUEUES,
+    QUEUE_OF,
+    ExecutorType,
+    check_inline_timeout,
+    check_secrets,
+    executor_for,
+    queue_for_task,
+    task_name,
+)
+from leoflow_celery.errors import InvalidRequest
+
+E = ExecutorType
+
+
+def request(operator: str, **more: Any) -> TaskRequest:
+    own: dict[str, Any] = (
+        {"http_request": {"method": "GET", "url": "http://h/"}} if operator == "http_api" else {"entrypoint": "a:b"}
+    )
+    ids = {"task_instance_id": "ti", "dag_id": "d", "run_id": "r", "task_id": "t"}
+    return parse_request({**ids, "operator": operator, **own, **more})
+
+
+@pytest.mark.parametrize(
+    ("operator", "more", "executor"),
+    [
+        ("http_api", {}, E.INLINE),
+        ("http_api", {"execution_mode": "inline"}, E.INLINE),
+        ("http_api", {"execution_mode": "pod"}, E.DOCKER),
+        ("http_api", {"executor": "subprocess"}, E.SUBPROCESS),
+        ("http_api", {"executor": "inline"}, E.INLINE),
+        ("http_api", {"execution_mode": "pod", "executor": "kubernetes"}, E.KUBERNETES),
+        ("python", {}, E.DOCKER),
+        ("bash", {}, E.DOCKER),
+        ("bash", {"executor": "subprocess"}, E.SUBPROCESS),
+        ("python", {"execution_mode": "pod"}, E.DOCKER),
+    ],
+)
+def test_a_request_goes_to_its_executor(operator: str, more: dict[str, str], executor: ExecutorType) -> None:
+    assert executor_for(request(operator, **more), standard=E.DOCKER) is executor
+
+
+@pytest.mark.parametrize(("mode", "executor"), [("pod", "inline"), ("inline", "docker"), ("inline", "kubernetes")])
+def test_an_executor_that_contradicts_the_mode_is_refused(mode: str, executor: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"executor: '{executor}' contradicts execution_mode '{mode}'") as caught:
+        executor_for(request("http_api", execution_mode=mode, executor=executor), E.SUBPROCESS)
+    assert caught.value.field == "executor"
+
+
+def test_every_executor_has_a_task_that_is_routed_to_its_queue() -> None:
+    assert {executor: queue_for_task(task_name(executor)) for executor in E} == QUEUE_OF
+    assert len(set(ALL_QUEUES)) == len(ALL_QUEUES) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "queue"),
+    [
+        ("leoflow.execute.kubernetes", "k8s"),
+        ("leoflow.dispatch", "dispatch"),
+        ("leoflow.results.push", "results"),
+        ("leoflow.maintenance.reap", "maintenance"),
+        ("celery.chord_unlock", None),
+        ("shop.send_mail", None),
+    ],
+)
+def test_a_celery_task_goes_to_its_queue(name: str, queue: str | None) -> None:
+    assert queue_for_task(name) == queue
+
+
+def test_an_inline_task_may_ask_for_the_cap_and_not_a_second_more() -> None:
+    check_inline_timeout(request("http_api", timeout_seconds=300), 300)
+    check_inline_timeout(request("http_api"), 300)
+    with pytest.raises(
+        InvalidRequest, match=r"301 is above the inline cap of 300 s; set execution_mode: pod"
+    ) as caught:
+        check_inline_timeout(request("http_api", timeout_seconds=301), 300)
+    assert caught.value.field == "timeout_seconds"
+
+
+@pytest.mark.parametrize(
+    ("source", "executor", "takes"),
+    [
+        ("vault", E.KUBERNETES, "it takes 'env' or 'k8s_secret'"),
+        ("k8s_secret", E.DOCKER, "it takes 'env'"),
+        ("vault", E.SUBPROCESS, "it takes 'env'"),
+        ("env", E.INLINE, "it takes none: put it into http_request"),
+    ],
+)
+def test_a_secret_that_nobody_would_resolve_is_refused(source: str, executor: E, takes: str) -> None:
+    given = request("bash", secrets=[{"name": "A", "source": "env"}, {"name": "TOKEN", "source": source}])
+    if executor is E.INLINE:
+        given = given.evolve(secrets=given.secrets[1:])
+    with pytest.raises(InvalidRequest, match="'TOKEN' is not resolved by the") as caught:
+        check_secrets(given, executor)
+    assert caught.value.message.endswith(takes)
+    assert caught.value.field.endswith(".source")
+
+
+@pytest.mark.parametrize("executor", [E.KUBERNETES, E.DOCKER, E.SUBPROCESS])
+def test_secrets_that_are_resolved_are_accepted(executor: E) -> None:
+    own = [{"name": "B", "source": "k8s_secret", "reference": "s/k"}] if executor is E.KUBERNETES else []
+    check_secrets(request("bash", secrets=[{"name": "A", "source": "env"}, *own]), executor)
