@@ -1,0 +1,100 @@
+"""SQL rows, XCom values and log files: what a process with credentials reads and writes.
+
+``Store`` bundles the parts over one database; each part is a small class in a module of its own.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from leoflow_celery.domain.quantity import parse_quantity
+from leoflow_celery.domain.relaunch import RelaunchPolicy
+from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.settings import Settings
+from leoflow_celery.store.attempts import AttemptStore
+from leoflow_celery.store.completions import CompletionStore
+from leoflow_celery.store.database import Database
+from leoflow_celery.store.events import EventStore
+from leoflow_celery.store.history import HistoryStore
+from leoflow_celery.store.holders import HolderStore
+from leoflow_celery.store.leases import LeaseStore
+from leoflow_celery.store.logs import LogStore
+from leoflow_celery.store.runs import RunStore
+from leoflow_celery.store.staging import StagingStore
+from leoflow_celery.store.submissions import SubmissionStore
+from leoflow_celery.store.sweeps import SweepStore
+from leoflow_celery.store.xcom import XComStore, create_xcom_store
+
+
+class Store:
+    """Everything durable, built once per process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.database = Database(settings.database)
+
+    @cached_property
+    def xcom(self) -> XComStore:
+        return create_xcom_store(self._settings, self.database)
+
+    @cached_property
+    def attempts(self) -> AttemptStore:
+        return AttemptStore(self.database, self.xcom, self.relaunch_policy)
+
+    @cached_property
+    def relaunch_policy(self) -> RelaunchPolicy:
+        """What is started again, and with how much memory.
+
+        Raises:
+            ConfigurationError: the cap of memory is no quantity.
+        """
+        maintenance = self._settings.maintenance
+        try:
+            most = int(parse_quantity(maintenance.oom_max_memory))
+        except ValueError as error:
+            raise ConfigurationError(f"LEOFLOW_MAINTENANCE_OOM_MAX_MEMORY: {error}") from error
+        backoff = maintenance.relaunch_backoff_seconds
+        return RelaunchPolicy(maintenance.max_relaunches, backoff, max_memory_bytes=most)
+
+    @cached_property
+    def holders(self) -> HolderStore:
+        return HolderStore(self.database, self.xcom)
+
+    @cached_property
+    def submissions(self) -> SubmissionStore:
+        return SubmissionStore(self.database, self._settings.staging.default_size)
+
+    @cached_property
+    def completions(self) -> CompletionStore:
+        return CompletionStore(self.database)
+
+    @cached_property
+    def events(self) -> EventStore:
+        return EventStore(self.database)
+
+    @cached_property
+    def runs(self) -> RunStore:
+        return RunStore(self.database)
+
+    @cached_property
+    def staging(self) -> StagingStore:
+        return StagingStore(self.database)
+
+    @cached_property
+    def history(self) -> HistoryStore:
+        return HistoryStore(self.database)
+
+    @cached_property
+    def leases(self) -> LeaseStore:
+        return LeaseStore(self.database)
+
+    @cached_property
+    def sweeps(self) -> SweepStore:
+        return SweepStore(self.database)
+
+    @cached_property
+    def logs(self) -> LogStore:
+        return LogStore(self._settings.logs.root)
+
+    def close(self) -> None:
+        self.database.close()

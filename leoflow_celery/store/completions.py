@@ -1,0 +1,91 @@
+"""Which Celery ids wait for which try, and which of them are due.
+
+Completion is driven from here: a row is due when its try is terminal and nobody has completed it. A lease keeps two
+workers from completing the same id at once; a worker that dies loses it and another goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from leoflow_celery.store import statements
+from leoflow_celery.store.database import Database
+from leoflow_celery.store.models import TaskCompletion, table_of
+
+_TABLE = table_of(TaskCompletion)
+_FIRST_DELAY_SECONDS = 30.0
+_LAST_DELAY_SECONDS = 3_600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A Celery id whose try has ended; ``context`` holds its task name and request parts."""
+
+    celery_task_id: str
+    task_instance_id: str
+    try_number: int
+    context: dict[str, Any]
+    result_callback: dict[str, Any] | None
+    failures: int = 0
+
+
+class CompletionStore:
+    """The outbox of results."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def register(self, celery_task_id: str, task_instance_id: str, try_number: int, context: dict[str, Any]) -> None:
+        """Let another Celery id wait for a try (a dispatch message, say); again is fine."""
+        row = {
+            "celery_task_id": celery_task_id,
+            "task_instance_id": task_instance_id,
+            "try_number": try_number,
+            "context": context,
+            "created_at": time.time(),
+        }
+        with self._database.transaction() as connection:
+            connection.execute(self._database.insert(_TABLE).values(row).on_conflict_do_nothing())
+
+    def is_registered(self, celery_task_id: str) -> bool:
+        """Whether an id waits for a try, or did."""
+        query = sa.select(_TABLE.c.celery_task_id).where(_TABLE.c.celery_task_id == celery_task_id)
+        with self._database.reading() as connection:
+            return connection.execute(query).first() is not None
+
+    def take(
+        self, lease_seconds: float, task_instance_id: str = "", try_number: int = 0, limit: int = 100
+    ) -> list[Waiting]:
+        """Lease what is due: of one try, or of all tries when none is named."""
+        now = time.time()
+        statement = statements.take_completions(bool(task_instance_id), locking=not self._database.is_sqlite)
+        parameters: dict[str, object] = {"p_now": now, "p_until": now + lease_seconds, "p_limit": limit}
+        if task_instance_id:
+            parameters |= {"p_ti": task_instance_id, "p_try": try_number}
+        with self._database.transaction() as connection:
+            return [Waiting(*row) for row in connection.execute(statement, parameters)]
+
+    def failed(self, waiting: Waiting) -> float:
+        """Put off one that could not be completed for a reason of its own; for how many seconds.
+
+        The wait doubles up to an hour: a callback may become importable, a chord's backend may be repaired.
+        """
+        delay = min(_FIRST_DELAY_SECONDS * 2.0 ** min(waiting.failures, 30), _LAST_DELAY_SECONDS)
+        update = sa.update(_TABLE).where(_TABLE.c.celery_task_id == waiting.celery_task_id, _TABLE.c.done_at.is_(None))
+        with self._database.transaction() as connection:
+            connection.execute(update.values(failures=_TABLE.c.failures + 1, lease_until=time.time() + delay))
+        return delay
+
+    def done(self, celery_task_ids: list[str]) -> None:
+        """Record that these ids have their result."""
+        if not celery_task_ids:
+            return
+        now = time.time()
+        with self._database.transaction() as connection:
+            connection.execute(
+                statements.complete(), [{"p_id": name, "p_now": now} for name in sorted(celery_task_ids)]
+            )

@@ -1,0 +1,222 @@
+"""Task logs on disk: JSON lines ``{ts, level, stream, msg}`` at ``{root}/{tenant}/{dag}/{run}/{task}/{try}.log``.
+
+Ids never escape the root: a component that is unsafe or too long for a file name is replaced by a readable rest and a
+hash. Lines are appended with one write each batch, so a reader never sees half a batch from a dead writer but for its
+last line, which readers leave alone until it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
+
+from leoflow_celery.domain.attempt import digest
+
+_MAX_COMPONENT_BYTES = 200
+_SAFE = re.compile(r"[^\w.:+=@ -]", re.UNICODE)
+_LEVELS = (
+    ("error", re.compile(r"\b(ERROR|CRITICAL|FATAL)\b|\bTraceback \(most recent call last\)")),
+    ("warning", re.compile(r"\bWARN(ING)?\b")),
+    ("debug", re.compile(r"\bDEBUG\b")),
+    ("info", re.compile(r"\bINFO\b")),
+)
+#: Only the head of a line names its level; a megabyte of JSON is not searched.
+_LEVEL_SEARCH_CHARACTERS = 512
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class LogKey:
+    """Whose log: one try of one task."""
+
+    tenant_id: str
+    dag_id: str
+    run_id: str
+    task_id: str
+    try_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecord:
+    """One line; ``ts`` in seconds since the epoch."""
+
+    ts: float
+    level: str
+    stream: str
+    msg: str
+
+    def to_json(self) -> str:
+        data = {
+            "ts": _moment(self.ts).isoformat(timespec="microseconds"),
+            "level": self.level,
+            "stream": self.stream,
+            "msg": self.msg,
+        }
+        return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+def _moment(ts: float) -> datetime:
+    try:
+        return datetime.fromtimestamp(ts, UTC)
+    except (ValueError, OverflowError, OSError):
+        return datetime.now(UTC)  # an agent's clock is no reason to lose its line
+
+
+def refine_level(text: str, default: str = "info") -> str:
+    """The level a line names itself, else ``default``; the first word of the list above that occurs decides."""
+    head = text[:_LEVEL_SEARCH_CHARACTERS]
+    return next((level for level, pattern in _LEVELS if pattern.search(head)), default)
+
+
+def safe_component(text: str) -> str:
+    """An id as one file name: itself when it is safe, else a readable rest and a hash of the whole."""
+    clean = _SAFE.sub("_", text)
+    if clean == text and text not in ("", ".", "..") and len(text.encode()) <= _MAX_COMPONENT_BYTES:
+        return text
+    rest = clean.encode()[: _MAX_COMPONENT_BYTES - 20].decode(errors="ignore").strip(".")
+    return f"{rest}~{digest(text)}"
+
+
+class LogWriter:
+    """Appends to one try's log. Not thread-safe: one writer per stream."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = _open_for_append(path)
+        _end_torn_line(path, self._descriptor)
+
+    def append(self, records: Iterable[LogRecord]) -> None:
+        data = memoryview("".join(f"{record.to_json()}\n" for record in records).encode("utf-8", "replace"))
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> LogWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open_for_append(path: Path) -> int:
+    try:
+        return os.open(path, _APPEND, 0o640)
+    except FileNotFoundError:
+        return _open_in_new_directory(path)
+
+
+# Pruning may remove the empty directory between mkdir and open.
+@retry(retry=retry_if_exception_type(FileNotFoundError), stop=stop_after_attempt(10), reraise=True)
+def _open_in_new_directory(path: Path) -> int:
+    os.makedirs(path.parent, exist_ok=True)
+    return os.open(path, _APPEND, 0o640)
+
+
+def _end_torn_line(path: Path, descriptor: int) -> None:
+    # A writer killed in the middle of a line left it without an end; the next line must not be glued to it.
+    size = os.fstat(descriptor).st_size
+    if size:
+        with path.open("rb") as file:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                os.write(descriptor, b"\n")
+
+
+class LogStore:
+    """All logs below one root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, key: LogKey) -> Path:
+        parts = (safe_component(part) for part in (key.tenant_id, key.dag_id, key.run_id, key.task_id))
+        return self.root.joinpath(*parts, f"{int(key.try_number)}.log")
+
+    def writer(self, key: LogKey) -> LogWriter:
+        """Open a try's log for appending; several writers of one try may append at once."""
+        return LogWriter(self.path(key))
+
+    def read(self, key: LogKey) -> Iterator[dict[str, Any]]:
+        """Every line so far; none when there is no log yet."""
+        return self.follow(key, lambda: True)
+
+    def follow(self, key: LogKey, ended: Callable[[], bool], poll_seconds: float = 0.2) -> Iterator[dict[str, Any]]:
+        """Every line, waiting for more until ``ended()`` was true before a look that found nothing new."""
+        path, offset, rest = self.path(key), 0, b""
+        while True:
+            last_look = ended()
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    while chunk := file.read(1 << 16):
+                        offset += len(chunk)
+                        *lines, rest = (rest + chunk).split(b"\n")
+                        yield from (parsed for line in lines if (parsed := _parse(line)) is not None)
+            if last_look:
+                return
+            time.sleep(poll_seconds)
+
+    def tail(self, key: LogKey, max_bytes: int = 1 << 20) -> list[dict[str, Any]]:
+        """The lines of the last ``max_bytes`` of a log."""
+        path = self.path(key)
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - max_bytes))
+            lines = file.read().split(b"\n")
+        complete = lines[1:] if size > max_bytes else lines
+        return [parsed for line in complete if (parsed := _parse(line)) is not None]
+
+    def prune(self, older_than_seconds: float) -> int:
+        """Remove logs not written to for that long, and the directories they leave empty; the number removed.
+
+        0 removes nothing, as the setting says.
+        """
+        removed, before = 0, time.time() - older_than_seconds
+        if older_than_seconds <= 0:
+            return 0
+        for directory, _, files in os.walk(self.root, topdown=False):
+            for name in files:
+                path = Path(directory, name)
+                removed += name.endswith(".log") and _remove_if_older(path, before)
+            if Path(directory) != self.root:
+                _remove_if_empty(Path(directory))
+        return removed
+
+
+def _remove_if_older(path: Path, before: float) -> bool:
+    try:
+        if path.stat().st_mtime >= before:
+            return False
+        path.unlink()
+    except FileNotFoundError:
+        return False  # another one prunes as well
+    return True
+
+
+def _remove_if_empty(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError:
+        return
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(line)
+    except ValueError:
+        return None  # the torn last line of a writer that was killed
+    return parsed if isinstance(parsed, dict) else None

@@ -1,0 +1,238 @@
+"""Recording requests as queued tries, and what was sent of them.
+
+A row is written before its message: a crash in between delays the task until the sweep sends it, and never loses it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from leoflow_celery.domain.attempt import AttemptId, celery_task_id
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.quantity import parse_quantity
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.domain.routing import RECONCILED, ExecutorType, task_name
+from leoflow_celery.domain.states import TERMINAL, TaskState
+from leoflow_celery.errors import InvalidRequest
+from leoflow_celery.store import statements
+from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
+from leoflow_celery.store.events import append_events, event_row
+from leoflow_celery.store.models import TaskCompletion, TaskInstance, is_live, table_of
+from leoflow_celery.store.placement import Use, claim_of, insert_volume, places_of, queues_of, record_volumes
+from leoflow_celery.store.views import Submitted, TaskInstanceView
+
+_TI = table_of(TaskInstance)
+_MAX_BIGINT = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class NewTry:
+    """A request ready to be recorded. ``context`` is what completion of its Celery id needs (callbacks, chain …)."""
+
+    request: TaskRequest
+    executor: ExecutorType
+    sealed_request: str
+    context: dict[str, Any] = field(default_factory=dict)
+    #: After an OOM kill the memory limit grows by this factor.
+    oom_memory_factor: float = 1.0
+
+    @property
+    def staging_claim(self) -> str:
+        """The staging volume that it mounts, if any."""
+        return claim_of(self.request, self.executor)
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes; 0 without a limit."""
+        limit = self.request.resources.limits.memory if self.executor in RECONCILED else None
+        return min(int(parse_quantity(limit)), _MAX_BIGINT) if limit else 0
+
+
+class SubmissionStore:
+    """Records tries; idempotent per (task_instance_id, try_number)."""
+
+    def __init__(self, database: Database, default_staging_size: str = "1Gi") -> None:
+        self._database = database
+        self._default_staging_size = default_staging_size
+        # Made once: see ``statements``.
+        insert_tries = database.insert(_TI).on_conflict_do_nothing()
+        self._insert_tries = insert_tries.returning(_TI.c.task_instance_id, _TI.c.try_number)
+        self._insert_completions = database.insert(table_of(TaskCompletion)).on_conflict_do_nothing()
+        self._insert_volumes = insert_volume(database)
+
+    def record(self, tries: Sequence[NewTry], state: TaskState = TaskState.QUEUED) -> list[Submitted]:
+        """Record tries in one transaction, each with its completion row, its event and its staging volume.
+
+        A try that exists is left as it is. The newest try of a task instance is the only one that lives: older live
+        tries end as superseded, also one that is recorded late.
+
+        Raises:
+            InvalidRequest: ``state`` is neither queued nor an end, or a staging volume cannot be shared.
+        """
+        if state is not TaskState.QUEUED and state not in TERMINAL:
+            raise InvalidRequest(f"state: a try cannot be recorded as {state}; use queued or a terminal state", "state")
+        if not tries:
+            return []
+        now = time.time()
+        # In one order everywhere: two submitters of the same tries would deadlock otherwise.
+        distinct = dict(sorted({_key(item): item for item in reversed(tries)}.items(), key=lambda pair: pair[0]))
+        with self._database.transaction() as connection:
+            rows = [_row(item, state, now) for item in distinct.values()]
+            created = {(ti, number) for ti, number in connection.execute(self._insert_tries, rows)}
+            fresh = [item for key, item in distinct.items() if key in created]
+            queues: dict[str, str] = {}
+            if fresh:
+                queues = self._record_fresh(connection, fresh, state, now)
+                self._supersede(connection, [item.request.task_instance_id for item in fresh], now)
+        return [_submitted(item, created, queues) for item in tries]
+
+    def _record_fresh(
+        self, connection: sa.Connection, fresh: Sequence[NewTry], state: TaskState, now: float
+    ) -> dict[str, str]:
+        details = [{"executor": item.executor.value, "state": state.value} for item in fresh]
+        events = [event_row(i.request.attempt, "submitted", d, now) for i, d in zip(fresh, details, strict=True)]
+        append_events(connection, events)
+        if state is not TaskState.QUEUED:
+            return {}
+        connection.execute(self._insert_completions, [_completion_row(item, now) for item in fresh])
+        mounting = [item for item in fresh if item.staging_claim]
+        uses = [Use(item.request, item.executor) for item in mounting]
+        queues = record_volumes(connection, self._insert_volumes, uses, self._default_staging_size, now)
+        _set_queues(connection, [(*_key(item), queues[item.staging_claim]) for item in mounting])
+        return queues
+
+    @staticmethod
+    def _supersede(connection: sa.Connection, task_instance_ids: Sequence[str], now: float) -> None:
+        outcome = Outcome.failed(FailureReason.SUPERSEDED, "a newer try was submitted")
+        values = {"p_state": outcome.state, "p_reason": outcome.reason, "p_message": outcome.message, "p_now": now}
+        for chunk in batched(task_instance_ids, CHUNK_ROWS):
+            rows = connection.execute(statements.supersede(), {**values, "p_ids": chunk})
+            ended = [AttemptId(*row) for row in rows]
+            append_events(connection, [event_row(old, "finished", outcome.to_json(), now) for old in ended])
+
+    def mark_sent(self, attempts: Sequence[AttemptId]) -> None:
+        """Record that the broker has the messages of these launches."""
+        if not attempts:
+            return
+        update = (
+            sa.update(_TI)
+            .where(
+                _TI.c.task_instance_id == sa.bindparam("ti"),
+                _TI.c.try_number == sa.bindparam("number"),
+                _TI.c.launch == sa.bindparam("at_launch"),
+            )
+            .values(sent_at=time.time())
+        )
+        rows = [{"ti": a.task_instance_id, "number": a.try_number, "at_launch": a.launch} for a in _ordered(attempts)]
+        with self._database.transaction() as connection:
+            connection.execute(update, rows)
+
+    def unsent(self, grace_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
+        """Unclaimed tries whose message is due and was not sent; the grace spares submits that are under way."""
+        now = time.time()
+        query = (
+            sa.select(_TI)
+            .where(is_live(), _TI.c.holder.is_(None), _TI.c.sent_at.is_(None), ~_needs_host())
+            .where(_TI.c.send_after <= now)
+            .where(sa.or_(_TI.c.launch > 1, _TI.c.queued_at <= now - grace_seconds))
+            .order_by(_TI.c.queued_at)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [TaskInstanceView.from_row(row) for row in connection.execute(query).mappings()]
+
+    def place(self, limit: int = 500) -> int:
+        """Give tries that wait for a host of their staging volume one that is present; how many got one."""
+        query = sa.select(_TI.c.task_instance_id, _TI.c.try_number, _TI.c.staging_claim).where(is_live(), _needs_host())
+        with self._database.transaction() as connection:
+            waiting = connection.execute(query.order_by(_TI.c.queued_at).limit(limit)).all()
+            queues = queues_of(connection, places_of(connection, sorted({claim for _, _, claim in waiting})))
+            return _set_queues(connection, [(ti, number, queues.get(claim, "")) for ti, number, claim in waiting])
+
+    def unplaced(self, at_least_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
+        """Tries that have waited that long for a host of their staging volume."""
+        query = sa.select(_TI).where(is_live(), _needs_host(), _TI.c.queued_at <= time.time() - at_least_seconds)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(_TI.c.queued_at).limit(limit)).mappings()
+            return [TaskInstanceView.from_row(row) for row in rows]
+
+
+def _needs_host() -> sa.ColumnElement[bool]:
+    # As ``TaskInstanceView.needs_host``.
+    return sa.and_(_TI.c.executor == ExecutorType.DOCKER.value, _TI.c.staging_claim != "", _TI.c.queue_name == "")
+
+
+def _set_queues(connection: sa.Connection, tries: Sequence[tuple[str, int, str]]) -> int:
+    """Write where tries go, (task instance, try, queue); one without a queue is left as it is."""
+    rows = [{"ti": ti, "number": number, "queue": queue} for ti, number, queue in sorted(tries) if queue]
+    if rows:
+        is_try = sa.and_(_TI.c.task_instance_id == sa.bindparam("ti"), _TI.c.try_number == sa.bindparam("number"))
+        connection.execute(sa.update(_TI).where(is_try).values(queue_name=sa.bindparam("queue")), rows)
+    return len(rows)
+
+
+def _key(item: NewTry) -> tuple[str, int]:
+    return item.request.task_instance_id, item.request.try_number
+
+
+def _ordered(attempts: Sequence[AttemptId]) -> list[AttemptId]:
+    return sorted(attempts, key=lambda attempt: (attempt.task_instance_id, attempt.try_number))
+
+
+def _submitted(item: NewTry, created: set[tuple[str, int]], queues: Mapping[str, str]) -> Submitted:
+    key, claim = _key(item), item.staging_claim
+    is_created = key in created
+    created.discard(key)  # the same try twice in one call was created once
+    queue = queues.get(claim, "")
+    needs_host = item.executor is ExecutorType.DOCKER and bool(claim) and not queue
+    return Submitted(item.request.attempt, celery_task_id(*key), is_created, queue, needs_host)
+
+
+def _row(item: NewTry, state: TaskState, now: float) -> dict[str, Any]:
+    request = item.request
+    return {
+        "task_instance_id": request.task_instance_id,
+        "try_number": request.try_number,
+        "launch": 1,
+        "tenant_id": request.tenant_id,
+        "dag_id": request.dag_id,
+        "run_id": request.run_id,
+        "task_id": request.task_id,
+        "operator": request.operator.value,
+        "executor": item.executor.value,
+        "image": request.image,
+        "priority": request.priority,
+        "celery_task_id": celery_task_id(request.task_instance_id, request.try_number),
+        "sealed_request": item.sealed_request,
+        "state": state.value,
+        "message": "",
+        "last_event": "",
+        "log_tail": [],
+        "hostname": "",
+        "external_name": "",
+        "staging_claim": item.staging_claim,
+        "memory_limit": item.memory_limit,
+        "oom_memory_factor": item.oom_memory_factor,
+        "queued_at": now,
+        "send_after": now,
+        "ended_at": None if state is TaskState.QUEUED else now,
+    }
+
+
+def _completion_row(item: NewTry, now: float) -> dict[str, Any]:
+    request = item.request
+    callback = request.result_callback
+    return {
+        "celery_task_id": celery_task_id(request.task_instance_id, request.try_number),
+        "task_instance_id": request.task_instance_id,
+        "try_number": request.try_number,
+        "context": {"task": task_name(item.executor), **item.context},
+        "result_callback": callback.model_dump() if callback else None,
+        "created_at": now,
+    }

@@ -1,0 +1,74 @@
+"""What the reapers look at: live attempts that are silent, unlaunched or cancelled. Reads only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+import sqlalchemy as sa
+
+from leoflow_celery.domain.attempt import AttemptId, attempt_name
+from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType
+from leoflow_celery.store.database import Database
+from leoflow_celery.store.models import TaskInstance, is_live, table_of
+from leoflow_celery.store.views import TaskInstanceView
+
+_TI = table_of(TaskInstance)
+
+
+class SweepStore:
+    """Queries over live rows only (a partial index serves them)."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def silent(self, heartbeat_timeout_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
+        """Claimed attempts whose last heartbeat is older than the timeout."""
+        return self._live(
+            _TI.c.holder.is_not(None), _TI.c.last_heartbeat_at < time.time() - heartbeat_timeout_seconds, limit=limit
+        )
+
+    def waiting(self, at_least_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
+        """Sent but unclaimed attempts, queued at least that long."""
+        before = time.time() - at_least_seconds
+        return self._live(_TI.c.holder.is_(None), _TI.c.sent_at < before, limit=limit)
+
+    def cancelled(self, grace_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
+        """Attempts asked to stop that have not stopped within the grace."""
+        return self._live(_TI.c.cancel_requested_at < time.time() - grace_seconds, limit=limit)
+
+    def expectations(self, executors: Collection[str]) -> dict[str, Expectation]:
+        """What must exist outside, per executor: every live attempt of it, in one query for all of them."""
+        names = ("executor", "task_instance_id", "try_number", "launch", "dag_id", "task_id")
+        more = ("launched_at", "holder", "back_end")
+        query = sa.select(*(_TI.c[name] for name in names + more)).where(is_live(), _TI.c.executor.in_(executors))
+        found: dict[str, list[ExpectedAttempt]] = {executor: [] for executor in executors}
+        now = time.time()
+        with self._database.reading() as connection:
+            for executor, ti, number, launch, dag_id, task_id, launched_at, holder, back_end in connection.execute(
+                query
+            ):
+                attempt = AttemptId(ti, number, launch)
+                name = attempt_name(attempt, dag_id, task_id)
+                found[executor].append(ExpectedAttempt(attempt, name, launched_at, holder is not None, _host(back_end)))
+        return {executor: Expectation.of(now, attempts) for executor, attempts in found.items()}
+
+    def oldest_waiting(self) -> dict[str, float]:
+        """Since when the oldest task instance of each launch queue has waited for a worker; none for an empty one."""
+        since = sa.func.min(sa.func.coalesce(_TI.c.sent_at, _TI.c.queued_at), type_=_TI.c.queued_at.type)
+        waiting = sa.and_(is_live(), _TI.c.holder.is_(None), _TI.c.launched_at.is_(None))
+        query = sa.select(_TI.c.executor, _TI.c.queue_name, since).where(waiting)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.group_by(_TI.c.executor, _TI.c.queue_name)).all()
+        return {name or QUEUE_OF[ExecutorType(executor)]: float(at) for executor, name, at in rows}
+
+    def _live(self, *conditions: sa.ColumnElement[bool], limit: int) -> list[TaskInstanceView]:
+        query = sa.select(_TI).where(is_live(), *conditions).order_by(_TI.c.queued_at).limit(limit)
+        with self._database.reading() as connection:
+            return [TaskInstanceView.from_row(row) for row in connection.execute(query).mappings()]
+
+
+def _host(back_end: str) -> str:
+    return BackEnd.parse(back_end).host if back_end else ""

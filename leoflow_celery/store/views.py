@@ -1,0 +1,141 @@
+"""Frozen views of rows: what the store hands out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import RowMapping
+
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import parse_reason
+from leoflow_celery.domain.relaunch import Memory, Relaunch
+from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType
+from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInstanceView:
+    """One try of a task instance. Times are seconds since the epoch."""
+
+    task_instance_id: str
+    try_number: int
+    launch: int
+    tenant_id: str
+    dag_id: str
+    run_id: str
+    task_id: str
+    operator: str
+    executor: str
+    image: str
+    priority: int
+    celery_task_id: str
+    sealed_request: str = field(repr=False)
+    state: TaskState
+    reason: str | None
+    message: str
+    exit_code: int | None
+    last_event: str
+    log_tail: tuple[str, ...]
+    holder: str | None
+    lease_until: float | None
+    last_heartbeat_at: float | None
+    hostname: str
+    external_name: str
+    back_end: str
+    queue_name: str
+    staging_claim: str
+    memory_limit: int
+    oom_memory_factor: float
+    oom_relaunches: int
+    queued_at: float
+    send_after: float
+    sent_at: float | None
+    launched_at: float | None
+    started_at: float | None
+    ended_at: float | None
+    cancel_requested_at: float | None
+
+    @classmethod
+    def from_row(cls, row: RowMapping) -> TaskInstanceView:
+        values: dict[str, Any] = dict(row)
+        values["state"] = TaskState(values["state"])
+        values["log_tail"] = tuple(values["log_tail"] or ())
+        return cls(**values)
+
+    @property
+    def attempt(self) -> AttemptId:
+        """The current launch of this try."""
+        return AttemptId(self.task_instance_id, self.try_number, self.launch)
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.state in TERMINAL
+
+    @property
+    def queue(self) -> str:
+        """Where its message is or was."""
+        return self.queue_name or QUEUE_OF[ExecutorType(self.executor)]
+
+    @property
+    def memory(self) -> Memory:
+        """Its memory limit, and how that grew."""
+        return Memory(self.memory_limit, self.oom_memory_factor, self.oom_relaunches)
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether it must wait for the host of its staging volume before it can be sent."""
+        return self.executor == ExecutorType.DOCKER and bool(self.staging_claim) and not self.queue_name
+
+    @property
+    def outcome(self) -> Outcome:
+        """How a terminal try ended."""
+        reason = parse_reason(self.reason) if self.reason else None
+        return Outcome(self.state, reason, self.message, self.exit_code, self.last_event, self.log_tail)
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """One run of a DAG."""
+
+    tenant_id: str
+    dag_id: str
+    run_id: str
+    dag_version: str
+    state: RunState
+    started_at: float
+    ended_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """What came of recording a request: ``created`` is False for a try that was recorded before.
+
+    ``queue_name`` is where a created try must go, empty for its executor's own queue; ``needs_host`` keeps it back
+    until a host for its staging volume is present.
+    """
+
+    attempt: AttemptId
+    celery_task_id: str
+    created: bool
+    queue_name: str = ""
+    needs_host: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What came of a report. ``recorded`` is False when somebody else's end came first.
+
+    ``relaunch`` is set when the try goes on with the next launch instead of ending; ``view`` is the try afterwards
+    (None for one that does not exist).
+    """
+
+    recorded: bool
+    relaunch: Relaunch | None = None
+    view: TaskInstanceView | None = None
+
+    @property
+    def state(self) -> TaskState | None:
+        """Where the try stands now."""
+        return self.view.state if self.view else None

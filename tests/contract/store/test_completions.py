@@ -1,0 +1,109 @@
+"""Completions: whoever waits for a try gets its result once, whatever dies in between."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from leoflow_celery.domain.attempt import celery_task_id
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.store import Store
+from leoflow_celery.store.completions import Waiting
+from tests.contract.store.rows import EVICTED, race, submit
+
+
+def finished(store: Store, task_instance_id: str) -> str:
+    attempt = submit(store, task_instance_id)
+    store.attempts.finish(attempt, Outcome.success())
+    return celery_task_id(task_instance_id, 1)
+
+
+def ids(waiting: list[Waiting]) -> set[str]:
+    return {item.celery_task_id for item in waiting}
+
+
+def test_nothing_is_due_before_the_try_ended(store: Store) -> None:
+    attempt = submit(store)
+    assert store.completions.take(60) == []
+    store.attempts.claim(attempt, "h1", "host", 60)
+    store.attempts.finish(attempt, EVICTED)
+    assert store.completions.take(60) == []
+    store.attempts.finish(attempt.evolve(launch=2), Outcome.success())
+    assert ids(store.completions.take(60)) == {celery_task_id("ti-1", 1)}
+
+
+def test_what_is_leased_is_not_given_twice_until_the_lease_runs_out(store: Store) -> None:
+    waiting_id = finished(store, "a")
+    assert ids(store.completions.take(-1)) == {waiting_id}
+    assert ids(store.completions.take(60)) == {waiting_id}
+    assert store.completions.take(60) == []
+
+
+def test_what_is_done_is_never_given_again(store: Store) -> None:
+    waiting_id = finished(store, "a")
+    store.completions.take(-1)
+    store.completions.done([waiting_id])
+    store.completions.done([])
+    assert store.completions.take(60) == []
+
+
+def test_any_number_of_ids_of_any_shape_wait_for_one_try(store: Store) -> None:
+    own = finished(store, "a")
+    ours = "x" * 200
+    for _ in range(2):
+        store.completions.register(ours, "a", 1, {"task": "leoflow.dispatch", "callbacks": [{"task": "next"}]})
+    taken = store.completions.take(60, "a", 1)
+    assert ids(taken) == {own, ours}
+    [extra] = [item for item in taken if item.celery_task_id == ours]
+    assert extra.context["callbacks"] == [{"task": "next"}]
+    assert extra.result_callback is None
+
+
+def test_a_try_can_be_named_and_the_oldest_come_first(store: Store) -> None:
+    first, second, third = (finished(store, name) for name in "abc")
+    assert ids(store.completions.take(60, "b", 1)) == {second}
+    assert ids(store.completions.take(60, "b", 2)) == set()
+    assert ids(store.completions.take(60, limit=1)) == {first}
+    assert ids(store.completions.take(60, limit=10)) == {third}
+
+
+def test_racing_takers_share_the_work_and_no_id_goes_to_two(store: Store) -> None:
+    due = {finished(store, f"ti-{n}") for n in range(60)}
+    taken: list[str] = []
+
+    def take(_: int) -> list[str]:
+        mine: list[str] = []
+        while found := store.completions.take(60, limit=3):
+            assert len(found) <= 3
+            mine += ids(found)
+            store.completions.done([item.celery_task_id for item in found])
+        return mine
+
+    for result in race(20, take):
+        assert not isinstance(result, Exception), result
+        taken += result
+    # A taker that found only locked rows stopped early; what it left is still due.
+    taken += ids(store.completions.take(60))
+    assert len(taken) == len(set(taken))
+    assert set(taken) == due
+
+
+def test_one_that_cannot_be_completed_waits_longer_each_time_up_to_an_hour(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    celery_id, delays = finished(store, "a"), []
+    now = time.time()
+    monkeypatch.setattr("leoflow_celery.store.completions.time.time", lambda: now)
+    for _ in range(9):
+        [taken] = store.completions.take(60)
+        assert taken.celery_task_id == celery_id
+        delays.append(store.completions.failed(taken))
+        now += delays[-1] - 1
+        assert store.completions.take(60) == []
+        now += 2
+    assert delays == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600]
+    store.completions.done([celery_id])
+    assert store.completions.failed(taken) == 3600
+    now += 4_000
+    assert store.completions.take(60) == []

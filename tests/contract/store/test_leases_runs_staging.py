@@ -1,0 +1,136 @@
+"""The small stores: named leases, runs, staging volumes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.states import RunState, TaskState
+from leoflow_celery.errors import NotFound
+from leoflow_celery.store import Store
+from tests.contract.store.rows import race, submit
+
+RUN = ("default", "sales", "scheduled:2026-01-01")
+
+
+# -- leases ------------------------------------------------------------------------------------------------------
+
+
+def test_one_thread_flies_and_the_others_stay_on_the_ground(store: Store) -> None:
+    everybody_asked = threading.Barrier(20)
+
+    def fly(_: int) -> bool:
+        with store.leases.single_flight("reconcile", 60) as mine:
+            everybody_asked.wait()
+            return mine
+
+    assert sorted(race(20, fly)) == [False] * 19 + [True]  # type: ignore[type-var]
+    with store.leases.single_flight("reconcile", 60) as mine:
+        assert mine
+
+
+def test_a_lease_is_renewed_by_its_holder_and_taken_when_it_ran_out(store: Store) -> None:
+    leases = store.leases
+    assert leases.acquire("sweep", "a", 60)
+    assert leases.acquire("sweep", "a", -1)
+    assert leases.acquire("sweep", "b", 60)
+    assert not leases.acquire("sweep", "a", 60)
+    leases.release("sweep", "a")
+    assert not leases.acquire("sweep", "a", 60)
+    assert leases.acquire("other", "a", 60)
+    leases.release("sweep", "b")
+    assert leases.acquire("sweep", "a", 60)
+
+
+def test_the_lease_ends_with_an_error_too(store: Store) -> None:
+    with pytest.raises(ZeroDivisionError), store.leases.single_flight("gc", 60):
+        raise ZeroDivisionError
+    assert store.leases.acquire("gc", "b", 60)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_created_once_ends_once_and_is_opened_again_by_a_clear(store: Store) -> None:
+    first = store.runs.create(*RUN, dag_version="v1")
+    assert (first.state, first.dag_version, first.ended_at) == (RunState.RUNNING, "v1", None)
+    assert store.runs.create(*RUN, dag_version="v1") == first
+    assert store.runs.finish(*RUN, RunState.FAILED)
+    assert not store.runs.finish(*RUN, RunState.SUCCESS)
+    ended = store.runs.get(*RUN)
+    assert ended.state is RunState.FAILED
+    assert ended.ended_at is not None
+    again = store.runs.create(*RUN, dag_version="v2")
+    assert (again.state, again.ended_at, again.dag_version) == (RunState.RUNNING, None, "v2")
+    assert again.started_at == first.started_at
+    assert store.runs.finish(*RUN, RunState.SUCCESS)
+
+
+def test_a_run_that_never_was_is_named(store: Store) -> None:
+    with pytest.raises(NotFound, match="scheduled:2026"):
+        store.runs.get(*RUN)
+    assert not store.runs.finish(*RUN, RunState.SUCCESS)
+
+
+def test_the_newest_try_of_each_task_of_a_run(store: Store) -> None:
+    for task in ("extract", "load"):
+        submit(store, task, run_id=RUN[2])
+    submit(store, "elsewhere", run_id="scheduled")
+    store.attempts.finish(store.attempts.get("extract").attempt, Outcome.success())
+    submit(store, "load", 2, run_id=RUN[2])
+    found = [(view.task_id, view.try_number, view.state) for view in store.runs.task_instances(*RUN)]
+    assert found == [("extract", 1, TaskState.SUCCESS), ("load", 2, TaskState.QUEUED)]
+
+
+# -- staging volumes ---------------------------------------------------------------------------------------------
+
+
+def test_a_volume_is_recorded_once_and_its_deletion_with_the_reason(store: Store) -> None:
+    store.staging.record_staging_volume(*RUN, "claim-1", "1Gi", "kubernetes")
+    store.staging.record_staging_volume(*RUN, "claim-1", "2Gi", "docker:h")
+    [volume] = store.staging.list_active()
+    assert (volume.claim_name, volume.size, volume.backend, volume.run_state) == ("claim-1", "1Gi", "kubernetes", None)
+    assert store.staging.mark_staging_deleted("claim-1", "run_succeeded")
+    assert not store.staging.mark_staging_deleted("claim-1", "orphaned")
+    assert store.staging.list_active() == []
+
+
+def test_active_volumes_come_with_the_state_of_their_run(store: Store) -> None:
+    store.runs.create(*RUN)
+    store.staging.record_staging_volume(*RUN, "a", "1Gi", "kubernetes")
+    store.staging.record_staging_volume("default", "sales", "gone", "b", "1Gi", "docker:host")
+    store.runs.finish(*RUN, RunState.FAILED)
+    ended_at = store.runs.get(*RUN).ended_at
+    assert [(v.claim_name, v.run_state, v.run_ended_at) for v in store.staging.list_active()] == [
+        ("a", RunState.FAILED, ended_at),
+        ("b", None, None),
+    ]
+    assert [volume.claim_name for volume in store.staging.list_active("docker:host")] == ["b"]
+
+
+def test_a_deleted_name_that_is_used_again_is_active_again_with_its_new_size(store: Store) -> None:
+    store.staging.record_staging_volume(*RUN, "claim-1", "1Gi", "kubernetes")
+    [before] = store.staging.list_active()
+    store.staging.mark_staging_deleted("claim-1", "ttl_expired")
+    store.staging.record_staging_volume(*RUN, "claim-1", "5Gi", "kubernetes")
+    [again] = store.staging.list_active()
+    assert again.size == "5Gi"
+    assert again.created_at > before.created_at
+    assert store.staging.mark_staging_deleted("claim-1", "run_succeeded")
+
+
+def test_presence_counts_from_its_start_and_anew_after_a_gap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000_000.0
+    monkeypatch.setattr("leoflow_celery.store.leases.time.time", lambda: now)
+    assert store.leases.present_seconds("p", 10) is None
+    store.leases.keep_present("p", 10)
+    now += 8
+    store.leases.keep_present("p", 10)
+    now += 8
+    assert store.leases.present_seconds("p", 10) == pytest.approx(16)
+    now += 3
+    assert store.leases.present_seconds("p", 10) is None
+    store.leases.keep_present("p", 10)
+    assert store.leases.present_seconds("p", 10) == pytest.approx(0)

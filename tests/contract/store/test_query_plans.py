@@ -1,0 +1,140 @@
+"""The hot queries stay cheap however long the history is: the planners of both databases say so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.store import Store
+from leoflow_celery.store.attempts import Beat, Guard
+from leoflow_celery.store.events import event_row
+from leoflow_celery.store.models import TaskCompletion, TaskEvent, TaskInstance, table_of
+from leoflow_celery.store.submissions import _completion_row, _row
+from tests.contract.store.rows import claim, new_try, submit
+
+HISTORY_ROWS = 20_000
+Statement = tuple[str, Any]
+
+
+@pytest.fixture
+def long_store(store: Store) -> Store:
+    """20,000 ended tries with completed results, and ten live ones."""
+    now = time.time()
+    tries = [new_try(f"old-{n}", run_id=f"run-{n // 50}") for n in range(HISTORY_ROWS)]
+    completions = [{**_completion_row(item, now), "done_at": now} for item in tries]
+    with store.database.transaction() as connection:
+        connection.execute(sa.insert(table_of(TaskInstance)), [_row(item, TaskState.SUCCESS, now) for item in tries])
+        connection.execute(sa.insert(table_of(TaskCompletion)), completions)
+        connection.execute(
+            sa.insert(table_of(TaskEvent)), [event_row(item.request.attempt, "finished", {}) for item in tries]
+        )
+    for n in range(10):
+        submit(store, f"ti-{n}")
+    with store.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE")
+    return store
+
+
+@contextmanager
+def recorded(store: Store) -> Iterator[list[Statement]]:
+    """Every statement that goes to the database inside the block."""
+    statements: list[Statement] = []
+
+    def record(_conn: object, _cursor: object, statement: str, parameters: Any, _context: object, many: bool) -> None:
+        statements.append((statement, parameters[0] if many else parameters))
+
+    sa.event.listen(store.database.engine, "before_cursor_execute", record)
+    try:
+        yield statements
+    finally:
+        sa.event.remove(store.database.engine, "before_cursor_execute", record)
+
+
+def plan_of(store: Store, statement: Statement) -> list[str]:
+    """The planner's lines for a statement as it was sent, with its values."""
+    text, parameters = statement
+    connection = store.database.engine.raw_connection()
+    try:
+        if store.database.is_sqlite:
+            return [row[3] for row in connection.cursor().execute(f"EXPLAIN QUERY PLAN {text}", parameters).fetchall()]
+        import psycopg
+
+        cursor = psycopg.ClientCursor(connection.driver_connection)
+        return [row[0] for row in cursor.execute(f"EXPLAIN {text}", parameters).fetchall()]
+    finally:
+        connection.rollback()
+        connection.close()
+
+
+def full_scans(lines: list[str]) -> list[str]:
+    """The lines that walk through all rows of a table, not through one of the partial indexes."""
+    partial = ("ix_task_instance_live", "ix_task_completion_open")
+    tables = ("task_instance", "task_completion", "task_event")
+    walks = [line for line in lines if "SCAN" in line or "Seq Scan on" in line]
+    return [line for line in walks if any(t in line for t in tables) and not any(index in line for index in partial)]
+
+
+Call = Callable[[Store], object]
+CALLS: dict[str, Call] = {
+    "silent": lambda store: store.sweeps.silent(90),
+    "waiting": lambda store: store.sweeps.waiting(60),
+    "cancelled": lambda store: store.sweeps.cancelled(60),
+    "unsent": lambda store: store.submissions.unsent(30),
+    "place": lambda store: store.submissions.place(),
+    "unplaced": lambda store: store.submissions.unplaced(60),
+    "expectations": lambda store: store.sweeps.expectations({"kubernetes", "docker"}),
+    "oldest waiting": lambda store: store.sweeps.oldest_waiting(),
+    "staging": lambda store: store.staging.list_active(),
+    "take": lambda store: store.completions.take(60),
+    "take of one": lambda store: store.completions.take(60, "ti-1", 1),
+    "done": lambda store: store.completions.done(["some-id"]),
+    "record": lambda store: submit(store, "fresh"),
+    "record again": lambda store: submit(store, "old-7", 2),
+    "mark sent": lambda store: store.submissions.mark_sent([submit(store, "ti-1")]),
+    "claim": lambda store: claim(store, submit(store, "ti-1")),
+    "heartbeat": lambda store: store.attempts.heartbeat(
+        [Beat(submit(store, f"ti-{n}"), f"h{n}") for n in range(10)], 60
+    ),
+    "start": lambda store: [claim(store, submit(store, "ti-2")), store.attempts.start(submit(store, "ti-2"), "h1")],
+    "finish": lambda store: store.attempts.finish(submit(store, "ti-1"), Outcome.success(), Guard(holder="h1")),
+    "cancel": lambda store: store.attempts.request_cancel("ti-3"),
+    "events": lambda store: store.events.of("ti-1"),
+    "run": lambda store: store.runs.task_instances("default", "sales", "run-7"),
+}
+
+
+def test_no_hot_query_reads_the_history(long_store: Store) -> None:
+    found = {}
+    for name, call in CALLS.items():
+        with recorded(long_store) as statements:
+            call(long_store)
+        assert statements, name
+        for statement in statements:
+            if statement[0].split()[0] in ("SELECT", "UPDATE", "INSERT", "DELETE", "WITH"):
+                lines = plan_of(long_store, statement)
+                if bad := full_scans(lines):
+                    found[name] = (bad, statement[0], lines)
+    assert found == {}
+
+
+def test_sweeps_start_from_the_partial_indexes(long_store: Store) -> None:
+    index_of = dict.fromkeys(
+        ("silent", "waiting", "cancelled", "unsent", "unplaced", "expectations"), "ix_task_instance_live"
+    )
+    for name, index in {**index_of, "take": "ix_task_completion_open"}.items():
+        with recorded(long_store) as statements:
+            CALLS[name](long_store)
+        [query] = [statement for statement in statements if "FROM" in statement[0]]
+        assert any(index in line for line in plan_of(long_store, query)), name
+
+
+def test_the_check_itself_sees_a_full_scan(long_store: Store) -> None:
+    query = ("SELECT * FROM task_instance WHERE hostname = 'nowhere'", ())
+    assert full_scans(plan_of(long_store, query)) != []
