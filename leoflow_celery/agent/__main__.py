@@ -1,0 +1,79 @@
+"""``leoflow-agent``, also ``python -m leoflow_celery.agent``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import NoReturn
+
+from leoflow_celery.agent import linux
+from leoflow_celery.agent.client import ControlPlane, open_channel
+from leoflow_celery.agent.config import AgentConfig
+from leoflow_celery.agent.environment_file import absorb_environment_file
+from leoflow_celery.agent.lifecycle import Agent
+from leoflow_celery.agent.stopping import StopRequest
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.errors import ConfigurationError
+
+log = logging.getLogger("leoflow_celery.agent")
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_FORWARDED_SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def command() -> NoReturn:
+    """``main`` as a process. It ends at once: taking the interpreter down would cost more than all that it did."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def main() -> int:
+    """Run the attempt that the environment describes and return the exit code."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="leoflow-agent: %(levelname)s %(message)s")
+    try:
+        absorb_environment_file(os.environ)
+        config = AgentConfig.from_environment(os.environ)
+        linux.adopt_orphans()
+        linux.hide_from_our_user()
+        return asyncio.run(run_agent(config, os.environ))
+    except ConfigurationError as error:
+        log.error("%s", error)  # noqa: TRY400 - one line is what an operator wants
+        return 1
+
+
+async def run_agent(config: AgentConfig, environ: Mapping[str, str]) -> int:
+    """One agent in a fresh event loop of the main thread."""
+    stop = StopRequest()
+    async with open_channel(config) as channel:
+        agent = Agent(config, ControlPlane(channel, config), stop, environ)
+        _handle_signals(agent, stop)
+        return await agent.run()
+
+
+def _handle_signals(agent: Agent, stop: StopRequest) -> None:
+    loop = asyncio.get_running_loop()
+
+    def interrupt(name: str) -> None:
+        stop.ask(FailureReason.INTERRUPTED, f"the agent received {name}")
+        agent.beat_now()
+
+    def forward(number: signal.Signals) -> None:
+        if agent.task_run is not None:
+            agent.task_run.forward(number)
+
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, interrupt, number.name)
+    for number in _FORWARDED_SIGNALS:
+        loop.add_signal_handler(number, forward, number)
+
+
+if __name__ == "__main__":
+    command()

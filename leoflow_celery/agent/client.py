@@ -1,0 +1,182 @@
+"""Calls to the control plane: one channel, our metadata, foreign errors mapped to ours, retries.
+
+The only file of the agent that imports grpc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from leoflow_celery.agent.config import AgentConfig
+from leoflow_celery.errors import (
+    ClaimRefused,
+    ConfigurationError,
+    Fenced,
+    GatewayUnavailable,
+    InvalidToken,
+    LeoflowError,
+    NotFound,
+)
+from leoflow_celery.protocol.service import AUTHORIZATION_KEY, METHODS, REFUSED_KEY, SESSION_KEY, serialize
+
+T = TypeVar("T")
+
+#: One call may take this long before it counts as unanswered.
+CALL_TIMEOUT_SECONDS = 20.0
+_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 2.0
+_OPTIONS: list[tuple[str, Any]] = [
+    # A restarted gateway is found again within a second or two.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_500),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    # A dead peer is noticed; heartbeats in between keep servers from counting the pings as abuse.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", -1),
+    # Proxies in the environment are for the user's process, not for the way to the control plane.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_CODE = grpc.StatusCode
+_MAY_WORK_LATER = frozenset(
+    {
+        _CODE.UNAVAILABLE,
+        _CODE.DEADLINE_EXCEEDED,
+        _CODE.INTERNAL,
+        _CODE.UNKNOWN,
+        _CODE.RESOURCE_EXHAUSTED,
+        _CODE.CANCELLED,
+        _CODE.DATA_LOSS,
+    }
+)
+
+
+class CallRefused(LeoflowError):
+    """The control plane answers this call with no, and will again. ``code`` is the gRPC status name."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code, self.message = code, message
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+def map_error(code: grpc.StatusCode, details: str, trailing: dict[str, Any]) -> LeoflowError:
+    """Every gRPC status as an error of ours."""
+    if code in _MAY_WORK_LATER:
+        return GatewayUnavailable(f"{code.name}: {details}")
+    match code:
+        case _CODE.UNAUTHENTICATED:
+            return InvalidToken("refused", details)
+        case _CODE.FAILED_PRECONDITION:
+            return ClaimRefused(str(trailing.get(REFUSED_KEY, "refused")), details)
+        case _CODE.ABORTED:
+            return Fenced(details)
+        case _CODE.NOT_FOUND:
+            return NotFound(details)
+        case _:
+            return CallRefused(code.name, details)
+
+
+def open_channel(config: AgentConfig) -> grpc.aio.Channel:
+    """A channel to the control plane, with TLS when the agent was told so.
+
+    Raises:
+        ConfigurationError: the CA file cannot be read.
+    """
+    if config.insecure:
+        return grpc.aio.insecure_channel(config.address, options=_OPTIONS)
+    try:
+        root = Path(config.tls_ca).read_bytes() if config.tls_ca else None
+    except OSError as error:
+        raise ConfigurationError(f"LEOFLOW_AGENT_TLS_CA={config.tls_ca}: {error.strerror}") from error
+    return grpc.aio.secure_channel(config.address, grpc.ssl_channel_credentials(root), options=_OPTIONS)
+
+
+class ControlPlane:
+    """The nine methods of AgentService, as one holder."""
+
+    def __init__(self, channel: grpc.aio.Channel, config: AgentConfig) -> None:
+        self._channel = channel
+        self._metadata = ((AUTHORIZATION_KEY, f"Bearer {config.token}"), (SESSION_KEY, config.session))
+
+    async def call(self, name: str, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
+        """One unary call, with further metadata beside ours.
+
+        Raises:
+            GatewayUnavailable, InvalidToken, ClaimRefused, Fenced, NotFound, CallRefused: see ``map_error``.
+        """
+        method = METHODS[name]
+        stub = self._channel.unary_unary(method.path, serialize, method.response.FromString)
+        try:
+            return await stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=(*self._metadata, *metadata))
+        except grpc.aio.AioRpcError as error:
+            trailing = dict(error.trailing_metadata() or ())
+            raise map_error(error.code(), error.details() or "", trailing) from error
+
+    def open_log_stream(self) -> LogStream:
+        """A new StreamLogs call."""
+        method = METHODS["StreamLogs"]
+        stub: Any = self._channel.stream_stream(method.path, None, method.response.FromString)
+        return LogStream(stub(metadata=self._metadata))
+
+
+class LogStream:
+    """One StreamLogs call; lines go in serialized, acknowledged line numbers come out."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def send(self, line: bytes) -> bool:
+        """Send one line; False when the stream is over (``acks`` says why)."""
+        try:
+            await self._call.write(line)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return False
+        return True
+
+    async def finish(self) -> None:
+        """Say that no further line comes."""
+        if not self._call.done():
+            await self._call.done_writing()
+
+    async def acks(self) -> AsyncIterator[int]:
+        """Line numbers through which everything has arrived, until the server closes the stream.
+
+        Raises:
+            LeoflowError: the stream did not end with OK.
+        """
+        try:
+            async for ack in self._call:
+                yield ack.acknowledged_through_line
+        except grpc.aio.AioRpcError as error:
+            raise map_error(error.code(), error.details() or "", {}) from error
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+async def retried(operation: Callable[[], Awaitable[T]], deadline: float) -> T:
+    """The result of an operation, tried with jittered backoff while the control plane is away.
+
+    ``deadline`` is a ``time.monotonic()``. Raises what the operation raised last.
+    """
+    backoff = _FIRST_BACKOFF_SECONDS
+    while True:
+        try:
+            return await operation()
+        except GatewayUnavailable:
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311 - jitter
+        backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)

@@ -1,0 +1,100 @@
+"""What an agent is told by whatever starts it: its environment, read once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from leoflow_celery.errors import ConfigurationError
+
+_KUBERNETES_TERMINATION_LOG = "/dev/termination-log"
+_KIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """Where the control plane is, who we are, and the agent's limits."""
+
+    address: str
+    token: str = field(repr=False)
+    task_instance_id: str
+    insecure: bool = True
+    tls_ca: str = ""
+    #: Interpreter of python tasks.
+    python: str = sys.executable
+    #: Empty: no termination log is written.
+    termination_log: str = ""
+    #: Where the agent's private directory is made; None means the system's temporary one.
+    work_dir: str | None = None
+    #: How long registering and reporting are tried before giving up.
+    report_deadline_seconds: float = 600
+    #: Between SIGTERM and SIGKILL.
+    kill_grace_seconds: float = 10
+    heartbeat_seconds: float = 15
+    #: Log bytes kept on disk while the control plane is slow or away.
+    spool_bytes: int = 64 * _KIB * _KIB
+    #: Whether the user's lines also appear on the agent's own output: what ``docker logs`` and ``kubectl logs`` show.
+    echo: bool = False
+    #: Whether an interruption that is no cancellation is left to the executor to report: it sees why (an eviction, …).
+    leave_interruption: bool = False
+    #: The holder of the claim: one per agent process, the same in every call.
+    session: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> AgentConfig:
+        """Read the environment.
+
+        Raises:
+            ConfigurationError: a variable is missing, no number or neither true nor false; the text names it.
+        """
+        return cls(
+            address=_required(environ, "LEOFLOW_CONTROL_PLANE_ADDR"),
+            token=_required(environ, "LEOFLOW_AGENT_TOKEN"),
+            task_instance_id=_required(environ, "LEOFLOW_TASK_INSTANCE_ID"),
+            insecure=environ.get("LEOFLOW_AGENT_INSECURE", "").strip().lower() != "false",
+            tls_ca=environ.get("LEOFLOW_AGENT_TLS_CA", ""),
+            python=environ.get("LEOFLOW_PYTHON") or sys.executable,
+            termination_log=_termination_log(environ),
+            work_dir=environ.get("LEOFLOW_AGENT_WORK_DIR") or None,
+            report_deadline_seconds=_number(environ, "LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS", 600),
+            kill_grace_seconds=_number(environ, "LEOFLOW_AGENT_KILL_GRACE_SECONDS", 10),
+            heartbeat_seconds=_number(environ, "LEOFLOW_AGENT_HEARTBEAT_SECONDS", 15),
+            spool_bytes=int(_number(environ, "LEOFLOW_AGENT_SPOOL_BYTES", 64 * _KIB * _KIB, at_least=64 * _KIB)),
+            echo=_flag(environ, "LEOFLOW_AGENT_ECHO"),
+            leave_interruption=_flag(environ, "LEOFLOW_AGENT_LEAVE_INTERRUPTION"),
+        )
+
+
+def _required(environ: Mapping[str, str], name: str) -> str:
+    value = environ.get(name, "").strip()
+    if not value:
+        raise ConfigurationError(f"{name} is not set; an executor sets it for the agent it starts")
+    return value
+
+
+def _number(environ: Mapping[str, str], name: str, default: float, at_least: float = 0) -> float:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfigurationError(f"{name}={text!r} is not a number") from None
+    if not at_least <= value < float("inf"):
+        raise ConfigurationError(f"{name}={text!r} must be at least {at_least:g}")
+    return value
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    text = environ.get(name, "").strip().lower()
+    if text not in ("", "true", "false"):
+        raise ConfigurationError(f"{name}={text!r} must be true or false")
+    return text == "true"
+
+
+def _termination_log(environ: Mapping[str, str]) -> str:
+    path = environ.get("LEOFLOW_TERMINATION_LOG", "")
+    return path or (_KUBERNETES_TERMINATION_LOG if os.path.exists(_KUBERNETES_TERMINATION_LOG) else "")

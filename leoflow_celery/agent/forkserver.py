@@ -1,0 +1,135 @@
+"""A pre-imported agent that forks one agent per task: ``python -m leoflow_celery.agent.forkserver FD``.
+
+Interpreter start and imports are most of what a short task costs, and a fork pays them once. FD is a SOCK_SEQPACKET
+socket to the executor; a packet is one line of JSON.
+
+in   ``{"id", "env", "cwd", "log"}`` with one open file (the attempt's lock, which the agent holds while it lives)
+out  ``{"id", "pid"}`` at the start or ``{"id", "error"}``, then ``{"id", "exited": status}``
+
+When the executor is gone (its end of the socket closed, however its process ended) the server stays until its agents
+have ended, then exits. No gRPC object may be created here: they do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+from typing import Any, NoReturn
+
+from leoflow_celery.agent.__main__ import main as agent_main
+
+MAX_PACKET_BYTES = 1 << 17
+
+
+class ForkServer:
+    """One socket, many children."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(connection, selectors.EVENT_READ)
+        #: pidfd → (request id, pid)
+        self._children: dict[int, tuple[int, int]] = {}
+        self._open = True
+
+    def run(self) -> None:
+        """Serve until the executor and every child are gone."""
+        # Everything imported so far is kept out of the children's collections, which would copy its pages.
+        gc.collect()
+        gc.freeze()
+        while self._open or self._children:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._connection:
+                    self._receive()
+                else:
+                    self._child_ended(key.fd)
+
+    def _receive(self) -> None:
+        packet, files, _, _ = socket.recv_fds(self._connection, MAX_PACKET_BYTES, 1)
+        if not packet:
+            self._selector.unregister(self._connection)
+            self._open = False
+            return
+        request = json.loads(packet)
+        try:
+            self._fork(request)
+        except OSError as error:
+            self._send({"id": request["id"], "error": error.errno})
+        finally:
+            for descriptor in files:
+                os.close(descriptor)
+
+    def _fork(self, request: dict[str, Any]) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self._become_agent(request)
+        pidfd = os.pidfd_open(pid)
+        self._children[pidfd] = (request["id"], pid)
+        self._selector.register(pidfd, selectors.EVENT_READ)
+        self._send({"id": request["id"], "pid": pid})
+
+    def _become_agent(self, request: dict[str, Any]) -> NoReturn:
+        """In the child: shed what is the server's, become what the request says. The file of the lock stays open."""
+        code = 1
+        try:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            self._selector.close()
+            self._connection.close()
+            for pidfd in self._children:
+                os.close(pidfd)
+            _redirect(request["log"])
+            os.environ.clear()
+            os.environ.update(request["env"])
+            if request["cwd"]:
+                os.chdir(request["cwd"])
+            code = agent_main()
+        except BaseException as error:  # noqa: BLE001 - nothing may reach the server's own loop in a child
+            sys.stderr.write(f"leoflow-agent: {type(error).__name__}: {error}\n")
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _child_ended(self, pidfd: int) -> None:
+        request_id, pid = self._children.pop(pidfd)
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        self._send({"id": request_id, "exited": os.waitstatus_to_exitcode(status)})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._open:
+            try:
+                self._connection.send(json.dumps(message).encode())
+            except OSError:
+                return  # the executor is gone; reading will say so
+
+
+def _redirect(log: str) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for source, target in ((null, 0), (out, 1), (out, 2)):
+        os.dup2(source, target)
+    os.close(null)
+    os.close(out)
+
+
+def main() -> int:
+    """Serve the socket whose number is the only argument."""
+    # A signal to the worker's group (Ctrl-C, a supervisor's stop) is not for running tasks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
+    ForkServer(connection).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

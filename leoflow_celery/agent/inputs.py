@@ -1,0 +1,66 @@
+"""What a task is given before it starts: XCom inputs, variables and connections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from leoflow_celery.agent.client import CallRefused, ControlPlane, retried
+from leoflow_celery.errors import ClaimRefused, LeoflowError, NotFound
+from leoflow_celery.protocol import agent_pb2 as pb
+
+
+class InputRefused(LeoflowError):
+    """The control plane does not let this task read an input it needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything fetched, still under its own name. ``warnings`` go to the task's log."""
+
+    xcoms: Mapping[str, bytes] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+    connections: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+async def fetch_inputs(plane: ControlPlane, mapping: Mapping[str, str], deadline: float) -> Inputs:
+    """Fetch all inputs at once; ``mapping`` is parameter → upstream task id.
+
+    Raises:
+        InputRefused: an XCom input may not be read.
+        GatewayUnavailable: the control plane stayed away until the deadline.
+    """
+    variables, connections, values = await asyncio.gather(
+        _optional(plane, "GetVariables", pb.GetVariablesRequest(), deadline),
+        _optional(plane, "GetConnections", pb.GetConnectionsRequest(), deadline),
+        asyncio.gather(*(_xcom(plane, parameter, task_id, deadline) for parameter, task_id in mapping.items())),
+    )
+    refused = dict.fromkeys(answer for answer in (variables, connections) if isinstance(answer, str))
+    return Inputs(
+        xcoms={name: value for name, value in zip(mapping, values, strict=True) if value is not None},
+        variables={} if isinstance(variables, str) else dict(variables.variables),
+        connections={} if isinstance(connections, str) else dict(connections.connection_uris),
+        warnings=tuple(f"going on without variables or connections: {why}" for why in refused),
+    )
+
+
+async def _xcom(plane: ControlPlane, parameter: str, task_id: str, deadline: float) -> bytes | None:
+    request = pb.FetchXComRequest(upstream_task_id=task_id)
+    try:
+        answer = await retried(lambda: plane.call("FetchXCom", request), deadline)
+    except NotFound:
+        return None
+    except (CallRefused, ClaimRefused) as error:
+        raise InputRefused(f"XCom input {parameter!r} from task {task_id!r}: {error}") from error
+    return bytes(answer.value)
+
+
+async def _optional(plane: ControlPlane, method: str, request: Any, deadline: float) -> Any:
+    """The answer, or why it was refused (a text): these two a task can do without."""
+    try:
+        return await retried(lambda: plane.call(method, request), deadline)
+    except (CallRefused, ClaimRefused, NotFound) as error:
+        return str(error)

@@ -1,0 +1,87 @@
+"""What the kernel offers to look after descendants: adoption, listing, killing, OOM counters."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_PR_SET_DUMPABLE = 4
+_PR_SET_CHILD_SUBREAPER = 36
+_KILL_POLL_SECONDS = 0.002
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, as PID 1 is anyway, so that none can slip away."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def hide_from_our_user() -> None:
+    """Keep other processes of our user, the task above all, from reading our environment and memory: the token."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def children() -> list[int]:
+    """The process ids of our living and dead children."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path("/proc/self/task").iterdir():
+            found.extend(int(pid) for pid in (task / "children").read_text().split())
+    return found
+
+
+def signal_group(group: int, number: int) -> None:
+    """Signal a process group that may be gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def kill_descendants(patience_seconds: float = 1.0) -> None:
+    """Kill and reap every descendant: those of a killed child become our children and are next."""
+    deadline = time.monotonic() + patience_seconds
+    while (victims := children()) and time.monotonic() < deadline:
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_KILL_POLL_SECONDS)
+        for pid in victims:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+def volunteer_for_oom_kill(pid: int) -> None:
+    """Let the kernel, out of memory, choose this process and what it starts before us: somebody has to tell."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """How often the kernel has killed in our memory cgroup so far; 0 when it cannot be known."""
+    with contextlib.suppress(OSError):
+        for path in _oom_counters((root / "proc/self/cgroup").read_text()):
+            with contextlib.suppress(OSError, ValueError):
+                counters = dict(line.split() for line in (root / path).read_text().splitlines())
+                return int(counters["oom_kill"]) if "oom_kill" in counters else 0
+    return 0
+
+
+def _oom_counters(memberships: str) -> Iterator[str]:
+    """Where the counter of our cgroup may be: version 2, then 1; as the host sees it, then as a container does."""
+    for line in memberships.splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, own = rest.partition(":")
+        if not controllers:
+            yield f"sys/fs/cgroup{own}/memory.events"
+            yield "sys/fs/cgroup/memory.events"
+        elif "memory" in controllers.split(","):
+            yield f"sys/fs/cgroup/memory{own}/memory.oom_control"
+            yield "sys/fs/cgroup/memory/memory.oom_control"

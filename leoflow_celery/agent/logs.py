@@ -1,0 +1,137 @@
+"""Lines on their way to the control plane: numbered once, kept until acknowledged, sent again after a break."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+
+from leoflow_celery.agent.client import CallRefused, ControlPlane, LogStream
+from leoflow_celery.agent.spool import Spool
+from leoflow_celery.errors import ClaimRefused, GatewayUnavailable, InvalidToken, LeoflowError
+from leoflow_celery.protocol import agent_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+AGENT_STREAM = "agent"
+_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 2.0
+#: A control plane that acknowledged something this recently is slow rather than away.
+_ALIVE_SECONDS = 5.0
+_CROWDED = 0.75
+
+
+class LogShipper:
+    """Takes lines at any speed, delivers them in order.
+
+    While the control plane is slow, ``throttled`` asks the producers to wait. While it is away, the spool fills, then
+    lines are dropped; one line says how many as soon as there is room for it.
+    """
+
+    def __init__(self, plane: ControlPlane, spool: Spool, on_break: Callable[[], None]) -> None:
+        """``on_break`` is called whenever a stream ends that should not: the claim may be gone."""
+        self._plane, self._spool, self._on_break = plane, spool, on_break
+        self._wake = asyncio.Event()
+        self._cursor = 1
+        self._dropped = 0
+        self._closing = False
+        self._refused = False
+        self._last_ack = time.monotonic()
+
+    def add(self, stream: str, text: str, level: int = pb.LOG_LEVEL_INFO) -> None:
+        """Take a line. Never blocks."""
+        if self._refused:
+            return
+        if self._dropped:
+            self._announce_dropped()
+        if self._dropped or not self._append(stream, text, level):
+            self._dropped += 1
+        self._wake.set()
+
+    def throttled(self) -> bool:
+        """Whether producers should wait: much is spooled and the control plane is working on it."""
+        alive = time.monotonic() - self._last_ack < _ALIVE_SECONDS
+        return alive and not self._refused and self._spool.fill > _CROWDED
+
+    async def run(self) -> None:
+        """Deliver until everything is acknowledged after ``drain`` was called."""
+        backoff = _FIRST_BACKOFF_SECONDS
+        while not (self._closing and self._all_acknowledged()):
+            before = self._spool.first
+            try:
+                await self._stream_once()
+                continue
+            except (InvalidToken, ClaimRefused, CallRefused) as error:
+                log.warning("log stream refused, going on without: %s", error)
+                self._refused = True
+                return
+            except LeoflowError as error:
+                log.debug("log stream broke: %s", error)
+                # A status may get lost when a write races with the server's end of the stream, so any end counts.
+                self._on_break()
+            backoff = _FIRST_BACKOFF_SECONDS if self._spool.first > before else min(backoff * 2, _MAX_BACKOFF_SECONDS)
+            await asyncio.sleep(random.uniform(backoff / 2, backoff))  # noqa: S311 - jitter
+
+    async def drain(self, running: asyncio.Task[None], patience_seconds: float) -> bool:
+        """Deliver the rest; gives up when nothing was acknowledged for ``patience_seconds``. True: all delivered."""
+        self._closing = True
+        self._last_ack = time.monotonic()
+        self._wake.set()
+        while not running.done():
+            left = self._last_ack + patience_seconds - time.monotonic()
+            if left <= 0:
+                return False
+            await asyncio.wait({running}, timeout=left)
+        return self._all_acknowledged()
+
+    async def _stream_once(self) -> None:
+        stream = self._plane.open_log_stream()
+        self._cursor = self._spool.first
+        sender = asyncio.create_task(self._send(stream))
+        try:
+            async for line in stream.acks():
+                self._acknowledge(line)
+                if self._closing and self._all_acknowledged():
+                    return
+            if not sender.done():
+                raise GatewayUnavailable("the control plane closed the log stream early")
+            self._acknowledge(self._spool.next - 1)
+        finally:
+            sender.cancel()
+            stream.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+
+    async def _send(self, stream: LogStream) -> None:
+        while True:
+            while self._cursor < self._spool.next:
+                self._cursor += 1
+                if not await stream.send(self._spool.read(self._cursor - 1)):
+                    await asyncio.Event().wait()
+            if self._closing:
+                await stream.finish()
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _acknowledge(self, line: int) -> None:
+        self._spool.release(min(line, self._cursor - 1))
+        self._last_ack = time.monotonic()
+        if self._dropped:
+            self._announce_dropped()
+
+    def _all_acknowledged(self) -> bool:
+        return self._spool.first == self._spool.next and not self._dropped
+
+    def _announce_dropped(self) -> None:
+        if self._spool.fill > _CROWDED and not self._closing:
+            return  # else every line that fits would be followed by another announcement
+        text = f"{self._dropped} log lines were dropped here: the control plane did not take them in time"
+        if self._append(AGENT_STREAM, text, pb.LOG_LEVEL_WARN):
+            self._dropped = 0
+            self._wake.set()
+
+    def _append(self, stream: str, text: str, level: int) -> bool:
+        line = pb.LogLine(level=level, message=text, stream=stream, line_number=self._spool.next)  # type: ignore[arg-type]
+        line.time.FromNanoseconds(time.time_ns())
+        return self._spool.append(line.SerializeToString())

@@ -1,0 +1,85 @@
+"""What the user process left behind, and what its end means."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+from pathlib import Path
+
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason, parse_reason
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.xcom import check_value
+from leoflow_celery.errors import XComRejected
+
+#: What a gRPC server takes at most by default (4 MiB), with room for the envelope. XCom limits are far below.
+MAX_RETURN_VALUE_BYTES = 4 * 1024 * 1024 - 65_536
+SKIPPED = "skipped"
+
+
+def read_return_value(path: Path) -> bytes | None:
+    """The return value a process wrote, or None for none.
+
+    Raises:
+        XComRejected: it is no regular file, far too large, or not JSON.
+    """
+    value = _read_regular(path, MAX_RETURN_VALUE_BYTES + 1)
+    if value is None or not value.strip():
+        return None
+    value = value.strip()
+    check_value(value, max_bytes=MAX_RETURN_VALUE_BYTES)
+    return value
+
+
+def read_reason(path: Path) -> tuple[str, str]:
+    """The reason a process named (first line) and its sentence (the rest), or two empty strings."""
+    with contextlib.suppress(XComRejected):
+        first, _, rest = (_read_regular(path, 8_192) or b"").decode("utf-8", "replace").partition("\n")
+        return first.strip(), rest.strip()
+    return "", ""
+
+
+def _read_regular(path: Path, limit: int) -> bytes | None:
+    """Up to ``limit`` bytes. The path is the user's to write: it may be a pipe, a link or a directory by now."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise XComRejected(FailureReason.INVALID_XCOM, f"{path.name} cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise XComRejected(FailureReason.INVALID_XCOM, f"{path.name} is not a regular file")
+        return file.read(limit)
+
+
+def outcome_of_exit(exit_code: int, named: tuple[str, str] = ("", ""), oom_killed: bool = False) -> Outcome:
+    """What an exit code (negative for a signal) and the reason that was left behind mean."""
+    reason, message = named
+    if exit_code == 0:
+        return Outcome(TaskState.SKIPPED, message=message) if reason == SKIPPED else Outcome.success()
+    described = f"{describe_exit(exit_code)}: {message}" if message else describe_exit(exit_code)
+    default = FailureReason.NON_ZERO_EXIT
+    if oom_killed:
+        described += ": out of memory, the kernel killed a process of this task"
+        if shell_exit_code(exit_code) == shell_exit_code(-signal.SIGKILL):
+            default = FailureReason.OOM_KILLED
+    return Outcome.failed(parse_reason(reason, default), described, shell_exit_code(exit_code))
+
+
+def describe_exit(exit_code: int) -> str:
+    """``exit code 3``, or ``exit code 137 (killed by SIGKILL)``."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    return f"exit code {shell_exit_code(exit_code)} (killed by {name})"
+
+
+def shell_exit_code(exit_code: int) -> int:
+    """128 + n for signal n, as shells and container engines count."""
+    return exit_code if exit_code >= 0 else 128 - exit_code

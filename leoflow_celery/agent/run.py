@@ -1,0 +1,101 @@
+"""The user process under supervision: started, bounded in time, stopped when asked, understood at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from pathlib import Path
+from typing import Any
+
+from leoflow_celery.agent import linux
+from leoflow_celery.agent.command import Command
+from leoflow_celery.agent.config import AgentConfig
+from leoflow_celery.agent.echo import EchoPair
+from leoflow_celery.agent.heartbeat import Heartbeat
+from leoflow_celery.agent.logs import AGENT_STREAM, LogShipper
+from leoflow_celery.agent.process import UserProcess
+from leoflow_celery.agent.result import outcome_of_exit, read_reason, read_return_value, shell_exit_code
+from leoflow_celery.agent.stopping import StopRequest
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.protocol import agent_pb2 as pb
+
+_COMMAND_NOT_FOUND = 127
+
+
+class TaskRun:
+    """One run of one command."""
+
+    def __init__(self, config: AgentConfig, stop: StopRequest, heartbeat: Heartbeat, shipper: LogShipper) -> None:
+        self._config, self._stop, self._heartbeat, self._shipper = config, stop, heartbeat, shipper
+        self._process: UserProcess | None = None
+        self._echo = EchoPair(config.echo)
+        self.seconds = 0.0
+
+    def forward(self, number: int) -> None:
+        """Hand a signal on to the user's process group."""
+        if self._process is not None:
+            self._process.signal(number)
+
+    def return_value(self, directory: Path) -> bytes | None:
+        """The value that the process wrote. Raises XComRejected for one that cannot be stored."""
+        return read_return_value(directory / "return_value.json")
+
+    async def run(self, command: Command, timeout_seconds: int) -> Outcome:
+        """Run the command to its end; never raises for anything the command does."""
+        self._shipper.add(AGENT_STREAM, "task started")
+        started, kills_before = time.monotonic(), linux.oom_kills()
+        try:
+            self._process = UserProcess(command.argv, command.env)
+        except OSError as error:
+            return _cannot_execute(command.argv[0], error)
+        await self._process.read_output(self._stdout, self._stderr, self._shipper.throttled)
+        stopped = await self._until_end(self._process, timeout_seconds)
+        await self._process.finish()
+        self.seconds = time.monotonic() - started
+        await self._echo.close()
+        exit_code = self._process.exit_code
+        if stopped:
+            return await self._stopped_outcome(exit_code)
+        named = read_reason(Path(command.env["LEOFLOW_REASON_PATH"]))
+        return outcome_of_exit(exit_code, named, oom_killed=linux.oom_kills() > kills_before)
+
+    async def _until_end(self, process: UserProcess, timeout_seconds: int) -> bool:
+        """Wait for the end; True when we brought it about."""
+        stopping = asyncio.create_task(self._stop.wait())
+        either: set[asyncio.Future[Any]] = {process.exited, stopping}
+        await asyncio.wait(either, timeout=timeout_seconds or None, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if process.exited.done():
+            return False
+        self._stop.ask(FailureReason.TIMEOUT, f"the task ran longer than {timeout_seconds} s")
+        self._shipper.add(AGENT_STREAM, f"stopping the task: {self._stop.message}", pb.LOG_LEVEL_WARN)
+        await process.terminate(self._config.kill_grace_seconds)
+        return True
+
+    async def _stopped_outcome(self, exit_code: int) -> Outcome:
+        """An interrupted task never ends as success, whatever its exit code says."""
+        await self._heartbeat.explain_interruption()
+        reason = self._stop.reason or FailureReason.INTERRUPTED
+        return Outcome.failed(reason, self._stop.message, shell_exit_code(exit_code))
+
+    def _stdout(self, line: str) -> None:
+        self._shipper.add("stdout", line, pb.LOG_LEVEL_INFO)
+        self._echo.stdout.line(line)
+
+    def _stderr(self, line: str) -> None:
+        self._shipper.add("stderr", line, pb.LOG_LEVEL_ERROR)
+        self._echo.stderr.line(line)
+
+
+def _cannot_execute(program: str, error: OSError) -> Outcome:
+    if error.errno == errno.E2BIG:
+        return Outcome.failed(
+            FailureReason.INVALID_SPEC, "the environment is too large for Linux: put large values into an XCom or file"
+        )
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return Outcome.failed(FailureReason.LAUNCH_FAILED, f"cannot start {program}: {error.strerror}")
+    return Outcome.failed(
+        FailureReason.COMMAND_NOT_FOUND, f"cannot execute {program}: {error.strerror}", _COMMAND_NOT_FOUND
+    )

@@ -1,0 +1,13 @@
+"""The gateway: the agents' gRPC server, between agents and the store.
+
+A call is authenticated (``callers``), becomes a compare-and-set (``lifecycle``, ``xcoms``), lines on disk
+(``log_streams``, ``journal``) or a note in memory that is written together with others (``heartbeats``). SQL is the
+only truth: a gateway that is killed at any moment loses nothing that it acknowledged.
+"""
+
+from __future__ import annotations
+
+from leoflow_celery.gateway.process import run
+from leoflow_celery.gateway.server import GatewayServer
+
+__all__ = ["GatewayServer", "run"]

@@ -1,0 +1,134 @@
+"""Heartbeats: answered from memory, written to SQL together, and the look for holders that must stop.
+
+A call costs no SQL. Once per interval one thread renews the claims of everybody who called, looks at the holders whose
+log streams are open, and the findings are what the next calls answer. A database that is away loses no beat: they are
+written when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+from leoflow_celery import metrics
+from leoflow_celery.errors import Unavailable
+from leoflow_celery.gateway.callers import Caller
+from leoflow_celery.gateway.claims import Claims
+from leoflow_celery.gateway.registry import HolderRegistry, Stop
+from leoflow_celery.gateway.threads import Threads
+from leoflow_celery.protocol import agent_pb2 as pb
+from leoflow_celery.store import Store
+from leoflow_celery.store.attempts import Beat, BeatVerdicts
+from leoflow_celery.store.leases import GATEWAY_GAP_SECONDS, GATEWAY_PRESENCE
+
+log = logging.getLogger(__name__)
+
+#: SQL that takes longer than this counts as away.
+_STUCK_SECONDS = 5.0
+#: How often the reaper is told that heartbeats are heard here.
+_PRESENCE_SECONDS = 3.0
+
+
+class Heartbeats:
+    """The Heartbeat method and the loop behind it."""
+
+    def __init__(
+        self,
+        store: Store,
+        registry: HolderRegistry,
+        claims: Claims,
+        threads: Threads,
+        *,
+        lease_seconds: float,
+        flush_seconds: float,
+        on_database: Callable[[bool], object] = lambda _: None,
+    ) -> None:
+        """``on_database`` is told after every flush whether SQL answered."""
+        self._store, self._registry, self._claims, self._threads = store, registry, claims, threads
+        self._lease_seconds, self._flush_seconds = lease_seconds, flush_seconds
+        self._on_database = on_database
+        self._pending: dict[str, Beat] = {}
+        self._said_present = float("-inf")
+        self._stopping = asyncio.Event()
+
+    async def heartbeat(self, caller: Caller, _request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
+        """Take a beat. Custom metrics are dropped: user code has better places for them."""
+        try:
+            holder = caller.holder or (await self._claims.identify(caller)).holder
+        except Unavailable:
+            return _answer(False)
+        # Nobody without a session holds the attempt: the caller lost it to somebody else.
+        why = self._registry.why_stopped(holder) if holder else Stop.FENCED
+        if why is None or why is Stop.CANCELLED:
+            self._pending[holder] = Beat(caller.attempt, holder)
+        elif why is Stop.FENCED:
+            metrics.record_fenced("heartbeat")
+        return _answer(why is not None)
+
+    async def run(self) -> None:
+        """Flush every interval, and once more after ``stop`` was called."""
+        while not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), self._flush_seconds)
+            await self.flush()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    async def flush(self) -> None:
+        """Write the beats taken so far and act on what was found. Never raises."""
+        beats, self._pending = self._pending, {}
+        metrics.set_agents_connected(self._registry.stream_count)
+        watched = [beat for beat in self._registry.watched() if beat.holder not in beats]
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._threads.beats, self._look, tuple(beats.values()), watched)
+        try:
+            await self._report_when_stuck(work)
+            verdicts = await work
+        except Unavailable as error:
+            log.warning("heartbeats wait for the database: %s", error, extra={"beats": len(beats)})
+            self._keep(beats)
+        except Exception:
+            log.exception("heartbeats could not be written", extra={"beats": len(beats)})
+            self._keep(beats)
+        else:
+            self._on_database(True)
+            self._act(verdicts)
+
+    def _look(self, beats: Collection[Beat], watched: Collection[Beat]) -> tuple[BeatVerdicts, ...]:
+        # After the beats: who finds a gateway present may trust that earlier beats are written.
+        found = [self._store.attempts.heartbeat(beats, self._lease_seconds)] if beats else []
+        if watched:
+            found.append(self._store.holders.verdicts(watched))
+        if not found:
+            self._store.holders.ping()
+        if time.monotonic() - self._said_present > _PRESENCE_SECONDS:
+            self._store.leases.keep_present(GATEWAY_PRESENCE, GATEWAY_GAP_SECONDS)
+            self._said_present = time.monotonic()
+        return tuple(found)
+
+    async def _report_when_stuck(self, work: asyncio.Future[Any]) -> None:
+        done, _ = await asyncio.wait({work}, timeout=_STUCK_SECONDS)
+        if not done:
+            self._on_database(False)
+
+    def _keep(self, beats: dict[str, Beat]) -> None:
+        self._on_database(False)
+        self._pending = beats | self._pending
+
+    def _act(self, verdicts: tuple[BeatVerdicts, ...]) -> None:
+        for verdict in verdicts:
+            for holder in verdict.fenced:
+                self._registry.stop(holder, Stop.FENCED)
+            for holder in verdict.cancelled:
+                self._registry.stop(holder, Stop.CANCELLED)
+
+
+def _answer(should_terminate: bool) -> pb.HeartbeatResponse:
+    response = pb.HeartbeatResponse(should_terminate=should_terminate)
+    response.server_time.FromNanoseconds(time.time_ns())
+    return response

@@ -1,0 +1,200 @@
+"""Writing log lines: many streams, few writes, nothing on the event loop that could wait for a disk.
+
+Lines of a holder gather in memory for a moment; then a thread writes what has gathered with one write per file. A
+stream whose lines wait for the disk is not read any further, so memory is bounded and the agent slows down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+from leoflow_celery.gateway.log_lines import Replay, record_of
+from leoflow_celery.gateway.recent import Recent
+from leoflow_celery.gateway.threads import LOG_THREADS
+from leoflow_celery.protocol import agent_pb2 as pb
+from leoflow_celery.store.logs import LogKey, LogStore, LogWriter
+
+log = logging.getLogger(__name__)
+
+#: How long lines gather. Readers that follow a log see a line well within half a second.
+_GATHER_SECONDS = 0.05
+#: Above this much waiting for the disk, a stream is not read on.
+_MAX_WAITING_BYTES = 256 * 1024
+#: What a line costs in memory beside its text.
+_LINE_OVERHEAD_BYTES = 200
+
+
+class HolderLog:
+    """The lines of one holder between the wire and the disk; shared by its streams when it has several."""
+
+    def __init__(self, holder: str, key: LogKey, received: int, compare: bool) -> None:
+        """``received``: the last line taken earlier. ``compare``: lines on disk may come again (see ``Replay``)."""
+        self.holder, self.key = holder, key
+        self.received = self.written = received
+        self.error: OSError | None = None
+        self.listeners: set[asyncio.Event] = set()
+        self.room = asyncio.Event()
+        self.room.set()
+        self.busy = False
+        self.waiting: list[pb.LogLine] = []
+        self._waiting_bytes = 0
+        self._compare = compare
+        self._replay: Replay | None = None
+        self._writer: LogWriter | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything taken is on disk."""
+        return not self.busy and not self.waiting
+
+    def take(self, line: pb.LogLine) -> bool:
+        """Keep a line for the next write; False for one that was taken before, or after a write that failed."""
+        if self.error is not None or 0 < line.line_number <= self.received:
+            return False
+        self.received = max(self.received, line.line_number)
+        self.waiting.append(line)
+        self._waiting_bytes += len(line.message) + _LINE_OVERHEAD_BYTES
+        if self._waiting_bytes > _MAX_WAITING_BYTES:
+            self.room.clear()
+        return True
+
+    def begin_write(self) -> list[pb.LogLine]:
+        lines, self.waiting, self._waiting_bytes = self.waiting, [], 0
+        self.busy = True
+        return lines
+
+    def write(self, store: LogStore, lines: Sequence[pb.LogLine]) -> OSError | None:
+        """Append lines to the file; called in a thread, by one at a time."""
+        try:
+            if self._writer is None:
+                self._writer = store.writer(self.key)
+                self._replay = Replay.of_file(store.path(self.key)) if self._compare else None
+            records: Sequence = [record_of(line) for line in lines]  # type: ignore[type-arg]
+            if self._replay is not None:
+                records = self._replay.fresh(records)
+            self._writer.append(records)
+        except OSError as error:
+            return error
+        return None
+
+    def end_write(self, lines: Sequence[pb.LogLine], error: OSError | None) -> None:
+        self.busy = False
+        if error is None:
+            self.written = max(self.written, *(line.line_number for line in lines))
+        else:
+            self.error = error
+            self.waiting.clear()
+        self.room.set()
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake the streams: something was written, or must be acknowledged again."""
+        for listener in self.listeners:
+            listener.set()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class Journal:
+    """All logs that are being written. Used on the event loop; the writing happens in ``pool``."""
+
+    def __init__(self, store: LogStore, pool: Executor) -> None:
+        self._store, self._pool = store, pool
+        self._logs: dict[str, HolderLog] = {}
+        #: Logs of streams whose numbers begin anew with each stream: nobody else may find them.
+        self._unnumbered: set[HolderLog] = set()
+        self._dirty: set[HolderLog] = set()
+        self._work = asyncio.Event()
+        #: The last line of holders whose streams are closed; they may come back.
+        self._received: Recent[str, int] = Recent()
+
+    def open(self, holder: str, key: LogKey, listener: asyncio.Event, *, numbered: bool) -> HolderLog:
+        """The log of a holder. ``numbered``: its line numbers go on counting when a stream is opened again."""
+        entry = self._logs.get(holder) if numbered else None
+        if entry is None or entry.error is not None:
+            received = self._received.get(holder) if numbered else None
+            entry = HolderLog(holder, key, received or 0, compare=received is None)
+            if numbered:
+                self._logs[holder] = entry
+            else:
+                self._unnumbered.add(entry)
+        entry.listeners.add(listener)
+        return entry
+
+    def release(self, entry: HolderLog, listener: asyncio.Event) -> None:
+        """A stream is over; what it brought is still written."""
+        entry.listeners.discard(listener)
+        self._close_if_unused(entry)
+
+    def take(self, entry: HolderLog, line: pb.LogLine) -> None:
+        """Keep a line until the next write."""
+        if not entry.take(line):
+            entry.notify()
+        elif entry not in self._dirty:
+            self._dirty.add(entry)
+            self._work.set()
+
+    async def run(self) -> None:
+        """Write what gathers, until cancelled."""
+        while True:
+            await self._work.wait()
+            await asyncio.sleep(_GATHER_SECONDS)
+            self._work.clear()
+            self._write_gathered()
+
+    def _write_gathered(self) -> None:
+        ready = [entry for entry in self._dirty if not entry.busy and entry.waiting]
+        self._dirty.difference_update(ready)
+        size = math.ceil(len(ready) / LOG_THREADS)
+        for start in range(0, len(ready), size or 1):
+            batch = [(entry, entry.begin_write()) for entry in ready[start : start + size]]
+            work = asyncio.get_running_loop().run_in_executor(self._pool, self._write, batch)
+            work.add_done_callback(lambda done, batch=batch: self._written(batch, done.result()))  # type: ignore[misc]
+
+    def _write(self, batch: Sequence[tuple[HolderLog, list[pb.LogLine]]]) -> list[OSError | None]:
+        return [entry.write(self._store, lines) for entry, lines in batch]
+
+    def _written(self, batch: Sequence[tuple[HolderLog, list[pb.LogLine]]], errors: Sequence[OSError | None]) -> None:
+        for (entry, lines), error in zip(batch, errors, strict=True):
+            entry.end_write(lines, error)
+            if error is not None:
+                log.error("log of %s cannot be written: %s", entry.key, error, extra={"holder": entry.holder})
+                self._dirty.discard(entry)
+            elif entry.waiting:
+                self._work.set()
+            self._close_if_unused(entry)
+
+    def _close_if_unused(self, entry: HolderLog) -> None:
+        if entry.listeners or not entry.idle:
+            return
+        entry.close()
+        self._dirty.discard(entry)
+        self._unnumbered.discard(entry)
+        if self._logs.get(entry.holder) is not entry:
+            return
+        del self._logs[entry.holder]
+        if entry.error is None:
+            self._received.set(entry.holder, entry.received)
+        else:
+            # Who knows what the failed write left behind: the next stream compares with the disk.
+            self._received.pop(entry.holder)
+
+    async def drain(self, patience_seconds: float) -> None:
+        """Until everything taken is on disk, or the patience is over."""
+        deadline = asyncio.get_running_loop().time() + patience_seconds
+        while not all(entry.idle for entry in (*self._logs.values(), *self._unnumbered)):
+            if asyncio.get_running_loop().time() > deadline:
+                log.warning("log lines that were not acknowledged are left unwritten")
+                return
+            await asyncio.sleep(_GATHER_SECONDS / 5)
+
+    def close(self) -> None:
+        for entry in (*self._logs.values(), *self._unnumbered):
+            entry.close()

@@ -1,0 +1,187 @@
+"""Python tasks: inputs, results and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+import pytest
+
+from leoflow_celery.protocol import agent_pb2 as pb
+from tests.integration.agent.control_plane import Refusal
+
+DAG = """
+import json, os, sys
+class Task:
+    def __init__(self, function): self.function = function
+    def __call__(self, *a, **k): raise RuntimeError("only builds the graph")
+def plain(rows, limit=10): return {"rows": rows, "limit": limit}
+decorated = Task(plain)
+def size(text, factor=1): return len(text) * factor
+def big(): return "x" * 200_000
+def nan(): return float("nan")
+def a_set(): return {1}
+def nothing(): return None
+def fails(): raise ValueError("no such table")
+def skips():
+    class AirflowSkipException(Exception): pass
+    raise AirflowSkipException("nothing to do")
+def sizes(**kwargs): return {name: len(value) for name, value in kwargs.items()}
+async def later(): return "now"
+def env(): return [os.environ.get("AIRFLOW_VAR_REGION"), os.environ.get("AIRFLOW_CONN_DB")]
+"""
+
+
+@pytest.fixture
+def run(plane, start_agent, tmp_path):
+    (tmp_path / "dag.py").write_text(DAG)
+
+    def run(name, **spec):
+        plane.spec = pb.TaskSpec(operator="python", entrypoint=f"dag:{name}", **spec)
+        agent = start_agent()
+        return agent.wait()
+
+    return run
+
+
+def result(plane):
+    return json.loads(plane.pushed[-1].value)
+
+
+def test_xcom_wins_over_call_args_and_defaults_fill_the_rest(run, plane):
+    plane.xcoms["extract"] = b"[1,2]"
+    code = run("plain", xcom_input_mapping={"rows": "extract"}, call_args_json='{"rows": 0, "limit": 5}')
+    assert code == 0
+    assert result(plane) == {"rows": [1, 2], "limit": 5}
+
+
+def test_a_decorated_callable_runs_its_function(run, plane):
+    assert run("decorated", call_args_json='{"rows": 3}') == 0
+    assert result(plane) == {"rows": 3, "limit": 10}
+
+
+def test_200_kib_travel_in_and_out(run, plane):
+    plane.xcoms["extract"] = json.dumps("é" * 100_000, ensure_ascii=False).encode()
+    assert run("size", xcom_input_mapping={"text": "extract"}) == 0
+    assert result(plane) == 100_000
+    plane.holder = ""
+    assert run("big") == 0
+    assert result(plane) == "x" * 200_000
+
+
+def test_a_hundred_inputs_of_60_kib_start_all_the_same(run, plane):
+    plane.xcoms["extract"] = json.dumps("x" * 60_000).encode()
+    assert run("sizes", xcom_input_mapping={f"Param_{i}": "extract" for i in range(100)}) == 0
+    assert result(plane) == {f"Param_{i}": 60_000 for i in range(100)}
+
+
+def test_call_args_over_128_kib_travel_by_file(run, plane):
+    assert run("size", call_args_json=json.dumps({"text": "x" * 300_000})) == 0
+    assert result(plane) == 300_000
+
+
+def test_an_absent_xcom_leaves_the_default(run, plane):
+    assert run("size", xcom_input_mapping={"factor": "absent"}, call_args_json='{"text": "abc"}') == 0
+    assert result(plane) == 3
+
+
+def test_a_missing_parameter_is_named(run, plane):
+    assert run("plain", xcom_input_mapping={"rows": "absent"}) == 1
+    assert "parameter 'rows' of plain has no value" in plane.text("stderr")[0]
+    assert plane.final().request.exit_code == 2
+
+
+def test_an_xcom_that_may_not_be_read_fails_the_task(run, plane):
+    def refuse(call):
+        raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "not declared")
+
+    plane.script["FetchXCom"] = refuse
+    assert run("plain", xcom_input_mapping={"rows": "extract"}) == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "forbidden"
+    assert "'rows'" in plane.final().request.error_message
+
+
+@pytest.mark.parametrize("name", ["nan", "a_set"])
+def test_a_result_that_is_not_json_is_invalid_xcom(run, plane, name):
+    assert run(name) == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "invalid_xcom"
+    assert "the result is not JSON" in plane.text("stderr")[0]
+    assert plane.pushed == []
+
+
+def test_a_bash_task_that_writes_no_json_is_invalid_xcom(plane, start_agent):
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint="echo '{oops' > $LEOFLOW_RETURN_VALUE_PATH")
+    assert start_agent().wait() == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "invalid_xcom"
+
+
+@pytest.mark.parametrize("reason", ["payload_too_large", "schema_mismatch"])
+def test_a_value_the_control_plane_refuses_fails_the_task_with_its_reason(run, plane, reason):
+    plane.script["PushXCom"] = lambda call: pb.PushXComResponse(accepted=False, rejection_reason=reason)
+    assert run("big") == 1
+    assert plane.final().request.state == pb.TASK_STATE_FAILED
+    assert plane.final().metadata["x-leoflow-reason"] == reason
+    assert plane.text("agent")[-1].startswith("task failed")
+
+
+def test_none_pushes_nothing(run, plane):
+    assert run("nothing") == 0
+    assert plane.pushed == []
+
+
+def test_a_coroutine_function_is_awaited(run, plane):
+    assert run("later") == 0
+    assert result(plane) == "now"
+
+
+def test_an_exception_shows_its_traceback_from_the_users_code_on(run, plane):
+    assert run("fails") == 1
+    text = "\n".join(plane.text("stderr"))
+    assert "ValueError: no such table" in text
+    assert "dag.py" in text
+    assert "leoflow_runtime" not in text
+
+
+def test_a_skip_exception_of_airflow_skips(run, plane):
+    assert run("skips") == 0
+    assert plane.final().request.state == pb.TASK_STATE_SKIPPED
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "message"),
+    [
+        ("dag:absent", "module 'dag' has no attribute 'absent'"),
+        ("no_such_module:f", "no module named 'no_such_module'"),
+        ("dag:json", "is a module, not a callable"),
+    ],
+)
+def test_a_wrong_entry_point_is_one_clear_line(plane, start_agent, tmp_path, entrypoint, message):
+    (tmp_path / "dag.py").write_text(DAG)
+    plane.spec = pb.TaskSpec(operator="python", entrypoint=entrypoint)
+    assert start_agent().wait() == 1
+    assert len(plane.text("stderr")) == 1
+    assert message in plane.text("stderr")[0]
+
+
+def test_variables_and_connections_are_airflows(run, plane):
+    plane.variables["region"] = "eu"
+    plane.connections["db"] = "postgresql://x"
+    assert run("env") == 0
+    assert result(plane) == ["eu", "postgresql://x"]
+
+
+def test_an_interpreter_without_our_packages_finds_the_runtime_and_nothing_else_of_ours(
+    plane, start_agent, tmp_path_factory
+):
+    import subprocess
+    import sys
+
+    venv = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    script = tmp_path_factory.mktemp("code")
+    (script / "probe.py").write_text(
+        "import importlib.util, sys\ndef f():\n    return [sys.prefix, importlib.util.find_spec('grpc') is None]\n"
+    )
+    plane.spec = pb.TaskSpec(operator="python", entrypoint="probe:f", environment={"PYTHONPATH": str(script)})
+    assert start_agent(LEOFLOW_PYTHON=str(venv / "bin" / "python")).wait() == 0
+    assert result(plane) == [str(venv), True]

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from leoflow_celery.agent.result import outcome_of_exit, read_reason, read_return_value
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.errors import XComRejected
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "named", "oom", "state", "reason", "message", "reported"),
+    [
+        (0, ("", ""), False, TaskState.SUCCESS, None, "", 0),
+        (0, ("skipped", "no rows"), False, TaskState.SKIPPED, None, "no rows", None),
+        (3, ("", ""), False, TaskState.FAILED, FailureReason.NON_ZERO_EXIT, "exit code 3", 3),
+        (3, ("invalid_xcom", ""), False, TaskState.FAILED, FailureReason.INVALID_XCOM, "exit code 3", 3),
+        (1, ("http_status", "500"), False, TaskState.FAILED, FailureReason.HTTP_STATUS, "exit code 1: 500", 1),
+        (1, ("nonsense", ""), False, TaskState.FAILED, FailureReason.NON_ZERO_EXIT, "exit code 1", 1),
+        (-15, ("", ""), False, TaskState.FAILED, FailureReason.NON_ZERO_EXIT, "exit code 143 (killed by SIGTERM)", 143),
+    ],
+)  # fmt: skip
+def test_what_an_exit_means(exit_code, named, oom, state, reason, message, reported):
+    outcome = outcome_of_exit(exit_code, named, oom)
+    assert (outcome.state, outcome.reason, outcome.message, outcome.exit_code) == (state, reason, message, reported)
+
+
+def test_sigkill_when_the_kernel_was_out_of_memory_is_oom():
+    outcome = outcome_of_exit(-9, oom_killed=True)
+    assert outcome.reason is FailureReason.OOM_KILLED
+    assert "SIGKILL" in outcome.message
+
+
+def test_a_return_value_is_stripped_and_none_when_empty(tmp_path):
+    path = tmp_path / "value"
+    assert read_return_value(path) is None
+    path.write_text(" \n")
+    assert read_return_value(path) is None
+    path.write_text('{"a": 1}\n')
+    assert read_return_value(path) == b'{"a": 1}'
+
+
+@pytest.mark.parametrize("text", ["{oops", "NaN", "[Infinity]"])
+def test_what_is_not_json_is_refused(tmp_path, text):
+    (tmp_path / "value").write_text(text)
+    with pytest.raises(XComRejected) as caught:
+        read_return_value(tmp_path / "value")
+    assert caught.value.reason == "invalid_xcom"
+
+
+def test_a_value_far_too_large_is_refused_without_being_read_whole(tmp_path):
+    with (tmp_path / "value").open("wb") as file:
+        file.write(b"1")
+        file.truncate(1 << 33)
+    with pytest.raises(XComRejected) as caught:
+        read_return_value(tmp_path / "value")
+    assert caught.value.reason == "payload_too_large"
+
+
+def test_a_pipe_or_link_in_its_place_neither_hangs_nor_leaks(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    for name in ("fifo", "link"):
+        with pytest.raises(XComRejected):
+            read_return_value(tmp_path / name)
+        assert read_reason(tmp_path / name) == ("", "")
+
+
+def test_a_reason_may_carry_a_sentence(tmp_path):
+    (tmp_path / "reason").write_text("http_status\nHTTP 500 from example.org\n")
+    assert read_reason(tmp_path / "reason") == ("http_status", "HTTP 500 from example.org")
+    assert read_reason(tmp_path / "absent") == ("", "")
+
+
+@pytest.mark.parametrize("exit_code", [-9, 137])
+def test_a_kill_is_out_of_memory_only_when_the_kernel_counted_one(exit_code):
+    """137 is what a shell says of a child that was killed."""
+    assert outcome_of_exit(exit_code, oom_killed=True).reason is FailureReason.OOM_KILLED
+    assert outcome_of_exit(exit_code).reason is FailureReason.NON_ZERO_EXIT
+
+
+def test_an_exit_code_after_the_kernel_killed_a_descendant_keeps_its_reason_and_says_so():
+    outcome = outcome_of_exit(1, oom_killed=True)
+    assert outcome.reason is FailureReason.NON_ZERO_EXIT
+    assert "out of memory" in outcome.message

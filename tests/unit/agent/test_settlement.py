@@ -1,0 +1,61 @@
+"""What the end of an agent means to the subprocess executor."""
+
+from __future__ import annotations
+
+import pytest
+
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.termination import TerminationRecord
+from leoflow_celery.executors.subprocess.environment import inherited, staging_dir
+from leoflow_celery.executors.subprocess.settlement import settle
+
+
+def record(state, **more):
+    return TerminationRecord("ti", state, **more)
+
+
+@pytest.mark.parametrize(
+    ("left", "exit_code", "seen"),
+    [
+        (record(TaskState.NONE, reported=True), 0, True),
+        (record(TaskState.SUCCESS, reported=True), 0, True),
+        (record(TaskState.FAILED, reported=True), 1, True),
+        (None, 0, True),
+        (None, None, False),
+    ],
+)
+def test_nothing_to_report(left, exit_code, seen):
+    assert settle(left, exit_code, seen) is None
+
+
+def test_an_unreported_outcome_is_reported_as_it_was():
+    report = settle(record(TaskState.SUCCESS, exit_code=0, return_value="1"), 1, True)
+    assert (report.outcome.state, report.return_value) == (TaskState.SUCCESS, "1")
+    report = settle(record(TaskState.FAILED, exit_code=3, reason="timeout", message="m"), 1, False)
+    assert (report.outcome.reason, report.outcome.exit_code) == (FailureReason.TIMEOUT, 3)
+
+
+@pytest.mark.parametrize(
+    ("left", "exit_code", "seen", "text"),
+    [
+        (None, -9, True, "killed by SIGKILL"),
+        (None, 2, True, "exit code 2"),
+        (record(TaskState.RUNNING), None, False, "its process is gone"),
+        (record(TaskState.RUNNING), 0, True, "exit code 0"),
+    ],
+)
+def test_a_lost_process(left, exit_code, seen, text):
+    report = settle(left, exit_code, seen)
+    assert report.outcome.reason is FailureReason.PROCESS_LOST
+    assert text in report.outcome.message
+
+
+def test_only_what_is_no_secret_is_inherited():
+    environ = {"PATH": "/bin", "LC_ALL": "C", "https_proxy": "p", "LEOFLOW_JWT_SECRET": "s", "AWS_SECRET": "s"}
+    assert inherited(environ) == {"PATH": "/bin", "LC_ALL": "C", "https_proxy": "p"}
+
+
+@pytest.mark.parametrize("claim", ["../../etc", "/etc", ".."])
+def test_a_staging_claim_stays_below_the_root(tmp_path, claim):
+    assert staging_dir(tmp_path, claim).resolve().parent == tmp_path / "staging"

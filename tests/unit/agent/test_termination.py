@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+
+from leoflow_celery.agent.report import TerminationLog
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.termination import MAX_BYTES, TerminationRecord, decode, encode
+
+
+def test_a_record_survives_encoding():
+    record = TerminationRecord("ti", TaskState.FAILED, 3, "non_zero_exit", "exit code 3", False)
+    assert decode(encode(record)) == record
+
+
+def test_a_long_message_is_cut_and_the_record_stays_json():
+    for message in ("x" * 10_000, "é\n\0" * 5_000):
+        encoded = encode(TerminationRecord("ti", TaskState.FAILED, 1, "timeout", message))
+        assert len(encoded) <= MAX_BYTES
+        assert decode(encoded).reason == "timeout"
+
+
+def test_what_is_no_record_decodes_to_none():
+    for text in ("", "killed", "[]", "{}", '{"attempt": "x", "state": "nonsense"}', '{"attempt": "x", "sta', b"\xff"):
+        assert decode(text) is None
+
+
+def test_only_ends_have_ended():
+    ended = {state for state in TaskState if TerminationRecord("ti", state).ended}
+    assert ended == {TaskState.SUCCESS, TaskState.FAILED, TaskState.SKIPPED, TaskState.UPSTREAM_FAILED}
+
+
+def test_a_shorter_record_over_a_longer_one_leaves_no_rest(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("something older, from another program")
+    log = TerminationLog(str(path), "ti")
+    log.claimed()
+    log.record(Outcome.success(), b'{"rows": [1, 2, 3]}')
+    assert json.loads(path.read_text())["return_value"] == '{"rows": [1, 2, 3]}'
+    log.record(Outcome.success(), reported=True)
+    assert json.loads(path.read_text()) == {
+        "attempt": "ti", "state": "success", "exit_code": 0, "reason": None, "message": "", "reported": True,
+    }  # fmt: skip
+
+
+def test_a_success_whose_value_cannot_be_kept_is_recorded_as_lost(tmp_path):
+    log = TerminationLog(str(tmp_path / "log"), "ti")
+    log.record(Outcome.success(), b'"' + b"x" * MAX_BYTES + b'"')
+    record = decode((tmp_path / "log").read_bytes())
+    assert (record.state, record.reason) == (TaskState.FAILED, FailureReason.AGENT_LOST)
+
+
+def test_a_path_that_cannot_be_written_does_not_stop_the_agent():
+    TerminationLog("/no/such/dir/log", "ti").record(Outcome.success())
+    TerminationLog("", "ti").record(Outcome.success())
