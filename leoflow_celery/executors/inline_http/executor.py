@@ -1,0 +1,185 @@
+"""The call of an http_api task: attempts with backoff under one deadline, the answer read up to a cap.
+
+Proxies of the environment are not used: behind a proxy nobody here could tell which address is really called. Cookies
+are not kept, since tasks share connections and may not share sessions.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
+from weakref import WeakSet
+
+import requests
+
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.request import HttpRequest, TaskRequest
+from leoflow_celery.executors.inline_http.connection import GuardedAdapter, tls_context
+from leoflow_celery.executors.inline_http.errors import CallStopped, HttpTaskError
+from leoflow_celery.executors.inline_http.failure import FailedAttempt, failed_exchange, failed_status, give_up
+from leoflow_celery.executors.inline_http.guard import AddressGuard
+from leoflow_celery.executors.inline_http.limits import CallLimits, limited
+from leoflow_celery.executors.inline_http.prepare import describe, idempotency_key, prepare, redirected
+from leoflow_celery.executors.inline_http.result import HttpResult, count_attempts
+from leoflow_celery.settings import InlineSettings
+
+BACKOFF_SECONDS = 0.1
+MAX_REDIRECTS = 10
+_READ_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    body: bytes
+    content_type: str
+    truncated: bool
+
+
+class InlineHttpExecutor:
+    """Runs http_api tasks in the calling thread. Thread-safe; each thread keeps its own open connections."""
+
+    def __init__(self, settings: InlineSettings) -> None:
+        self._settings = settings
+        self._guard = AddressGuard(settings.allow_addresses)
+        self._tls = tls_context()
+        self._rules = requests.Session()  # its redirect rules only: it sends nothing
+        self._thread = threading.local()
+        self._adapters: WeakSet[GuardedAdapter] = WeakSet()
+        self._lock = threading.Lock()
+
+    def run(
+        self, request: TaskRequest, attempt: AttemptId, should_stop: Callable[[], bool] | None = None
+    ) -> HttpResult:
+        """Make the call of a task, with retries, and return the answer that its success codes accept.
+
+        ``should_stop`` is asked twice a second at the most, while the call waits.
+
+        Raises:
+            HttpTaskError: the call failed for good; ``reason`` says why.
+        """
+        if request.http_request is None:
+            raise HttpTaskError(FailureReason.INVALID_SPEC, "http_request is missing: the task has nothing to call")
+        cap = self._settings.max_duration
+        deadline_seconds = min(request.timeout_seconds or cap, cap)
+        return self.call(request.http_request, idempotency_key(attempt), deadline_seconds, should_stop)
+
+    def call(
+        self,
+        request: HttpRequest,
+        key: str,
+        deadline_seconds: float,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> HttpResult:
+        """Make one call, with retries, within ``deadline_seconds`` over all of them.
+
+        Raises:
+            HttpTaskError: the call failed for good; ``reason`` says why.
+        """
+        started = time.monotonic()
+        limits = CallLimits(started + deadline_seconds, self._guard, should_stop)
+        prepared = prepare(request, key, self._settings.user_agent)
+        last = self._settings.max_retries + 1
+        number = 0
+        while True:
+            number += 1
+            outcome = self._attempt(request, prepared, limits)
+            if isinstance(outcome, _Answer):
+                return _result(request, outcome, number, time.monotonic() - started)
+            wait = max(BACKOFF_SECONDS * 2 ** (number - 1), outcome.retry_after_seconds)
+            final = give_up(outcome, wait, limits.remaining(), deadline_seconds, is_last=number >= last)
+            final = final or _pause(limits, wait)
+            if final is not None:
+                raise _error(request, final, number, time.monotonic() - started)
+
+    def close(self) -> None:
+        """Close the idle connections of all threads."""
+        with self._lock:
+            for adapter in self._adapters:
+                adapter.close()
+
+    def _attempt(
+        self, request: HttpRequest, prepared: requests.PreparedRequest, call: CallLimits
+    ) -> _Answer | FailedAttempt:
+        started = time.monotonic()
+        limits = replace(call, deadline=min(call.deadline, started + request.timeout_seconds))
+        try:
+            with limited(limits):
+                return self._exchange(prepared, request.success_status_codes, limits)
+        except Exception as error:  # noqa: BLE001 - classified; its own text would repeat the URL's secrets
+            return failed_exchange(error, _host(prepared), limits.deadline - started)
+        finally:
+            call.next_stop_check = limits.next_stop_check
+
+    def _exchange(
+        self, prepared: requests.PreparedRequest, success: tuple[int, ...], limits: CallLimits
+    ) -> _Answer | FailedAttempt:
+        for _ in range(MAX_REDIRECTS + 1):
+            timeout_seconds = max(limits.remaining(), 0.001)
+            with closing(self._adapter().send(prepared, stream=True, timeout=timeout_seconds)) as response:
+                if response.status_code in success:
+                    body, truncated = _read(response, self._settings.max_response_bytes)
+                    return _Answer(response.status_code, body, response.headers.get("Content-Type", ""), truncated)
+                following = redirected(self._rules, prepared, response)
+                _read(response, _READ_BYTES)  # a short body, read, leaves the connection usable
+                if following is None:
+                    return failed_status(response.status_code, response.headers.get("Retry-After"))
+                prepared = following
+        raise requests.TooManyRedirects
+
+    def _adapter(self) -> GuardedAdapter:
+        adapter: GuardedAdapter | None = getattr(self._thread, "adapter", None)
+        if adapter is None:
+            adapter = self._thread.adapter = GuardedAdapter(self._tls)
+            with self._lock:
+                self._adapters.add(adapter)
+        return adapter
+
+
+def _read(response: requests.Response, limit_bytes: int) -> tuple[bytes, bool]:
+    """The decoded body up to the limit, and whether there was more; what is left drops the connection on close."""
+    body = bytearray()
+    for chunk in response.iter_content(_READ_BYTES):
+        body += chunk
+        if len(body) > limit_bytes:
+            return bytes(body[:limit_bytes]), True
+    return bytes(body), False
+
+
+def _pause(limits: CallLimits, seconds: float) -> FailedAttempt | None:
+    try:
+        limits.sleep(seconds)
+    except CallStopped as stopped:
+        return failed_exchange(stopped, "", seconds)
+    return None
+
+
+def _host(prepared: requests.PreparedRequest) -> str:
+    return urlsplit(prepared.url or "").hostname or ""
+
+
+def _result(request: HttpRequest, answer: _Answer, attempts: int, elapsed_seconds: float) -> HttpResult:
+    return HttpResult(
+        answer.status,
+        answer.body,
+        answer.content_type,
+        answer.truncated,
+        attempts,
+        elapsed_seconds,
+        describe(request.method, request.url),
+    )
+
+
+def _error(request: HttpRequest, failed: FailedAttempt, attempts: int, elapsed_seconds: float) -> HttpTaskError:
+    what = f"answered {failed.status}" if failed.status is not None else "failed"
+    tail = f": {failed.text}" if failed.text else ""
+    message = (
+        f"{describe(request.method, request.url)} {what} "
+        f"after {count_attempts(attempts)} in {elapsed_seconds:.1f} s{tail}"
+    )
+    return HttpTaskError(failed.reason, message, failed.status, attempts, elapsed_seconds)

@@ -1,0 +1,161 @@
+"""The directory of an attempt on this host, and the lock that says whether it is alive.
+
+The executor takes the lock, hands the open file to the agent and closes its own copy: from then on the lock is held
+exactly as long as the agent lives, whatever happens to the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.termination import TerminationRecord, decode
+from leoflow_celery.errors import ConfigurationError
+
+_LOCK = "lock"
+_PID = "pid"
+_POLL_SECONDS = 0.01
+
+
+def state_root(configured: str) -> Path:
+    """The private directory that holds all attempts of this user on this host.
+
+    Raises:
+        ConfigurationError: it cannot be made, or belongs to somebody else.
+    """
+    root = Path(configured) if configured else Path(tempfile.gettempdir()) / f"leoflow-subprocess-{os.getuid()}"
+    try:
+        (root / "attempts").mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = root.lstat()
+    except OSError as error:
+        raise ConfigurationError(f"LEOFLOW_SUBPROCESS_STATE_DIR {root}: {error.strerror}") from error
+    if status.st_uid != os.getuid():
+        raise ConfigurationError(
+            f"LEOFLOW_SUBPROCESS_STATE_DIR {root}: belongs to another user; name another directory"
+        )
+    if not configured:
+        root.chmod(0o700)
+    return root
+
+
+class AttemptDirectory:
+    """The directory of one attempt while this object holds its lock."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path, self.lock = path, lock
+
+    @classmethod
+    def acquire(cls, path: Path) -> AttemptDirectory | None:
+        """Make the directory and take its lock; None when somebody holds it: an agent, or for a moment one of us."""
+        while True:
+            path.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(lock)
+                    return None
+                # The directory may have been removed, and made again, between opening and locking.
+                if _same_file(lock, path / _LOCK):
+                    (path / _PID).unlink(missing_ok=True)
+                    return cls(path, lock)
+                os.close(lock)
+
+    @classmethod
+    def acquire_existing(cls, path: Path) -> AttemptDirectory | None:
+        """As ``acquire``, but None also when there is no such directory."""
+        return cls.acquire(path) if path.is_dir() else None
+
+    @classmethod
+    def acquire_unless_alive(cls, path: Path, patience_seconds: float = 5.0) -> AttemptDirectory | None:
+        """As ``acquire``, but waits for one of us to let go; None means that an agent lives.
+
+        Raises:
+            TimeoutError: somebody who is no agent holds the lock for longer than that.
+        """
+        deadline = time.monotonic() + patience_seconds
+        while (directory := cls.acquire(path)) is None and live_pid(path) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"attempt {path.name} is being settled")
+            time.sleep(_POLL_SECONDS)
+        return directory
+
+    def prepare(self, attempt: AttemptId, source: str) -> None:
+        """Forget an earlier agent and write what the next one needs."""
+        for entry in self.path.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (self.path / "attempt.json").write_text(json.dumps(attempt.to_json()))
+        if source:
+            self.source_dir.mkdir(mode=0o700)
+            (self.source_dir / "dag.py").write_text(source)
+
+    @property
+    def source_dir(self) -> Path:
+        return self.path / "source"
+
+    @property
+    def termination_log(self) -> Path:
+        return self.path / "termination.json"
+
+    @property
+    def agent_log(self) -> Path:
+        return self.path / "agent.log"
+
+    def attempt(self) -> AttemptId | None:
+        """Whose directory it is, or None when its maker did not come that far."""
+        try:
+            return AttemptId.from_json(json.loads((self.path / "attempt.json").read_text()))
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def record(self) -> TerminationRecord | None:
+        """What the agent left behind."""
+        try:
+            return decode(self.termination_log.read_bytes())
+        except OSError:
+            return None
+
+    def write_pid(self, pid: int) -> None:
+        (self.path / _PID).write_text(str(pid))
+
+    def remove(self) -> None:
+        """Delete it, lock last in effect: nobody can take it over in between."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Close our copy of the lock. An agent that has one goes on holding it."""
+        os.close(self.lock)
+
+
+def live_pid(path: Path) -> int | None:
+    """The process id of the attempt's agent while it lives. Whoever takes the lock after it forgets the id."""
+    try:
+        pid = int((path / _PID).read_text())
+        os.kill(pid, 0)
+    except (OSError, ValueError):
+        return None
+    return pid
+
+
+def all_attempts(root: Path) -> Iterator[Path]:
+    """Every attempt directory on this host."""
+    with contextlib.suppress(FileNotFoundError):
+        yield from (root / "attempts").iterdir()
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,145 @@
+"""``SubprocessExecutor``: starts agents on this host and returns; what becomes of them is settled in the background."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
+from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec
+from leoflow_celery.executors.subprocess.directory import AttemptDirectory, live_pid, state_root
+from leoflow_celery.executors.subprocess.environment import agent_environment, staging_dir
+from leoflow_celery.executors.subprocess.processes import kill_processes_of
+from leoflow_celery.executors.subprocess.reaper import Reaper
+from leoflow_celery.executors.subprocess.settlement import Exited, Settler
+from leoflow_celery.executors.subprocess.spawners import AgentStart, ExecSpawner, ForkSpawner, Spawner
+from leoflow_celery.settings import SubprocessSettings
+
+log = logging.getLogger(__name__)
+
+_PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ENOEXEC, errno.ELOOP}
+_CLOSE_SECONDS = 5.0
+_SWEEP_SECONDS = 60.0
+
+
+class SubprocessExecutor:
+    """Runs agents as host processes, in a session of their own, so that they survive the worker.
+
+    ``reporter`` hears of every attempt that ended without its agent saying so, from a thread of the executor.
+    """
+
+    def __init__(
+        self,
+        settings: SubprocessSettings,
+        reporter: FailureReporter | None = None,
+        *,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """Settle what a killed worker left behind. Raises ConfigurationError for an unusable state directory."""
+        log.warning(
+            "subprocess.no_isolation: user code runs as this user on this host, without any isolation; "
+            "the subprocess executor is for development only"
+        )
+        self._settings, self._environ = settings, dict(os.environ if environ is None else environ)
+        self._root = state_root(settings.state_dir)
+        self._reaper, self._settler = Reaper(), Settler(reporter)
+        self._spawner = self._make_spawner()
+        self._sweep_regularly()
+
+    def _sweep_regularly(self) -> None:
+        self._settler.sweep_soon(self._root)
+        self._reaper.call_later(_SWEEP_SECONDS, self._sweep_regularly)
+
+    def _make_spawner(self) -> Spawner:
+        if self._settings.agent_path or not self._settings.preload_agent:
+            return ExecSpawner(self._reaper, self._settings.agent_path)
+        return ForkSpawner(self._reaper, self._environ, self._root / "forkserver.log")
+
+    def execute(self, launch: LaunchSpec) -> Launched:
+        """Start the attempt's agent; an attempt that is alive here, or ended here unreported, is not started again.
+
+        Raises:
+            TransientLaunchError: the host has no process or memory to spare.
+            PermanentLaunchError: the agent cannot be executed (``command_not_found``).
+        """
+        try:
+            directory = AttemptDirectory.acquire_unless_alive(self._path(launch.name))
+        except TimeoutError as error:
+            raise TransientLaunchError(FailureReason.LAUNCH_FAILED, str(error)) from error
+        if directory is None:
+            return Launched(launch.name, already=True)
+        started = threading.Event()
+        try:
+            return self._execute(launch, directory, started)
+        finally:
+            started.set()
+
+    def _execute(self, launch: LaunchSpec, directory: AttemptDirectory, started: threading.Event) -> Launched:
+        try:
+            if directory.attempt() is not None and self._settler.settle_leftover(directory):
+                directory.remove()
+                return Launched(launch.name, already=True)
+            pid = self._start(launch, directory, started)
+        except TimeoutError as error:
+            # It may have started all the same: then it holds the lock and the next delivery finds it alive.
+            directory.release()
+            raise TransientLaunchError(FailureReason.LAUNCH_FAILED, "the fork server did not answer in time") from error
+        except OSError as error:
+            directory.remove()
+            raise self._launch_error(error) from error
+        directory.release()
+        return Launched(launch.name, details={"pid": str(pid), "directory": str(directory.path)})
+
+    def cancel(self, name: str, grace_seconds: float) -> None:
+        """SIGTERM to the attempt's agent now, SIGKILL to everything of it after the grace. Returns at once."""
+        pid = live_pid(self._path(name))
+        if pid is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        self._reaper.call_later(grace_seconds, lambda: self._kill(name, pid))
+
+    def sweep(self) -> None:
+        """Settle and remove attempts whose agents ended unseen: their worker was killed. Also done every minute."""
+        self._settler.sweep(self._root)
+
+    def close(self) -> None:
+        """Stop watching. Agents go on; the next executor on this state directory settles them."""
+        self._spawner.close()
+        self._reaper.close()
+        self._settler.close(_CLOSE_SECONDS)
+
+    def _start(self, launch: LaunchSpec, directory: AttemptDirectory, started: threading.Event) -> int:
+        if self._settings.work_dir and not os.path.isdir(self._settings.work_dir):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._settings.work_dir)
+        directory.prepare(launch.attempt, launch.request.source)
+        if launch.request.staging_claim:
+            staging_dir(self._root, launch.request.staging_claim).mkdir(parents=True, exist_ok=True)
+        env = agent_environment(launch, directory, self._root, self._settings.venvs_root, self._environ)
+        start = AgentStart(env, self._settings.work_dir, directory.agent_log, directory.lock)
+        pid = self._spawner.start(start, lambda code: self._settler.exited(Exited(directory.path, code, started)))
+        directory.write_pid(pid)
+        return pid
+
+    def _kill(self, name: str, pid: int) -> None:
+        if live_pid(self._path(name)) == pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            kill_processes_of(name)
+
+    def _path(self, name: str) -> Path:
+        return self._root / "attempts" / name
+
+    def _launch_error(self, error: OSError) -> TransientLaunchError | PermanentLaunchError:
+        if error.errno in _PERMANENT:
+            what = error.filename or self._settings.agent_path or "the agent"
+            message = f"cannot execute {what}: {error.strerror}; see LEOFLOW_SUBPROCESS_AGENT_PATH and _WORK_DIR"
+            return PermanentLaunchError(FailureReason.COMMAND_NOT_FOUND, message)
+        return TransientLaunchError(FailureReason.LAUNCH_FAILED, f"cannot start the agent: {error}")

@@ -1,0 +1,153 @@
+"""What the end of an agent means, and telling it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.termination import TerminationRecord
+from leoflow_celery.executors.base import FailureReporter
+from leoflow_celery.executors.subprocess.directory import AttemptDirectory, all_attempts
+from leoflow_celery.executors.subprocess.processes import kill_processes_of
+
+log = logging.getLogger(__name__)
+_AGENT_LOG_TAIL = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """An outcome that the control plane has not heard of; ``return_value`` is JSON text that it does not have."""
+
+    outcome: Outcome
+    return_value: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """An agent ended; ``code`` is negative for a signal, None when nobody could see it.
+
+    ``started`` is set once the starter has let go of the directory: an agent may end sooner than that.
+    """
+
+    path: Path
+    code: int | None
+    started: threading.Event
+
+
+def settle(record: TerminationRecord | None, exit_code: int | None, seen: bool) -> Report | None:
+    """What to report of an agent that ended.
+
+    ``seen``: the end was observed by the worker that started it. Otherwise (a worker was killed, its successor looks
+    around) an agent without any record never claimed its attempt, and the attempt may run elsewhere by now.
+    """
+    if record is not None and record.state is TaskState.NONE:
+        return None
+    if record is not None and record.ended:
+        return None if record.reported else Report(record.outcome(), record.return_value)
+    if record is None and (exit_code == 0 or not seen):
+        return None
+    return Report(Outcome.failed(FailureReason.PROCESS_LOST, f"the agent ended without a report: {_how(exit_code)}"))
+
+
+def _how(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "its process is gone"
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"killed by signal {-exit_code}"
+
+
+class Settler:
+    """Settles attempts one after the other in a thread of its own: a reporter may wait for its broker."""
+
+    def __init__(self, reporter: FailureReporter | None) -> None:
+        self._reporter = reporter
+        self._queue: queue.SimpleQueue[Exited | Path | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="leoflow-settler", daemon=True)
+        self._thread.start()
+
+    def exited(self, exited: Exited) -> None:
+        """An agent that this worker had started ended."""
+        self._queue.put(exited)
+
+    def settle_leftover(self, directory: AttemptDirectory) -> bool:
+        """Report what an earlier agent left in a directory we hold; True when the attempt has ended by its word."""
+        kill_processes_of(directory.path.name)
+        record = directory.record()
+        self._report(directory, settle(record, None, seen=False))
+        return record is not None and record.ended
+
+    def sweep_soon(self, root: Path) -> None:
+        """Sweep in the background."""
+        self._queue.put(root)
+
+    def sweep(self, root: Path) -> None:
+        """Settle and remove every directory whose agent is gone."""
+        for path in all_attempts(root):
+            directory = AttemptDirectory.acquire_existing(path)
+            if directory is None:
+                continue
+            try:
+                self.settle_leftover(directory)
+            except Exception:
+                log.exception("subprocess.settle_failed", extra={"attempt_name": path.name})
+                directory.release()
+            else:
+                directory.remove()
+
+    def close(self, timeout_seconds: float) -> None:
+        """Finish what is queued, for so long."""
+        self._queue.put(None)
+        self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            try:
+                self.sweep(work) if isinstance(work, Path) else self._settle_exit(work)
+            except Exception:
+                # The directory stays: the sweep of the next start reports it.
+                log.exception("subprocess.settle_failed", extra={"work": str(work)})
+
+    def _settle_exit(self, exited: Exited) -> None:
+        if exited.code != 0:
+            # Before the lock: a foreign agent may have leaked it to what it left running.
+            kill_processes_of(exited.path.name)
+        exited.started.wait()
+        directory = AttemptDirectory.acquire_existing(exited.path)
+        if directory is None:
+            return  # started again, or settled by another worker
+        try:
+            self._report(directory, settle(directory.record(), exited.code, seen=True))
+        except BaseException:
+            directory.release()
+            raise
+        directory.remove()
+
+    def _report(self, directory: AttemptDirectory, report: Report | None) -> None:
+        attempt: AttemptId | None = directory.attempt()
+        if report is None or attempt is None:
+            return
+        log.warning(
+            "subprocess.unreported_end",
+            extra={"attempt": str(attempt), "reason": str(report.outcome.reason), "agent_log": _tail(directory)},
+        )
+        if self._reporter is not None:
+            self._reporter(attempt, report.outcome, report.return_value)
+
+
+def _tail(directory: AttemptDirectory) -> str:
+    try:
+        return "\n".join(directory.agent_log.read_text(errors="replace").splitlines()[-_AGENT_LOG_TAIL:])
+    except OSError:
+        return ""

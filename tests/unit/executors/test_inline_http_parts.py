@@ -1,0 +1,145 @@
+"""The pure parts of the HTTP call: addresses, values, messages and decisions."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import ip_address
+
+import pytest
+
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.executors.inline_http.errors import RefusedAddress
+from leoflow_celery.executors.inline_http.failure import FailedAttempt, failed_status, give_up, retry_after_seconds
+from leoflow_celery.executors.inline_http.guard import AddressGuard, embedded_address
+from leoflow_celery.executors.inline_http.prepare import describe
+from leoflow_celery.executors.inline_http.result import json_of
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "169.254.0.1",
+        "169.254.169.254",
+        "::ffff:169.254.169.254",
+        "::a9fe:a9fe",
+        "64:ff9b::a9fe:a9fe",
+        "2002:a9fe:a9fe::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "febf::1",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+        "100.100.100.200",
+        "168.63.129.16",
+    ],
+)
+def test_refused_addresses(address):
+    with pytest.raises(RefusedAddress):
+        AddressGuard().check_addresses("api.example", [address])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "10.0.0.1", "100.100.100.201", "8.8.8.8", "2001:db8::1", "::"])
+def test_other_addresses_are_fine(address):
+    AddressGuard().check_addresses("api.example", ["127.0.0.1", address])
+
+
+def test_operators_allow_hosts_addresses_and_networks():
+    guard = AddressGuard("169.254.10.0/24, Metadata.Google.Internal ,fe80::1")
+    guard.check_addresses("x", ["169.254.10.7", "::ffff:169.254.10.8", "fe80::1"])
+    guard.check_host("metadata.google.internal.")
+    guard.check_addresses("metadata.google.internal", ["169.254.169.254"])
+    for address in ("169.254.11.7", "fe80::2"):
+        with pytest.raises(RefusedAddress, match=address):
+            guard.check_addresses("x", [address])
+    with pytest.raises(ConfigurationError, match=r"LEOFLOW_INLINE_HTTP_ALLOW_ADDRESSES: '10.0.0.0/99'"):
+        AddressGuard("10.0.0.0/99")
+
+
+def test_loopback_and_unspecified_stand_for_themselves():
+    for text in ("::1", "::"):
+        assert embedded_address(ip_address(text)) == ip_address(text)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "value"),
+    [
+        (b"", "application/json", None),
+        (b'{"a": 1}', "application/json", {"a": 1}),
+        (b'{"a": 1}', "", {"a": 1}),
+        (b'{"a": 1}', "text/plain", {"a": 1}),
+        (b"[1, 2]", "text/html; charset=utf-8", [1, 2]),
+        (b"12", "application/json", 12),
+        (b"12", "text/plain", "12"),
+        (b"null", "application/json", None),
+        (b"hello", "application/json", "hello"),
+        (b'{"a": NaN}', "application/json", '{"a": NaN}'),
+        (b"[" * 100_000, "application/json", "[" * 100_000),
+        (b"\xef\xbb\xbf[1]", "application/json", [1]),
+        ("ü".encode("latin-1"), "text/plain; charset=iso-8859-1", "ü"),
+        ('{"a":"ü"}'.encode("utf-16"), "application/json; charset=utf-16", {"a": "ü"}),
+        (b"a\xff", "text/plain", "a�"),
+        (b"a", "text/plain; charset=no-such", "a"),
+        (b"a", "text/plain; charset=hex", "a"),
+        (b"a", "text/plain; charset=idna", "a"),
+    ],
+)
+def test_return_values(body, content_type, value):
+    result = json_of(body, content_type)
+    assert (json.loads(result) if result is not None else None) == value
+    assert (result is None) == (body == b"")
+
+
+def test_a_json_body_keeps_its_bytes():
+    assert json_of(b'{ "b":1.0,\n"a": "\\u00fc" }', "application/json") == b'{ "b":1.0,\n"a": "\\u00fc" }'
+
+
+def test_messages_leave_out_what_may_be_secret():
+    text = describe("POST", "https://me:pw@api.example:8443/v1/x;p?token=t#f")
+    assert text == "POST https://api.example:8443/v1/x;p"
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, 0),
+        ("", 0),
+        ("7", 7),
+        (" 7 ", 7),
+        ("-7", 0),
+        ("soon", 0),
+        ("Thu, 01 Jan 1970 00:01:40 GMT", 90),
+        ("Thu, 01 Jan 1970 00:00:01 GMT", 0),
+        ("²", 0),
+    ],
+)
+def test_retry_after(header, seconds):
+    assert retry_after_seconds(header, now=10.0) == seconds
+
+
+def test_which_answers_are_transient():
+    transient = {status for status in range(100, 600) if failed_status(status, None).transient}
+    assert transient == {408, 429, *range(500, 600)}
+
+
+class TestGivingUp:
+    busy = FailedAttempt(FailureReason.HTTP_STATUS, "", transient=True, status=503)
+
+    def test_a_transient_failure_is_tried_again(self):
+        assert give_up(self.busy, 0.1, 5, 10, is_last=False) is None
+
+    def test_the_last_attempt_decides(self):
+        assert give_up(self.busy, 0.1, 5, 10, is_last=True) is self.busy
+
+    def test_a_permanent_failure_stays_what_it_is_at_the_deadline(self):
+        final = FailedAttempt(FailureReason.HTTP_STATUS, "", transient=False, status=404)
+        assert give_up(final, 0.1, -1, 10, is_last=False) is final
+
+    def test_the_deadline_is_a_timeout(self):
+        given = give_up(self.busy, 0.1, -0.1, 10, is_last=False)
+        assert (given.reason, given.text) == (FailureReason.TIMEOUT, "the deadline of 10 s has passed")
+
+    def test_a_wait_past_the_deadline_is_not_begun(self):
+        given = give_up(self.busy, 60, 5, 10, is_last=False)
+        assert given.reason is FailureReason.HTTP_STATUS
+        assert "60.0 s would be past the deadline of 10 s" in given.text
