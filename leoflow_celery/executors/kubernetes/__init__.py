@@ -1,0 +1,19 @@
+"""Task pods on a Kubernetes cluster.
+
+``connection`` and ``client`` speak to the API server, ``errors`` says what its refusals mean. ``pod`` builds the Pod of
+an attempt (``merge`` for templates and overrides, ``environment``, ``identity``), ``secret`` and ``claims`` what it
+needs, ``executor`` creates them.
+"""
+
+from __future__ import annotations
+
+from leoflow_celery.executors.base import FailureReporter, Observer
+from leoflow_celery.executors.kubernetes.executor import KubernetesExecutor
+from leoflow_celery.settings import Settings
+
+__all__ = ["KubernetesExecutor", "create"]
+
+
+def create(settings: Settings, reporter: FailureReporter, observer: Observer) -> KubernetesExecutor:
+    """The back end of ``leoflow_celery.executors.registry``."""
+    return KubernetesExecutor(settings, reporter, observer)

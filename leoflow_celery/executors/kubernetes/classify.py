@@ -1,0 +1,159 @@
+"""What to do about one pod: report how it ended, delete it, or leave it alone. Pure.
+
+Two rules hold everywhere. A pod that came into being after SQL was read is not judged by its absence there. And the
+agent's own record is the truth about its task; the server's words are believed where it left none, or where it only
+knows that it was interrupted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from leoflow_celery.domain.expectation import ExpectedAttempt
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.termination import TerminationRecord, decode
+from leoflow_celery.executors.kubernetes.causes import (
+    cause_of_agent_death,
+    cause_of_end,
+    cause_of_pending,
+    cause_of_stall,
+    disturbance,
+    overdue_deletion,
+)
+from leoflow_celery.executors.kubernetes.observe import PodState
+from leoflow_celery.settings import KubernetesSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ReconcilePolicy:
+    """How long to wait before concluding something.
+
+    ``margin_seconds``: clocks of the hosts differ, and reports are on their way. ``patience_seconds``: for what the
+    kubelet tries again by itself. ``pending_timeout_seconds``: 0 is for ever.
+    """
+
+    margin_seconds: float = 30
+    patience_seconds: float = 30
+    pending_timeout_seconds: float = 600
+    finished_grace_seconds: float = 600
+    #: Pods of another system in the namespace are none of our business.
+    system: str = ""
+
+    @classmethod
+    def of(cls, settings: KubernetesSettings) -> Self:
+        return cls(
+            patience_seconds=settings.startup_patience_seconds,
+            pending_timeout_seconds=settings.pending_timeout_seconds,
+            finished_grace_seconds=settings.finished_grace_seconds,
+            system=settings.system,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PodReport:
+    """An end to report. ``wants_log_tail``: nobody may have shipped the log."""
+
+    outcome: Outcome
+    return_value: str | None = None
+    wants_log_tail: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PodDecision:
+    """Report first, when there is something to report, then delete. ``why`` is for our own log."""
+
+    report: PodReport | None = None
+    delete: bool = False
+    why: str = ""
+
+
+KEEP = PodDecision()
+
+
+def decide_pod(
+    pod: PodState, expected: ExpectedAttempt | None, read_at: float, now: float, policy: ReconcilePolicy
+) -> PodDecision:
+    """``expected`` is the live attempt of the pod's name, as SQL had it at ``read_at``."""
+    if expected is None:
+        return _unexpected(pod, read_at, now, policy)
+    if pod.ended:
+        return PodDecision(_end(pod, expected, read_at, now, policy))
+    if pod.deletion_due_at is not None:
+        overdue = now - pod.deletion_due_at
+        return PodDecision(PodReport(overdue_deletion(pod, overdue))) if overdue > policy.margin_seconds else KEEP
+    if pod.phase == "Unknown":
+        return PodDecision(PodReport(cause_of_end(pod)))
+    return _starting(pod, expected, now, policy)
+
+
+def _unexpected(pod: PodState, read_at: float, now: float, policy: ReconcilePolicy) -> PodDecision:
+    """A pod whose attempt is terminal, superseded or unknown. Not ours, or too young to tell: left alone."""
+    if pod.attempt is None or pod.system != policy.system:
+        return KEEP
+    if pod.created_at >= read_at - policy.margin_seconds or pod.deletion_due_at is not None:
+        return KEEP
+    if not pod.ended:
+        return PodDecision(delete=True, why="unexpected")
+    # Evicted pods of old versions have no end time.
+    ended_at = pod.finished_at or pod.created_at
+    return PodDecision(delete=True, why="finished") if now - ended_at >= policy.finished_grace_seconds else KEEP
+
+
+def _starting(pod: PodState, expected: ExpectedAttempt, now: float, policy: ReconcilePolicy) -> PodDecision:
+    """A pod that does not start is deleted with the report: it must not start beside the next launch."""
+    # A launch that a second delivery finished (the pod's Secret) has only been complete since then; one that nobody
+    # reported yet may wait for that delivery.
+    complete_at = now if expected.launched_at is None else max(pod.started_at or pod.created_at, expected.launched_at)
+    age, pending = now - complete_at, now - pod.created_at
+    cause = cause_of_stall(pod, age, policy.patience_seconds)
+    if cause is None and pod.phase == "Pending" and 0 < policy.pending_timeout_seconds <= pending:
+        # Whatever patience is left: a pod that waits for its image is given up because of its image.
+        cause = cause_of_stall(pod, age, 0) or cause_of_pending(pod, pending)
+    return PodDecision(PodReport(cause), delete=True, why="never_started") if cause else KEEP
+
+
+def _end(
+    pod: PodState, expected: ExpectedAttempt, read_at: float, now: float, policy: ReconcilePolicy
+) -> PodReport | None:
+    record = _record(pod, expected)
+    settled = (pod.finished_at or now) < read_at - policy.margin_seconds
+    if record is not None and record.state is TaskState.NONE:
+        return None  # its claim was refused: somebody else runs the attempt, or nobody may
+    if record is not None and record.ended:
+        # SQL was read before the report arrived, most likely; reporting it again does no harm.
+        return _of_record(pod, record) if settled or not record.reported else None
+    if record is not None:
+        return PodReport(cause_of_agent_death(pod), wants_log_tail=pod.has_run)
+    outcome = cause_of_end(pod)
+    if outcome.exit_code == 0 and not settled:
+        return None  # an agent that leaves no record may have reported all the same
+    return PodReport(outcome, wants_log_tail=pod.has_run)
+
+
+def _of_record(pod: PodState, record: TerminationRecord) -> PodReport:
+    outcome = record.outcome()
+    if outcome.reason is FailureReason.INTERRUPTED and (better := disturbance(pod)) is not None:
+        outcome = better.evolve(exit_code=outcome.exit_code)
+    return PodReport(outcome, record.return_value, wants_log_tail=pod.has_run and not record.reported)
+
+
+def _record(pod: PodState, expected: ExpectedAttempt) -> TerminationRecord | None:
+    """What the agent left, when it is about this task instance."""
+    if pod.task is None or not pod.task.terminated:
+        return None
+    record = decode(pod.task.message)
+    return record if record is not None and record.attempt == expected.attempt.task_instance_id else None
+
+
+def is_missing(expected: ExpectedAttempt, read_at: float, policy: ReconcilePolicy) -> bool:
+    """Whether an attempt without a pod, in a complete list, has lost it."""
+    return expected.launched_before(read_at - policy.margin_seconds)
+
+
+def missing_outcome(expected: ExpectedAttempt) -> Outcome:
+    """To be refined by what the events say."""
+    what = "while its task was running" if expected.claimed else "before its agent called"
+    return Outcome.failed(FailureReason.POD_DELETED, f"pod {expected.name} was deleted {what}")

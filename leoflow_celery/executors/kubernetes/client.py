@@ -1,0 +1,203 @@
+"""``KubernetesApi``: the few REST calls we make, as raw JSON over pooled keep-alive connections.
+
+The package's client models cost more CPU per pod than the API server's answer takes to arrive, so none is used.
+Every call of ours may be made twice (objects have deterministic names), so a connection that broke is tried again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import urllib3
+
+from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.executors.base import Observer
+from leoflow_celery.executors.kubernetes.connection import Connection
+from leoflow_celery.executors.kubernetes.errors import ApiError, Expired, Unreachable, api_error
+from leoflow_celery.settings import KubernetesSettings
+
+log = logging.getLogger(__name__)
+
+#: At most so often is the configuration read again because the server did not know us.
+_RELOAD_SECONDS = 10.0
+
+
+class KubernetesApi:
+    """One API server and namespace. Thread-safe; every call has timeouts and is counted by the observer."""
+
+    def __init__(self, connect: Callable[[], Connection], settings: KubernetesSettings, observer: Observer) -> None:
+        self._connect, self._settings, self._observer = connect, settings, observer
+        self._connection = connect()
+        self._reload_lock, self._reloaded_at = threading.Lock(), float("-inf")
+        self._timeout = urllib3.Timeout(connect=settings.connect_timeout_seconds, read=settings.request_timeout_seconds)
+
+    @classmethod
+    def from_settings(
+        cls, settings: KubernetesSettings, pool_size: int = 0, observer: Observer | None = None
+    ) -> KubernetesApi:
+        """The API that the settings name; ``pool_size`` connections are kept open (0: what the settings say).
+
+        Raises:
+            ConfigurationError: there is no usable configuration.
+        """
+        size = pool_size or settings.max_connections
+        return cls(lambda: Connection(settings, size), settings, observer or Observer())
+
+    @property
+    def namespace(self) -> str:
+        """Where all task pods live."""
+        return self._connection.namespace
+
+    def path(self, resource: str, name: str = "", subresource: str = "") -> str:
+        """Of a core/v1 resource in our namespace: ``path("pods", "a", "log")``."""
+        parts = ["/api/v1/namespaces", self.namespace, resource, *filter(None, (name, subresource))]
+        return "/".join([parts[0], *(quote(part, safe="") for part in parts[1:])])
+
+    def pods_path(self, name: str = "", subresource: str = "") -> str:
+        """Of all pods, or of one."""
+        return self.path("pods", name, subresource)
+
+    def get(self, path: str, *, operation: str, **query: Any) -> dict[str, Any]:
+        """One object or list.
+
+        Raises:
+            ApiError: see ``errors``; this holds for every method here.
+        """
+        return _decoded(self._call("GET", path, operation, query=query))
+
+    def get_text(self, path: str, *, operation: str, **query: Any) -> str:
+        """A body that is no JSON, as a pod's log."""
+        return self._call("GET", path, operation, query=query).decode("utf-8", "replace")
+
+    def post(self, path: str, body: dict[str, Any], *, operation: str, **query: Any) -> dict[str, Any]:
+        """Create an object; raises AlreadyExists when there is one of that name."""
+        return _decoded(self._call("POST", path, operation, query=query, body=body))
+
+    def delete(self, path: str, body: dict[str, Any] | None = None, *, operation: str) -> dict[str, Any]:
+        """Delete an object; ``body`` are DeleteOptions. Raises NotFound when there is none."""
+        return _decoded(self._call("DELETE", path, operation, body=body))
+
+    def list_pages(
+        self, path: str, *, operation: str, label_selector: str = "", limit: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The pages of a list, one at a time: what exists now, not what the server has cached.
+
+        A list that takes longer than the server keeps its snapshot (minutes) starts again, once, and what was yielded
+        before may come again: whoever collects goes by name. The last page is reached only when the list is complete.
+        """
+        query = {"limit": limit or self._settings.page_size, "labelSelector": label_selector}
+        restarted, token = False, ""
+        while True:
+            try:
+                page = self.get(path, operation=operation, **query, **{"continue": token})
+            except Expired as error:
+                if restarted or not token:
+                    raise
+                log.warning("kubernetes.list_restarted", extra={"operation": operation, "error": error.message})
+                restarted, token = True, ""
+                continue
+            yield page
+            token = page.get("metadata", {}).get("continue", "")
+            if not token:
+                return
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._connection.close()
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        operation: str,
+        *,
+        query: dict[str, Any] | None = None,
+        body: dict[str, Any] | None = None,
+    ) -> bytes:
+        try:
+            answer = self._authorised(method, path, query, body)
+        except ApiError as error:
+            self._observer.api_call(operation, error.kind)
+            raise
+        self._observer.api_call(operation, "ok")
+        return answer
+
+    def _authorised(self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None) -> bytes:
+        """The call; once more when our credentials had expired and there may be new ones."""
+        target = f"{path}?{text}" if (text := _query(query)) else path
+        content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        try:
+            return self._send(method, target, content)
+        except ApiError as error:
+            if not error.is_unauthenticated or not self._reload():
+                raise
+        return self._send(method, target, content)
+
+    def _send(self, method: str, target: str, content: bytes | None) -> bytes:
+        connection = self._connection
+        headers = {"Accept": "application/json, */*", "User-Agent": "leoflow-celery", **connection.credentials()}
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+        response = self._exchange(connection, method, target, headers, content)
+        if response.status >= 300:
+            raise api_error(response.status, response.data, response.headers.get("Retry-After"))
+        return response.data
+
+    def _exchange(
+        self, connection: Connection, method: str, target: str, headers: dict[str, str], content: bytes | None
+    ) -> urllib3.BaseHTTPResponse:
+        """One request and its whole answer; again when a connection that had been idle turns out to be closed."""
+        for is_last in (False, True):
+            try:
+                return connection.pool.request(
+                    method,
+                    connection.host + target,
+                    body=content,
+                    headers=headers,
+                    timeout=self._timeout,
+                    retries=False,
+                    redirect=False,
+                )
+            except urllib3.exceptions.NewConnectionError as error:  # a timeout to urllib3
+                raise Unreachable("unreachable", f"{connection.host} cannot be reached: {error}") from error
+            except urllib3.exceptions.TimeoutError as error:
+                raise Unreachable("timeout", f"{connection.host} did not answer in time: {error}") from error
+            except urllib3.exceptions.ProtocolError as error:
+                if is_last:
+                    raise Unreachable("unreachable", f"{connection.host} broke off: {error}") from error
+            except urllib3.exceptions.HTTPError as error:
+                raise Unreachable("unreachable", f"{connection.host} cannot be reached: {error}") from error
+        raise AssertionError("the last round returns or raises")
+
+    def _reload(self) -> bool:
+        """Read the configuration again: a token was rotated, a kubeconfig rewritten. False when that was just done."""
+        with self._reload_lock:
+            if time.monotonic() - self._reloaded_at < _RELOAD_SECONDS:
+                return False
+            self._reloaded_at = time.monotonic()
+            try:
+                self._connection = self._connect()
+            except ConfigurationError as error:  # a file that is being written just now
+                log.warning("kubernetes.configuration_unreadable", extra={"error": str(error)})
+                return False
+            return True
+
+
+def _query(values: dict[str, Any] | None) -> str:
+    return urlencode({name: value for name, value in (values or {}).items() if value not in ("", None)})
+
+
+def _decoded(body: bytes) -> dict[str, Any]:
+    try:
+        decoded = json.loads(body)
+    except ValueError as error:
+        raise Unreachable("garbled", f"the answer is no JSON: {body[:100]!r}") from error
+    if not isinstance(decoded, dict):
+        raise Unreachable("garbled", f"the answer is no object: {body[:100]!r}")
+    return decoded

@@ -1,0 +1,105 @@
+"""The environment of the container ``task``: what every agent is told, then the request's own variables.
+
+The token and the request's variables are in a Secret that the pod owns, and the pod refers to it by name. Where no name
+is given they are in the pod.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.errors import PermanentLaunchError
+from leoflow_celery.executors.base import LaunchSpec
+
+TERMINATION_LOG = "/dev/termination-log"
+STAGING_DIR = "/staging"
+CA_DIR = "/etc/leoflow/tls"
+#: What every API version takes as the name of a variable and as a key of a Secret; others reach the user's process from
+#: the control plane only.
+_NAME = re.compile(r"(?!\.$|\.\.)[-._a-zA-Z][-._a-zA-Z0-9]{0,252}")
+#: What Linux takes of one variable, name and NUL included. With a larger one nothing starts, not even the agent that
+#: would say so.
+_VARIABLE_BYTES = 131_072
+_TOKEN = "LEOFLOW_AGENT_TOKEN"  # noqa: S105 - a variable's name
+
+
+def agent_variables(launch: LaunchSpec) -> dict[str, str]:
+    """What only we decide, whatever a template, a request or an override says."""
+    env = launch.agent_environment() | {
+        "LEOFLOW_ATTEMPT_NAME": launch.name,
+        "LEOFLOW_TERMINATION_LOG": TERMINATION_LOG,
+        "LEOFLOW_AGENT_ECHO": "true",
+        "LEOFLOW_AGENT_LEAVE_INTERRUPTION": "true",
+    }
+    if launch.request.agent_tls_ca_config_map:
+        env |= {"LEOFLOW_AGENT_INSECURE": "false", "LEOFLOW_AGENT_TLS_CA": f"{CA_DIR}/ca.crt"}
+    if launch.request.staging_claim:
+        env["LEOFLOW_STAGING_DIR"] = STAGING_DIR
+    return env
+
+
+def secret_variables(launch: LaunchSpec) -> dict[str, str]:
+    """The part that others may not read: the token and the request's variables."""
+    ours = agent_variables(launch)
+    theirs = {name: value for name, value in launch.request.env.items() if _fits(name, value) and name not in ours}
+    return {_TOKEN: ours[_TOKEN], **theirs}
+
+
+def _fits(name: str, value: str) -> bool:
+    return _NAME.fullmatch(name) is not None and len(f"{name}={value}".encode()) < _VARIABLE_BYTES
+
+
+def agent_entries(launch: LaunchSpec, secret: str) -> list[dict[str, Any]]:
+    """``agent_variables`` as the API has them."""
+    return [
+        _reference(name, secret, name) if secret and name == _TOKEN else _plain(name, value)
+        for name, value in agent_variables(launch).items()
+    ]
+
+
+def request_entries(launch: LaunchSpec, secret: str) -> list[dict[str, Any]]:
+    """The request's variables, and those that it takes from Secrets of its own."""
+    values = {name: value for name, value in secret_variables(launch).items() if name != _TOKEN}
+    own = [_reference(name, secret, name) if secret else _plain(name, value) for name, value in values.items()]
+    return own + secret_entries(launch.request)
+
+
+def secret_of(container: dict[str, Any]) -> str:
+    """The name of the Secret that a container has its token from; nothing when it has it in plain."""
+    for one in container.get("env") or ():
+        if one["name"] == _TOKEN:
+            return str(one.get("valueFrom", {}).get("secretKeyRef", {}).get("name", ""))
+    return ""
+
+
+def secret_entries(request: TaskRequest) -> list[dict[str, Any]]:
+    """The request's secrets with source ``k8s_secret``: ``secret/key``, or a key of the task secret.
+
+    Raises:
+        PermanentLaunchError: one names no Secret.
+    """
+    found = []
+    for one in request.secrets:
+        if one.source == "k8s_secret":
+            secret, slash, key = (one.reference or one.name).partition("/")
+            if not slash and not request.task_secret_name:
+                raise PermanentLaunchError(
+                    FailureReason.UNKNOWN_SECRET,
+                    f"secrets: {one.name!r} names no Secret; write reference 'secret/key', or set task_secret_name",
+                )
+            found.append(
+                _reference(one.name, secret, key) if slash else _reference(one.name, request.task_secret_name, secret)
+            )
+    return found
+
+
+def _plain(name: str, value: str) -> dict[str, Any]:
+    """The kubelet replaces ``$(NAME)`` in plain values, unless the dollar is doubled."""
+    return {"name": name, "value": value.replace("$", "$$")}
+
+
+def _reference(name: str, secret: str, key: str) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}

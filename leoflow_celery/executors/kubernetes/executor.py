@@ -1,0 +1,157 @@
+"""``KubernetesExecutor``: one pod per attempt, under the attempt's name, and a Secret that the pod names and owns.
+
+The pod comes first: its uid makes it the owner of its Secret, so that nothing is left over whenever the worker dies.
+The kubelet needs longer to start a container than the second call takes, and waits when it does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from secrets import token_hex
+
+from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
+from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Observer, Reconciled
+from leoflow_celery.executors.kubernetes.claims import StagingClaims
+from leoflow_celery.executors.kubernetes.client import KubernetesApi
+from leoflow_celery.executors.kubernetes.collect import StagingCollector
+from leoflow_celery.executors.kubernetes.environment import secret_of
+from leoflow_celery.executors.kubernetes.errors import AlreadyExists, ApiError, NotFound, to_launch_error
+from leoflow_celery.executors.kubernetes.identity import TASK_CONTAINER, attempt_of
+from leoflow_celery.executors.kubernetes.merge import Json
+from leoflow_celery.executors.kubernetes.pod import build_pod
+from leoflow_celery.executors.kubernetes.reconcile import Reconciler
+from leoflow_celery.executors.kubernetes.secret import build_secret
+from leoflow_celery.executors.kubernetes.template import load_base
+from leoflow_celery.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class KubernetesExecutor:
+    """Starts attempts as pods of one namespace. Thread-safe."""
+
+    #: All workers of the queue share one cluster.
+    host = ""
+
+    def __init__(self, settings: Settings, reporter: FailureReporter, observer: Observer | None = None) -> None:
+        """Raises ConfigurationError for an unusable kubeconfig or pod template. Calls no server."""
+        self._settings = settings.kubernetes
+        self._base = load_base(self._settings)
+        self._api = KubernetesApi.from_settings(self._settings, observer=observer or Observer())
+        self._claims = StagingClaims(
+            self._api, settings.staging.default_size, self._settings.check_storage_class, self._settings.system
+        )
+        self._reconciler = Reconciler(self._api, self._settings, reporter, observer)
+        self._collector = StagingCollector(self._api, self._settings)
+
+    def execute(self, launch: LaunchSpec) -> Launched:
+        """Create the staging claim, the pod and its Secret, as far as they are not there.
+
+        Raises:
+            TransientLaunchError: the API server is busy or away, or a quota is used up.
+            PermanentLaunchError: it refused the pod; the message is its own.
+        """
+        pod = build_pod(launch, self._settings, self._base, self._secret_name(launch))
+        with _launch_errors():
+            if launch.request.staging_claim:
+                self._claims.ensure(launch.request)
+            created, already = self._create(launch, pod)
+            if secret := _awaited_secret(created):
+                self._create_secret(launch, secret, created["metadata"]["uid"])
+        return Launched(launch.name, already, details={"uid": created["metadata"]["uid"]})
+
+    def cancel(self, name: str, grace_seconds: float) -> None:
+        """Delete the pod: SIGTERM now, SIGKILL after the grace, which is a second at least.
+
+        With none at all the API server would forget the pod while it may still run.
+        """
+        grace = max(1, math.ceil(grace_seconds))
+        with _launch_errors():
+            self._delete(name, grace)
+
+    def reconcile(self, expectation: Expectation) -> Reconciled:
+        """See ``ReconcilableExecutor``."""
+        with _launch_errors():
+            return self._reconciler.reconcile(expectation)
+
+    def collect_staging(self, plan: StagingPlan) -> dict[str, str]:
+        """See ``ReconcilableExecutor``."""
+        with _launch_errors():
+            return self._collector.collect(plan)
+
+    def close(self) -> None:
+        """Close idle connections. Pods go on."""
+        self._api.close()
+
+    def _secret_name(self, launch: LaunchSpec) -> str:
+        """Of the Secret, should this call create the pod: never that of an earlier pod of the same name."""
+        return f"{launch.name}-{token_hex(4)}" if self._settings.agent_environment == "secret" else ""
+
+    def _create(self, launch: LaunchSpec, pod: Json) -> tuple[Json, bool]:
+        """The pod, and whether an earlier delivery had created it."""
+        try:
+            return self._api.post(self._api.pods_path(), pod, operation="create_pod", **self._validation(launch)), False
+        except AlreadyExists:
+            return self._existing(launch), True
+
+    def _validation(self, launch: LaunchSpec) -> dict[str, str]:
+        """Foreign JSON is checked for unknown fields where the server can (1.25); before, it drops them silently."""
+        foreign = launch.request.pod_override or self._settings.pod_template
+        return {"fieldValidation": "Strict"} if foreign else {}
+
+    def _existing(self, launch: LaunchSpec) -> Json:
+        try:
+            pod = self._api.get(self._api.pods_path(launch.name), operation="get_pod")
+        except NotFound as error:
+            message = f"pod {launch.name} existed a moment ago and is gone"
+            raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message) from error
+        if attempt_of(pod["metadata"]) != launch.attempt:
+            message = f"a pod named {launch.name} exists in namespace {self._api.namespace}, and is not of this attempt"
+            raise PermanentLaunchError(FailureReason.INVALID_SPEC, message)
+        return pod
+
+    def _create_secret(self, launch: LaunchSpec, name: str, pod_uid: str) -> None:
+        """Give the pod its Secret, unless another delivery did; a pod that can never get one is taken back."""
+        try:
+            self._api.post(self._api.path("secrets"), build_secret(launch, name, pod_uid), operation="create_secret")
+        except AlreadyExists:
+            return
+        except ApiError as error:
+            refusal = to_launch_error(error)
+            if isinstance(refusal, PermanentLaunchError):
+                self._take_back(launch.name)
+            raise refusal from error
+
+    def _take_back(self, name: str) -> None:
+        try:
+            self._delete(name, grace_seconds=0)
+        except ApiError as error:
+            log.warning("kubernetes.pod_left_to_reconcile", extra={"attempt_name": name, "error": str(error)})
+
+    def _delete(self, name: str, grace_seconds: int) -> None:
+        options = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": grace_seconds}
+        try:
+            self._api.delete(self._api.pods_path(name), options, operation="delete_pod")
+        except NotFound:
+            return
+
+
+def _awaited_secret(pod: Json) -> str:
+    """The Secret that a pod needs to start its container; nothing for one that has started it."""
+    if pod.get("status", {}).get("phase", "Pending") != "Pending":
+        return ""
+    return secret_of(next(one for one in pod["spec"]["containers"] if one["name"] == TASK_CONTAINER))
+
+
+@contextmanager
+def _launch_errors() -> Iterator[None]:
+    try:
+        yield
+    except ApiError as error:
+        raise to_launch_error(error) from error

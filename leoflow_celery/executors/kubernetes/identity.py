@@ -1,0 +1,67 @@
+"""Labels and annotations: how a pod, a Secret and a claim say whose they are.
+
+Labels are sanitised, for selectors and people; annotations carry the ids as they are, so that the attempt can be
+rebuilt from a pod alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from leoflow_celery.domain.attempt import AttemptId, label_value
+from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.executors.base import LaunchSpec
+from leoflow_celery.executors.identity import PREFIX, attempt_in
+
+#: Every pod and Secret of an attempt has this label, and nothing else has.
+MANAGED_SELECTOR = f"{PREFIX}run-id"
+STAGING_LABEL = f"{PREFIX}staging"
+STAGING_SELECTOR = f"{STAGING_LABEL}=true"
+#: Whose it is, where several systems share a namespace: none may delete what another one runs.
+SYSTEM_LABEL = f"{PREFIX}system"
+#: The container of the user's code.
+TASK_CONTAINER = "task"
+_MANAGED_BY = {"app.kubernetes.io/managed-by": "leoflow-celery"}
+
+
+def _managed_by(system: str) -> dict[str, str]:
+    return {**_MANAGED_BY, SYSTEM_LABEL: system} if system else _MANAGED_BY
+
+
+def system_of(metadata: dict[str, Any]) -> str:
+    """The system that made an object; empty for one without a name."""
+    return str((metadata.get("labels") or {}).get(SYSTEM_LABEL, ""))
+
+
+def attempt_labels(launch: LaunchSpec, system: str = "") -> dict[str, str]:
+    """Of everything that belongs to one attempt."""
+    request, attempt = launch.request, launch.attempt
+    return {
+        **_managed_by(system),
+        f"{PREFIX}dag-id": label_value(request.dag_id),
+        f"{PREFIX}task-id": label_value(request.task_id),
+        f"{PREFIX}run-id": label_value(request.run_id),
+        f"{PREFIX}tenant-id": label_value(request.tenant_id),
+        f"{PREFIX}try-number": str(attempt.try_number),
+        f"{PREFIX}launch": str(attempt.launch),
+    }
+
+
+def attempt_of(metadata: dict[str, Any]) -> AttemptId | None:
+    """The attempt whose annotations an object carries, or None when they are not those of an attempt."""
+    return attempt_in(metadata.get("annotations") or {})
+
+
+def claim_metadata(request: TaskRequest, system: str = "") -> dict[str, Any]:
+    """Of the staging claim of a run."""
+    return {
+        "name": request.staging_claim,
+        "labels": {
+            **_managed_by(system),
+            STAGING_LABEL: "true",
+            f"{PREFIX}run-id": label_value(request.run_id),
+            f"{PREFIX}dag-id": label_value(request.dag_id),
+            f"{PREFIX}tenant-id": label_value(request.tenant_id),
+        },
+        "annotations": {f"{PREFIX}run-id": request.run_id, f"{PREFIX}dag-id": request.dag_id},
+    }

@@ -1,0 +1,44 @@
+"""The last lines that a pod's container printed, for an end that its agent could not report."""
+
+from __future__ import annotations
+
+import logging
+
+from leoflow_celery.executors.kubernetes.client import KubernetesApi
+from leoflow_celery.executors.kubernetes.errors import ApiError
+from leoflow_celery.executors.kubernetes.observe import PodState
+
+log = logging.getLogger(__name__)
+#: Lines may be of any length; an outcome travels through the broker.
+_MAX_BYTES = 32_768
+#: What a kubelet answers, with status 200, when the container is removed already.
+_NO_LOG = "unable to retrieve container logs for "
+
+
+def fetch_log_tail(api: KubernetesApi, pod: PodState, lines: int) -> tuple[str, ...]:
+    """The last ``lines`` lines, of at most 32 KiB together; nothing when there is no log (any more)."""
+    if pod.task is None or lines <= 0:
+        return ()
+    try:
+        path = api.pods_path(pod.name, "log")
+        text = api.get_text(path, operation="get_log", container=pod.task.name, tailLines=lines)
+    except ApiError as error:
+        # The pod, its container or its node may be gone: an outcome without a log is better than none.
+        log.info("kubernetes.no_log", extra={"attempt_name": pod.name, "error": str(error)})
+        return ()
+    return () if text.startswith(_NO_LOG) else tail_of(text, lines)
+
+
+def tail_of(text: str, lines: int) -> tuple[str, ...]:
+    """The last whole lines that fit; of a single longer one, its end."""
+    kept: list[str] = []
+    room = _MAX_BYTES
+    for line in reversed(text.splitlines()[-lines:]):
+        size = len(line.encode())
+        if size > room:
+            if not kept:
+                kept.append("…" + line.encode()[-room:].decode("utf-8", "ignore"))
+            break
+        kept.append(line)
+        room -= size
+    return tuple(reversed(kept))

@@ -1,0 +1,168 @@
+"""What we keep of a pod: the few fields that decide about it, out of 6 to 10 KB of JSON.
+
+There may be thousands of pods in a list, so a page is reduced to these before the next one is read. The JSON is the
+server's and may come from a template of the operator's: nothing but the name is taken for granted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.executors.kubernetes.identity import TASK_CONTAINER, attempt_of, system_of
+
+Json = dict[str, Any]
+_ENDED_PHASES = frozenset({"Succeeded", "Failed"})
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerState:
+    """One container. Exactly one of ``waiting``, ``running`` and ``terminated`` is true once the kubelet said anything.
+
+    ``message`` of a terminated container is its termination message: what its program left for us.
+    """
+
+    name: str
+    waiting: bool = False
+    running: bool = False
+    terminated: bool = False
+    reason: str = ""
+    message: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it may have printed anything."""
+        return self.running or (self.terminated and self.started_at is not None)
+
+    @property
+    def failed(self) -> bool:
+        return self.terminated and self.exit_code != 0
+
+
+@dataclass(frozen=True, slots=True)
+class PodState:
+    """One pod. Times are seconds since the epoch, texts empty where the server said nothing.
+
+    ``attempt`` is None for a pod that is not ours. ``deletion_due_at`` is when a deletion that is under way should be
+    over: asked for, plus the grace. ``unscheduled`` are the scheduler's words on why it found no node, ``disruption``
+    the reason and the words of whoever ended the pod from outside (Kubernetes 1.26 and later say so).
+    """
+
+    name: str
+    uid: str
+    phase: str
+    created_at: float
+    attempt: AttemptId | None = None
+    system: str = ""
+    node: str = ""
+    reason: str = ""
+    message: str = ""
+    started_at: float | None = None
+    deletion_due_at: float | None = None
+    scheduled: bool = False
+    unscheduled: str = ""
+    disruption: tuple[str, str] | None = None
+    task: ContainerState | None = None
+    troubled_init: ContainerState | None = None
+    image: str = ""
+    memory_limit: str = ""
+    deadline_seconds: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the task's container will never run again. Sidecars may: they do not keep a task alive."""
+        return self.phase in _ENDED_PHASES or (self.task is not None and self.task.terminated)
+
+    @property
+    def finished_at(self) -> float | None:
+        """When the task's container ended, where the server knows."""
+        return self.task.finished_at if self.task is not None else None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether there may be a log."""
+        return self.task is not None and self.task.has_run
+
+
+def observe(pod: Json) -> PodState:
+    """Reduce one item of a list of pods."""
+    metadata, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
+    container = _named(spec.get("containers"), TASK_CONTAINER)
+    conditions = {one.get("type"): one for one in status.get("conditions") or ()}
+    scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
+    return PodState(
+        name=metadata["name"],
+        uid=metadata.get("uid", ""),
+        phase=status.get("phase", ""),
+        created_at=seconds(metadata.get("creationTimestamp")) or 0.0,
+        attempt=attempt_of(metadata),
+        system=system_of(metadata),
+        node=spec.get("nodeName", ""),
+        reason=status.get("reason", ""),
+        message=status.get("message", "").strip(),
+        started_at=seconds(status.get("startTime")),
+        deletion_due_at=seconds(metadata.get("deletionTimestamp")),
+        scheduled=bool(spec.get("nodeName")),
+        unscheduled=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
+        disruption=_disruption(disruption),
+        task=_container(_named(status.get("containerStatuses"), TASK_CONTAINER)),
+        troubled_init=_troubled(status.get("initContainerStatuses")),
+        image=container.get("image", ""),
+        memory_limit=str(((container.get("resources") or {}).get("limits") or {}).get("memory", "")),
+        deadline_seconds=spec.get("activeDeadlineSeconds"),
+    )
+
+
+def _named(items: list[Json] | None, name: str) -> Json:
+    """The item of that name, else the first: a template may call the container what it likes."""
+    items = items or [{}]
+    return next((one for one in items if one.get("name") == name), items[0])
+
+
+def _disruption(condition: Json) -> tuple[str, str] | None:
+    if condition.get("status") != "True":
+        return None
+    return condition.get("reason", ""), condition.get("message", "").strip()
+
+
+def _troubled(statuses: list[Json] | None) -> ContainerState | None:
+    """The first init container that waits or failed: those after it wait for it."""
+    states = (_container(one) for one in statuses or ())
+    return next((one for one in states if one is not None and (one.waiting or one.failed)), None)
+
+
+def _container(status: Json) -> ContainerState | None:
+    if not status:
+        return None
+    name, state = status.get("name", ""), status.get("state") or {}
+    if (ended := state.get("terminated")) is not None:
+        return ContainerState(
+            name,
+            terminated=True,
+            reason=ended.get("reason", ""),
+            message=ended.get("message", ""),
+            exit_code=ended.get("exitCode"),
+            signal=ended.get("signal"),
+            started_at=seconds(ended.get("startedAt")),
+            finished_at=seconds(ended.get("finishedAt")),
+        )
+    if (running := state.get("running")) is not None:
+        return ContainerState(name, running=True, started_at=seconds(running.get("startedAt")))
+    waiting = state.get("waiting") or {}
+    return ContainerState(name, waiting=True, reason=waiting.get("reason", ""), message=waiting.get("message", ""))
+
+
+def seconds(text: str | None) -> float | None:
+    """A time of the API, as 2026-01-31T10:00:00Z; some are absent, some null."""
+    if not text:
+        return None
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None

@@ -1,0 +1,174 @@
+"""``Reconciler``: compares the pods that exist with the attempts that SQL expects, and acts on the difference.
+
+One paged list, nothing else, unless there is something to report or to delete.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.executors.base import FailureReporter, Observer, Reconciled
+from leoflow_celery.executors.kubernetes.classify import (
+    PodDecision,
+    PodReport,
+    ReconcilePolicy,
+    decide_pod,
+    is_missing,
+    missing_outcome,
+)
+from leoflow_celery.executors.kubernetes.client import KubernetesApi
+from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
+from leoflow_celery.executors.kubernetes.events import explain, fetch_events
+from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR
+from leoflow_celery.executors.kubernetes.logs import fetch_log_tail
+from leoflow_celery.executors.kubernetes.observe import PodState, observe
+from leoflow_celery.settings import KubernetesSettings
+
+log = logging.getLogger(__name__)
+#: Pods dealt with at a time. More would take the connections of the launches beside us.
+_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What was done about one pod, or one that is missing."""
+
+    reported: bool = False
+    deleted: bool = False
+
+
+class Reconciler:
+    """Keeps nothing but the moment it looked last. Thread-safe as long as one reconcile runs at a time."""
+
+    def __init__(
+        self,
+        api: KubernetesApi,
+        settings: KubernetesSettings,
+        reporter: FailureReporter,
+        observer: Observer | None = None,
+        policy: ReconcilePolicy | None = None,
+    ) -> None:
+        self._api, self._settings, self._reporter = api, settings, reporter
+        self._observer = observer or Observer()
+        self._policy = policy or ReconcilePolicy.of(settings)
+        self._looked_at = time.time()
+
+    def reconcile(self, expectation: Expectation) -> Reconciled:
+        """One pass. What fails for one pod is tried again by the next pass, and stops no other.
+
+        Raises:
+            ApiError: the list could not be had, or not to its end; nothing was concluded.
+            Exception: what the reporter raised; the rest is left to the next pass.
+        """
+        pods = self._list()
+        self._observe(pods.values())
+        work = [*self._decided(pods, expectation), *self._missing(pods, expectation)]
+        done = list(self._in_parallel(work)) if work else []
+        return Reconciled(len(pods), sum(one.reported for one in done), sum(one.deleted for one in done))
+
+    def _list(self) -> dict[str, PodState]:
+        pages = self._api.list_pages(
+            self._api.pods_path(),
+            operation="list_pods",
+            label_selector=MANAGED_SELECTOR,
+            limit=self._settings.page_size,
+        )
+        # By name: a list that had to start again yields some pods twice.
+        return {pod.name: pod for page in pages for pod in map(observe, page["items"])}
+
+    def _observe(self, pods: Iterable[PodState]) -> None:
+        """Count what runs; a pod that started since we looked last has just left the cluster's queue."""
+        running, looked_at = 0, self._looked_at
+        self._looked_at = time.time()
+        for pod in pods:
+            running += pod.phase == "Running"
+            if pod.task is not None and (pod.task.started_at or 0.0) > looked_at:
+                self._observer.pending((pod.task.started_at or 0.0) - pod.created_at)
+        self._observer.running(running)
+
+    # -- deciding -----------------------------------------------------------------------------------------------
+
+    def _decided(self, pods: dict[str, PodState], expectation: Expectation) -> Iterable[Callable[[], _Done]]:
+        now = time.time()
+        for pod in pods.values():
+            expected = expectation.attempts.get(pod.name)
+            decision = decide_pod(pod, expected, expectation.read_at, now, self._policy)
+            if decision.report is not None or decision.delete:
+                yield partial(self._act, pod, expected, decision)
+
+    def _missing(self, pods: dict[str, PodState], expectation: Expectation) -> Iterable[Callable[[], _Done]]:
+        """Only ever called with a complete list: an incomplete one raised before."""
+        for name, expected in expectation.attempts.items():
+            if name not in pods and is_missing(expected, expectation.read_at, self._policy):
+                yield partial(self._report_missing, expected)
+
+    def _in_parallel(self, work: list[Callable[[], _Done]]) -> Iterable[_Done]:
+        with ThreadPoolExecutor(min(_THREADS, len(work)), thread_name_prefix="leoflow-reconcile") as pool:
+            futures = [pool.submit(one) for one in work]
+            try:
+                for future in futures:
+                    yield future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    # -- acting -------------------------------------------------------------------------------------------------
+
+    def _act(self, pod: PodState, expected: ExpectedAttempt | None, decision: PodDecision) -> _Done:
+        if decision.report is not None and expected is not None:
+            self._report_end(pod, expected.attempt, decision.report)
+        deleted = decision.delete and self._delete(pod, decision)
+        return _Done(decision.report is not None, deleted)
+
+    def _report_end(self, pod: PodState, attempt: AttemptId, report: PodReport) -> None:
+        outcome = self._explained(report.outcome, pod.name, pod.uid) if report.outcome.reason else report.outcome
+        if report.wants_log_tail:
+            outcome = outcome.evolve(log_tail=fetch_log_tail(self._api, pod, self._settings.log_tail_lines))
+        self._report(pod.name, attempt, outcome, report.return_value)
+
+    def _report_missing(self, expected: ExpectedAttempt) -> _Done:
+        outcome = self._explained(missing_outcome(expected), expected.name)
+        self._report(expected.name, expected.attempt, outcome, None)
+        return _Done(reported=True)
+
+    def _explained(self, outcome: Outcome, name: str, uid: str = "") -> Outcome:
+        try:
+            return explain(outcome, fetch_events(self._api, name, uid))
+        except ApiError as error:
+            log.warning("kubernetes.no_events", extra={"attempt_name": name, "error": str(error)})
+            return outcome
+
+    def _report(self, name: str, attempt: AttemptId, outcome: Outcome, return_value: str | None) -> None:
+        log.warning(
+            "kubernetes.unreported_end",
+            extra={
+                "attempt": str(attempt),
+                "attempt_name": name,
+                "state": outcome.state.value,
+                "reason": str(outcome.reason),
+                "outcome": outcome.message,
+            },
+        )
+        self._reporter(attempt, outcome, return_value)
+
+    def _delete(self, pod: PodState, decision: PodDecision) -> bool:
+        """Only this very pod: one of the same name that was created meanwhile is another."""
+        options = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": pod.uid}}
+        fields = {"attempt_name": pod.name, "why": decision.why}
+        try:
+            self._api.delete(self._api.pods_path(pod.name), options, operation="delete_pod")
+        except NotFound:
+            return False
+        except ApiError as error:
+            log.warning("kubernetes.pod_not_deleted", extra={**fields, "error": str(error)})
+            return False
+        log.info("kubernetes.pod_deleted", extra=fields)
+        return True

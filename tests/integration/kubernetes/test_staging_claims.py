@@ -1,0 +1,155 @@
+"""Staging claims on a real cluster: made once, shared by the tasks of a run, refused when nothing can serve them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from leoflow_celery.domain.attempt import staging_claim_name
+from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
+from leoflow_celery.executors.base import LaunchSpec
+from leoflow_celery.executors.kubernetes import KubernetesExecutor
+from leoflow_celery.protocol import agent_pb2 as pb
+from tests.integration.agent.control_plane import ControlPlane
+from tests.integration.kubernetes.conftest import MakeExecutor
+from tests.support.cluster import Cluster, Namespace
+from tests.support.images import task_image
+from tests.support.launches import launch_spec, parked
+from tests.support.waiting import wait_until
+
+
+def given_to_the_group() -> dict[str, Any]:
+    """The override for storage that ignores fsGroup, as a host path does; docs/kubernetes.md shows it."""
+    prepare = {
+        "name": "staging-group",
+        "image": task_image(),
+        "command": ["sh", "-c", "chgrp 10001 /staging && chmod 2770 /staging"],
+        "securityContext": {"runAsNonRoot": False, "runAsUser": 0},
+        "volumeMounts": [{"name": "leoflow-staging", "mountPath": "/staging"}],
+    }
+    return {"spec": {"initContainers": [prepare]}}
+
+
+def staged(claim: str, **fields: Any) -> LaunchSpec:
+    return parked(staging_claim=claim, staging_size="1Mi", **fields)
+
+
+def test_the_tasks_of_a_run_share_what_they_write(
+    executor: KubernetesExecutor, module_namespace: Namespace, plane: ControlPlane
+) -> None:
+    fields: dict[str, Any] = {
+        "image": task_image(),
+        "control_plane_addr": plane.address,
+        "staging_claim": staging_claim_name("sales", "shared"),
+        "staging_size": "1Mi",
+        "pod_override": given_to_the_group(),
+    }
+    for script in ("echo from the first > $LEOFLOW_STAGING_DIR/file", "cat $LEOFLOW_STAGING_DIR/file"):
+        plane.spec, plane.holder = pb.TaskSpec(operator="bash", entrypoint=script, try_number=1), ""
+        launch = launch_spec(**fields)
+        executor.execute(launch)
+        module_namespace.wait_for_pod(launch.name, "Succeeded")
+    assert plane.text("stdout") == ["from the first"]
+
+
+def test_a_run_has_one_claim_however_many_tasks_start_at_once(
+    executor: KubernetesExecutor, module_namespace: Namespace
+) -> None:
+    launches = [staged("one-for-all") for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert not any(launched.already for launched in pool.map(executor.execute, launches))
+    claim = module_namespace.get("persistentvolumeclaims", "one-for-all")
+    assert claim is not None
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert claim["spec"]["resources"]["requests"] == {"storage": "1Mi"}
+    assert claim["metadata"]["labels"]["leoflow.io/staging"] == "true"
+
+
+def test_runs_that_sanitise_alike_have_claims_of_their_own(
+    executor: KubernetesExecutor, module_namespace: Namespace
+) -> None:
+    names = [staging_claim_name("sales", run) for run in ("manual:1", "manual;1", "x" * 300)]
+    for name in names:
+        executor.execute(staged(name))
+    assert all(module_namespace.get("persistentvolumeclaims", name) for name in names)
+    assert len(set(names)) == 3
+
+
+def test_a_claim_that_somebody_made_by_hand_is_taken_as_it_is(
+    executor: KubernetesExecutor, module_namespace: Namespace
+) -> None:
+    spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "2Mi"}}}
+    metadata = {"name": "by-hand"}
+    module_namespace.create({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec})
+    executor.execute(staged("by-hand"))
+    claim = module_namespace.get("persistentvolumeclaims", "by-hand")
+    assert claim is not None
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    assert "labels" not in claim["metadata"]
+
+
+def test_a_claim_of_an_earlier_run_that_is_being_deleted_is_waited_for(
+    executor: KubernetesExecutor, module_namespace: Namespace
+) -> None:
+    metadata = {"name": "going", "finalizers": ["leoflow-test/keep"]}
+    spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Mi"}}}
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
+    made = module_namespace.create(claim)
+    module_namespace.delete("persistentvolumeclaims", "going")
+    with pytest.raises(TransientLaunchError, match="'going' of an earlier run is still being deleted"):
+        executor.execute(staged("going"))
+    now = module_namespace.get("persistentvolumeclaims", "going") or made
+    now["metadata"]["finalizers"] = []
+    module_namespace.api.call("PUT", module_namespace.path("persistentvolumeclaims", "going"), now)
+    wait_until(lambda: module_namespace.get("persistentvolumeclaims", "going") is None, 60, "the claim goes")
+    assert not executor.execute(staged("going")).already
+
+
+def test_a_claim_that_can_never_work_is_refused_at_once(
+    executor: KubernetesExecutor, module_namespace: Namespace
+) -> None:
+    launch = staged("no-class", staging_storage_class="nobody-has-this")
+    with pytest.raises(PermanentLaunchError, match="the cluster has no storage class 'nobody-has-this'") as caught:
+        executor.execute(launch)
+    assert caught.value.reason == "invalid_spec"
+    assert module_namespace.pod(launch.name) is None
+    assert module_namespace.get("persistentvolumeclaims", "no-class") is None
+
+
+def test_an_access_mode_that_the_cluster_does_not_know_is_refused_at_once(
+    executor: KubernetesExecutor, cluster: Cluster
+) -> None:
+    version = cluster.api.call("GET", "/version")
+    launch = staged("one-pod", staging_access_mode="ReadWriteOncePod")
+    if (int(version["major"] or 1), int(version["minor"].rstrip("+") or 20)) >= (1, 22):
+        assert not executor.execute(launch).already
+        return
+    with pytest.raises(PermanentLaunchError, match=r'spec.accessModes: Unsupported value: "ReadWriteOncePod"'):
+        executor.execute(launch)
+
+
+def test_block_storage_of_one_node_is_refused_for_many_writers(
+    executor: KubernetesExecutor, make_executor: MakeExecutor, cluster: Cluster, module_namespace: Namespace
+) -> None:
+    name = f"{module_namespace.name}-disk"
+    body = {"metadata": {"name": name}, "provisioner": "ebs.csi.aws.com", "apiVersion": "storage.k8s.io/v1"}
+    cluster.api.call("POST", "/apis/storage.k8s.io/v1/storageclasses", {**body, "kind": "StorageClass"})
+    try:
+        with pytest.raises(PermanentLaunchError, match=r"cannot serve ReadWriteMany; name a staging_storage_class"):
+            executor.execute(staged("many", staging_storage_class=name))
+        one = staged("one", staging_storage_class=name, staging_access_mode="ReadWriteOnce")
+        assert not executor.execute(one).already
+        unchecked = make_executor(check_storage_class=False)
+        assert not unchecked.execute(staged("many", staging_storage_class=name)).already
+    finally:
+        cluster.api.call("DELETE", f"/apis/storage.k8s.io/v1/storageclasses/{name}")
+
+
+def test_who_may_not_read_storage_classes_makes_claims_all_the_same(
+    make_executor: MakeExecutor, module_namespace: Namespace
+) -> None:
+    worker = make_executor(module_namespace.worker_kubeconfig())
+    assert not worker.execute(staged("unchecked")).already
+    assert module_namespace.get("persistentvolumeclaims", "unchecked")

@@ -1,0 +1,46 @@
+"""What docs/kubernetes.md tells people to write is accepted."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from leoflow_celery.executors.kubernetes.pod import build_pod
+from leoflow_celery.executors.kubernetes.template import load_base
+from leoflow_celery.settings import KubernetesSettings
+from tests.support.launches import launch_spec
+
+TEXT = (Path(__file__).parents[4] / "docs" / "kubernetes.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    (text,) = blocks("yaml")
+    path = tmp_path / "template.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("text", blocks("json"))
+def test_each_override_goes_over_the_template(template: Path, text: str) -> None:
+    settings = KubernetesSettings(pod_template=template)
+    pod = build_pod(launch_spec(pod_override=json.loads(text)), settings, load_base(settings))
+    assert pod["spec"]["tolerations"] == [{"key": "tasks", "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def test_every_setting_exists_with_its_default() -> None:
+    rows = re.findall(r"^\| (`[A-Z_`, ]+) \|([^|]*)\|", TEXT, re.MULTILINE)
+    named = [name.strip("` ").lower() for names, _ in rows for name in names.split(",")]
+    assert set(named) <= KubernetesSettings.model_fields.keys()
+    assert len(named) >= 15
+    for names, default in rows:
+        values = [KubernetesSettings.model_fields[name.strip("` ").lower()].default for name in names.split(",")]
+        if re.fullmatch(r"[\d, ]*\d[\d, ]*", default):
+            assert [float(text) for text in default.split(",")] == values

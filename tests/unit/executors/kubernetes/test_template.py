@@ -1,0 +1,53 @@
+"""A pod template is checked when the worker reads it, not when the first task is launched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.executors.kubernetes.pod import pod_base
+from leoflow_celery.executors.kubernetes.template import load_base
+from leoflow_celery.settings import KubernetesSettings
+
+
+def load(tmp_path: Path, text: str):
+    path = tmp_path / "template.yaml"
+    path.write_text(text)
+    return load_base(KubernetesSettings(pod_template=path))
+
+
+def test_yaml_and_json_are_read(tmp_path: Path) -> None:
+    as_yaml = load(tmp_path, "apiVersion: v1\nkind: Pod\nspec:\n  priorityClassName: batch\n")
+    assert as_yaml["spec"]["priorityClassName"] == "batch"
+    assert load(tmp_path, '{"spec": {"priorityClassName": "batch"}}')["spec"] == as_yaml["spec"]
+
+
+def test_no_template_and_an_empty_one_are_our_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == load_base(KubernetesSettings()) == pod_base(KubernetesSettings())
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[1]", "a Pod belongs here"),
+        ("kind: Deployment", "a Pod belongs here"),
+        ("containers: []", "containers: a Pod has metadata and spec"),
+        ("spec: [", "while parsing"),
+        ("spec: null", "metadata, spec and the container 'task' cannot be removed"),
+        ("metadata: null", "metadata, spec and the container 'task' cannot be removed"),
+        ("spec: {containers: [{name: task, $patch: delete}]}", "the container 'task' cannot be removed"),
+        ("spec: {containers: [{image: x}]}", r"spec\.containers\[0\]: an object with 'name'"),
+        ("spec: {tolerations: all}", r"spec\.tolerations: a list belongs here"),
+        ("spec: {nodeSelector: [ssd]}", r"spec\.nodeSelector: an object belongs here"),
+    ],
+)
+def test_a_template_that_cannot_work_names_the_setting(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"LEOFLOW_KUBERNETES_POD_TEMPLATE=.*template\.yaml: .*{problem}"):
+        load(tmp_path, text)
+
+
+def test_a_missing_file_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"LEOFLOW_KUBERNETES_POD_TEMPLATE=.*No such file"):
+        load_base(KubernetesSettings(pod_template=tmp_path / "none.yaml"))
