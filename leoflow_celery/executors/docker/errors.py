@@ -1,0 +1,102 @@
+"""What the Engine's refusals mean: typed errors, and the one mapping to launch errors.
+
+::
+
+    EngineError              any call that did not succeed; has the HTTP status and the Engine's own message
+    ├── NotFound             404
+    │   └── ImageMissing     the Engine does not have the image
+    ├── Conflict             409: a name in use, a volume in use, a removal under way
+    ├── PullFailed           the registry's answer, or that there was none
+    └── Unreachable          no answer at all, or only a part of one
+"""
+
+from __future__ import annotations
+
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.errors import LaunchError, LeoflowError, PermanentLaunchError, TransientLaunchError
+
+
+class EngineError(LeoflowError):
+    """A call failed. ``status`` is the HTTP status (0: no answer), ``message`` the Engine's own text."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(status, message)
+        self.status, self.message = status, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class NotFound(EngineError):
+    """There is no such container, volume or network."""
+
+
+class ImageMissing(NotFound):
+    """The Engine does not have the image."""
+
+
+class Conflict(EngineError):
+    """The name is taken, or the thing is in use."""
+
+
+class PullFailed(EngineError):
+    """The image could not be pulled; ``final`` when pulling again cannot help."""
+
+    @property
+    def final(self) -> bool:
+        text = self.message.lower()
+        return self.status in (401, 403, 404) or any(words in text for words in _FINAL_PULL_WORDS)
+
+
+class Unreachable(EngineError):
+    """No answer, or only a part of one. Whether the call took effect is not known."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(0, message)
+
+
+_FINAL_PULL_WORDS = (
+    "pull access denied",
+    "manifest unknown",
+    "repository does not exist",
+    "name unknown",
+    "no matching manifest",
+    "requested access to the resource is denied",
+    "unauthorized:",
+)
+#: Words of the Engine → reason, the first that fits. They are stable: scripts all over the world look for them.
+_REASONS: tuple[tuple[tuple[str, ...], FailureReason], ...] = (
+    (("invalid reference format", "invalid tag format", "no command specified"), FailureReason.INVALID_IMAGE),
+    (("bind source path does not exist",), FailureReason.UNKNOWN_SECRET),
+    (("memory", "cpu"), FailureReason.INVALID_QUANTITY),
+)
+#: The runtime's words when the image has no such program, or it cannot be executed.
+_NO_PROGRAM = ("executable file not found", "no such file or directory: unknown", "exec format error")
+
+
+def to_launch_error(error: EngineError) -> LaunchError:
+    """Whether starting the attempt may work later, or never will. The Engine's own message is kept verbatim."""
+    text = error.message.lower()
+    if isinstance(error, PullFailed):
+        kind = PermanentLaunchError if error.final else TransientLaunchError
+        return kind(FailureReason.IMAGE_PULL_FAILED, error.message)
+    if "oci runtime" in text and any(words in text for words in _NO_PROGRAM):
+        return PermanentLaunchError(FailureReason.COMMAND_NOT_FOUND, error.message)
+    if isinstance(error, NotFound) and "network" in text and "no such container" not in text:
+        message = f"{error.message}; create it on this host, or see LEOFLOW_DOCKER_NETWORK"
+        return PermanentLaunchError(FailureReason.CONTAINER_CREATE_FAILED, message)
+    if error.status in (400, 422):
+        return PermanentLaunchError(_reason(text), error.message + _FIXES.get(_reason(text), ""))
+    if error.status == 403:
+        return PermanentLaunchError(FailureReason.FORBIDDEN, error.message)
+    return TransientLaunchError(FailureReason.LAUNCH_FAILED, error.message)
+
+
+def _reason(text: str) -> FailureReason:
+    found = (reason for words, reason in _REASONS if any(word in text for word in words))
+    return next(found, FailureReason.INVALID_SPEC)
+
+
+_FIXES = {
+    FailureReason.UNKNOWN_SECRET: "; put a directory of that name below LEOFLOW_DOCKER_SECRETS_DIR on every host",
+}

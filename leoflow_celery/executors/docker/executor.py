@@ -1,0 +1,186 @@
+"""``DockerExecutor``: one container per attempt, under the attempt's name.
+
+Created, given its secret environment, started: three calls, and whoever is killed in between leaves a container that
+the next delivery of the message finishes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
+from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Reconciled
+from leoflow_celery.executors.docker.archive import launch_archive
+from leoflow_celery.executors.docker.container import Environment, Json, build_container, build_environment
+from leoflow_celery.executors.docker.engine import Engine
+from leoflow_celery.executors.docker.errors import (
+    Conflict,
+    EngineError,
+    ImageMissing,
+    NotFound,
+    to_launch_error,
+)
+from leoflow_celery.executors.docker.labels import system_name
+from leoflow_celery.executors.docker.reconcile import Reconciler
+from leoflow_celery.executors.docker.volumes import StagingVolumes
+from leoflow_celery.executors.identity import attempt_in
+from leoflow_celery.settings import Settings
+
+_CREATED = "created"
+_APPEARS_SECONDS, _POLL_SECONDS = 5.0, 0.05
+
+
+class DockerExecutor:
+    """Starts attempts as containers of one Engine. Thread-safe."""
+
+    def __init__(self, settings: Settings, reporter: FailureReporter) -> None:
+        """Calls no server: a worker starts without its Engine."""
+        self._settings, self._reporter = settings.docker, reporter
+        self._system = system_name(settings.docker.system, settings.broker)
+        self._engine = Engine(settings.docker)
+        self._volumes = StagingVolumes(self._engine, self._system)
+        self._names = _Names()
+
+    @property
+    def host(self) -> str:
+        """The Engine's name; asked for each time, since nobody is there whose Engine is away."""
+        with _launch_errors():
+            self._engine.ping()
+            return self._engine.facts().host
+
+    def execute(self, launch: LaunchSpec) -> Launched:
+        """Create the staging volume and the container, and start it, as far as that has not been done.
+
+        Raises:
+            TransientLaunchError: the Engine is busy or away, or the registry is.
+            PermanentLaunchError: the Engine or the registry refused; the message is theirs.
+        """
+        with self._names.one_at_a_time(launch.name), _launch_errors():
+            facts = self._engine.facts()
+            environment = build_environment(launch, self._settings)
+            config = build_container(launch, self._settings, environment, self._system, facts.cpus)
+            if launch.request.staging_claim:
+                self._volumes.ensure(launch.request)
+            state, already = self._create(launch, config)
+            if state == _CREATED:
+                self._start(launch, environment)
+        return Launched(launch.name, already, facts.host)
+
+    def cancel(self, name: str, grace_seconds: float) -> None:
+        """SIGTERM now, SIGKILL after the grace, by the Engine itself. Returns within seconds."""
+        with _launch_errors():
+            try:
+                self._engine.stop(name, math.ceil(grace_seconds))
+            except NotFound:
+                return
+
+    def reconcile(self, expectation: Expectation) -> Reconciled:
+        """See ``ReconcilableExecutor``."""
+        with _launch_errors():
+            return Reconciler(self._engine, self._settings, self._system, self._reporter).reconcile(expectation)
+
+    def collect_staging(self, plan: StagingPlan) -> dict[str, str]:
+        """See ``ReconcilableExecutor``."""
+        with _launch_errors():
+            return self._volumes.collect(plan)
+
+    def close(self) -> None:
+        """Close idle connections. Containers go on."""
+        self._engine.close()
+
+    def _create(self, launch: LaunchSpec, config: Json) -> tuple[str, bool]:
+        """The container's state, and whether an earlier delivery had created it."""
+        policy = launch.request.image_pull_policy or launch.request.execution.image_pull_policy or "IfNotPresent"
+        image = launch.request.image
+        try:
+            if policy == "Always":
+                self._engine.pull(image)
+            try:
+                self._engine.create(launch.name, config)
+            except ImageMissing as error:
+                if policy == "Never":
+                    message = f"image {image!r} is not on this host and image_pull_policy is Never; pull it there first"
+                    raise PermanentLaunchError(FailureReason.IMAGE_PULL_FAILED, message) from error
+                self._engine.pull(image)
+                self._engine.create(launch.name, config)
+        except Conflict:
+            return self._existing(launch), True
+        return _CREATED, False
+
+    def _existing(self, launch: LaunchSpec) -> str:
+        """The state of the container that has the name; the Engine gives a name away before it shows its container."""
+        deadline = time.monotonic() + _APPEARS_SECONDS
+        while True:
+            try:
+                found = self._engine.inspect(launch.name)
+                break
+            except NotFound as error:
+                if time.monotonic() > deadline:
+                    message = f"container {launch.name} is being created or removed by somebody else"
+                    raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message) from error
+                time.sleep(_POLL_SECONDS)
+        if attempt_in(found["Config"]["Labels"] or {}) != launch.attempt:
+            message = f"a container named {launch.name} exists on this host, and is not of this attempt"
+            raise PermanentLaunchError(FailureReason.INVALID_SPEC, message)
+        state: str = found["State"]["Status"]
+        if state == "removing":
+            message = f"container {launch.name} of an earlier launch is being removed"
+            raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message)
+        return state
+
+    def _start(self, launch: LaunchSpec, environment: Environment) -> None:
+        """Start a created container; one that can never start is taken back."""
+        archive = launch_archive(
+            environment.secret,
+            staging=bool(launch.request.staging_claim),
+            read_only_root=self._settings.read_only_root,
+        )
+        try:
+            self._engine.put(launch.name, archive)
+            self._engine.start(launch.name)
+        except EngineError as error:
+            refusal = to_launch_error(error)
+            if isinstance(refusal, PermanentLaunchError):
+                self._take_back(launch.name)
+            raise refusal from error
+
+    def _take_back(self, name: str) -> None:
+        try:
+            self._engine.remove(name)
+        except (NotFound, Conflict):
+            return
+
+
+class _Names:
+    """One thread at a time per name: a second delivery must not add files to a container that was just started."""
+
+    def __init__(self) -> None:
+        self._busy: set[str] = set()
+        self._freed = threading.Condition()
+
+    @contextmanager
+    def one_at_a_time(self, name: str) -> Iterator[None]:
+        with self._freed:
+            self._freed.wait_for(lambda: name not in self._busy)
+            self._busy.add(name)
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._busy.discard(name)
+                self._freed.notify_all()
+
+
+@contextmanager
+def _launch_errors() -> Iterator[None]:
+    try:
+        yield
+    except EngineError as error:
+        raise to_launch_error(error) from error

@@ -1,0 +1,150 @@
+"""Comparing the containers of one Engine with what SQL expects: ``plan`` decides, ``Reconciler`` acts.
+
+Nothing is concluded about what came into being after SQL was read, or about another system's containers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.termination import MAX_BYTES, decode
+from leoflow_celery.executors.base import FailureReporter, Reconciled
+from leoflow_celery.executors.docker.archive import TERMINATION_LOG
+from leoflow_celery.executors.docker.classify import Report, classify, vanished
+from leoflow_celery.executors.docker.engine import Engine
+from leoflow_celery.executors.docker.errors import Conflict, EngineError, NotFound
+from leoflow_celery.executors.docker.labels import MANAGED
+from leoflow_celery.executors.docker.observe import Listed, observe_end, observe_listed, started_at
+from leoflow_celery.settings import DockerSettings
+
+log = logging.getLogger(__name__)
+
+#: How far the clocks of the hosts and of SQL may be apart.
+MARGIN_SECONDS = 30.0
+#: One dead container takes three calls to look at; after a restart of the Engine all of them are dead.
+_THREADS = 8
+_LINE_CHARACTERS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a reconcile has to do."""
+
+    settle: list[Listed] = field(default_factory=list)
+    overdue: list[Listed] = field(default_factory=list)
+    vanished: list[ExpectedAttempt] = field(default_factory=list)
+    stop: list[Listed] = field(default_factory=list)
+    remove: list[Listed] = field(default_factory=list)
+
+
+def plan(
+    containers: Iterable[Listed], expectation: Expectation, host: str, system: str, now: float, grace_seconds: float
+) -> Plan:
+    """Decide about every container, and about what is expected on this host and absent.
+
+    A container that is expected is ours, whatever its label says: names are those of attempts.
+    """
+    found, decided = set(), Plan()
+    horizon = expectation.read_at - MARGIN_SECONDS
+    for one in containers:
+        found.add(one.name)
+        if one.name in expectation.attempts:
+            _expected(one, now, decided)
+        elif one.system == system and one.created_at < horizon:
+            _unexpected(one, grace_seconds, decided)
+    missing = (one for one in expectation.attempts.values() if one.host == host and one.name not in found)
+    decided.vanished.extend(one for one in missing if one.launched_before(horizon))
+    return decided
+
+
+def _expected(one: Listed, now: float, decided: Plan) -> None:
+    """One that was created and never started waits for the next delivery of its message."""
+    if one.ended:
+        decided.settle.append(one)
+    elif one.running and 0 < one.deadline_seconds < now - one.created_at:
+        decided.overdue.append(one)
+
+
+def _unexpected(one: Listed, grace_seconds: float, decided: Plan) -> None:
+    """Its attempt is over, superseded or unknown. A fresh end stays for people to look at."""
+    if one.running:
+        decided.stop.append(one)
+    elif one.never_started or (one.ended and one.ended_seconds >= grace_seconds):
+        decided.remove.append(one)
+
+
+class Reconciler:
+    """Carries out one plan. A container that the Engine cannot handle now is looked at again by the next one."""
+
+    def __init__(self, engine: Engine, settings: DockerSettings, system: str, reporter: FailureReporter) -> None:
+        self._engine, self._settings, self._system, self._reporter = engine, settings, system, reporter
+
+    def reconcile(self, expectation: Expectation) -> Reconciled:
+        """List, decide, act. Raises EngineError when the list cannot be had."""
+        host = self._engine.facts().host
+        containers = [observe_listed(item) for item in self._engine.list_containers(label=MANAGED)]
+        grace = self._settings.finished_grace_seconds
+        decided = plan(containers, expectation, host, self._system, time.time(), grace)
+        for one in decided.vanished:
+            report = vanished(one.name, host)
+            self._reporter(one.attempt, report.outcome)
+        with ThreadPoolExecutor(_THREADS, "leoflow-reconcile") as pool:
+            settled = list(pool.map(self._attempted(self._settle), decided.settle))
+            list(pool.map(self._attempted(self._stop_overdue), decided.overdue))
+            list(pool.map(self._attempted(self._stop), decided.stop))
+            removed = list(pool.map(self._attempted(self._remove), decided.remove))
+        return Reconciled(len(containers), sum(settled) + len(decided.vanished), sum(removed))
+
+    def _attempted(self, action: Callable[[Listed], bool]) -> Callable[[Listed], bool]:
+        """The action on one container, whose trouble is no other's."""
+
+        def attempt(one: Listed) -> bool:
+            try:
+                return action(one)
+            except NotFound:
+                return False  # gone since it was listed: the next list tells
+            except EngineError as error:
+                log.warning("docker.reconcile_failed", extra={"attempt_name": one.name, "error": error.message})
+                return False
+
+        return attempt
+
+    def _settle(self, one: Listed) -> bool:
+        """Report an end that nobody reported; True when there was one."""
+        end = observe_end(self._engine.inspect(one.id))
+        record = decode(self._engine.read(one.id, TERMINATION_LOG, MAX_BYTES))
+        report = classify(end, record, one.deadline_seconds)
+        if report is None or one.attempt is None:
+            return False
+        log.warning("docker.unreported_end", extra={"attempt": str(one.attempt), "reason": str(report.outcome.reason)})
+        self._reporter(one.attempt, self._with_log(one, report), report.return_value)
+        return True
+
+    def _with_log(self, one: Listed, report: Report) -> Outcome:
+        lines = self._engine.log_tail(one.id, self._settings.log_tail_lines)
+        return report.outcome.evolve(log_tail=tuple(line[:_LINE_CHARACTERS] for line in lines))
+
+    def _stop_overdue(self, one: Listed) -> bool:
+        """The list knows when it was created; it may have been started later."""
+        begun = started_at(self._engine.inspect(one.id))
+        if begun is None or time.time() - begun <= one.deadline_seconds:
+            return False
+        log.warning("docker.deadline_passed", extra={"attempt": str(one.attempt)})
+        return self._stop(one)
+
+    def _stop(self, one: Listed) -> bool:
+        self._engine.stop(one.id, self._settings.termination_grace_seconds)
+        return True
+
+    def _remove(self, one: Listed) -> bool:
+        try:
+            self._engine.remove(one.id)
+        except Conflict:
+            return False  # its removal is under way
+        return True

@@ -1,0 +1,78 @@
+"""Staging volumes: made before the first container that mounts one, deleted when SQL says so."""
+
+from __future__ import annotations
+
+import logging
+
+from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.domain.staging import StagingPlan, StagingReason
+from leoflow_celery.executors.docker.engine import Engine, Json
+from leoflow_celery.executors.docker.errors import Conflict, NotFound
+from leoflow_celery.executors.docker.labels import MANAGED, STAGING, STAGING_VOLUMES, SYSTEM, volume_labels
+from leoflow_celery.executors.docker.observe import observe_listed, seconds
+
+log = logging.getLogger(__name__)
+
+
+class StagingVolumes:
+    """The labelled volumes of one Engine."""
+
+    def __init__(self, engine: Engine, system: str) -> None:
+        self._engine, self._system = engine, system
+
+    def ensure(self, request: TaskRequest) -> None:
+        """The volume exists when this returns; an existing one is taken as it is, whoever made it."""
+        self._engine.create_volume(request.staging_claim, volume_labels(request, self._system))
+
+    def collect(self, plan: StagingPlan) -> dict[str, str]:
+        """Delete what the plan names and what nobody knows any more; returns what is gone, name → reason."""
+        volumes = {one["Name"]: one for one in self._engine.list_volumes(STAGING_VOLUMES)}
+        doomed = {**plan.delete, **dict.fromkeys(orphans(volumes, plan, self._system), StagingReason.ORPHANED.value)}
+        return {name: reason for name, reason in doomed.items() if self._delete(name, is_ours=name in volumes)}
+
+    def _delete(self, name: str, *, is_ours: bool) -> bool:
+        """Whether the volume is gone now. One that an operator made under that name is the operator's."""
+        if not is_ours:
+            return not self._is_foreign(name)
+        try:
+            self._remove(name)
+        except NotFound:
+            return True
+        except Conflict as error:
+            log.info("docker.volume_in_use", extra={"volume": name, "error": error.message})
+            return False
+        return True
+
+    def _remove(self, name: str) -> None:
+        try:
+            self._engine.remove_volume(name)
+        except Conflict:
+            # Ended containers that wait for their grace hold it, too; its run is over, and frees it now.
+            self._remove_ended_users(name)
+            self._engine.remove_volume(name)
+
+    def _remove_ended_users(self, name: str) -> None:
+        for item in self._engine.list_containers(label=MANAGED, volume=name):
+            container = observe_listed(item)
+            if container.ended or container.never_started:
+                try:
+                    self._engine.remove(container.id)
+                except (NotFound, Conflict):
+                    continue  # gone, or its removal is under way
+
+    def _is_foreign(self, name: str) -> bool:
+        found = self._engine.has_volume(name)
+        if found:
+            log.warning("docker.foreign_volume", extra={"volume": name, "missing_label": STAGING})
+        return found
+
+
+def orphans(volumes: dict[str, Json], plan: StagingPlan, system: str) -> list[str]:
+    """The names of this system's volumes that SQL does not know; one without a date is never old."""
+    found = []
+    for name, one in volumes.items():
+        created_at = seconds(one.get("CreatedAt"))
+        is_ours = (one.get("Labels") or {}).get(SYSTEM) == system
+        if is_ours and created_at is not None and plan.is_orphan(name, created_at):
+            found.append(name)
+    return found

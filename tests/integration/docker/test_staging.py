@@ -1,0 +1,64 @@
+"""Staging volumes on the real Engine: the rules of claims, and what holds a volume."""
+
+from __future__ import annotations
+
+import pytest
+
+from leoflow_celery.domain.staging import StagingPlan
+from tests.support.engine import now
+
+DAY = 24 * 3600
+
+
+@pytest.fixture
+def claim(docker_system) -> str:
+    return f"{docker_system.system}-staging"
+
+
+def plan(*, delete: dict[str, str] | None = None, keep: set[str] | None = None, **more) -> StagingPlan:
+    return StagingPlan(**{"read_at": now(), "delete": delete or {}, "keep": frozenset(keep or ()), **more})
+
+
+def test_a_volume_goes_when_its_run_succeeded_although_ended_containers_wait_for_their_grace(
+    engine, docker_system, executor, claim
+):
+    launch = docker_system.launch(staging_claim=claim)
+    executor.execute(launch)
+    engine.wait(launch.name)
+    assert engine.volumes(docker_system.system) == [claim]
+    assert executor.collect_staging(plan(delete={claim: "run_succeeded"})) == {claim: "run_succeeded"}
+    assert engine.volumes(docker_system.system) == []
+
+
+def test_a_volume_that_a_container_still_uses_is_not_gone_yet(engine, docker_system, executor, claim):
+    executor.execute(docker_system.launch(staging_claim=claim))
+    running = docker_system.launch("running")
+    mounts = [{"Type": "volume", "Source": claim, "Target": "/staging"}]
+    docker_system.run_plain(running, "sleep", "1000", Mounts=mounts)
+    assert executor.collect_staging(plan(delete={claim: "ttl_expired"})) == {}
+    assert engine.status(running.name) == "running"
+    executor.cancel(running.name, 0)
+    engine.wait(running.name)
+    assert executor.collect_staging(plan(delete={claim: "ttl_expired"})) == {claim: "ttl_expired"}
+
+
+def test_one_that_is_not_there_is_gone(executor, claim):
+    assert executor.collect_staging(plan(delete={claim: "run_succeeded"})) == {claim: "run_succeeded"}
+
+
+def test_what_sql_does_not_know_goes_when_it_is_old(engine, docker_system, executor, claim):
+    launch = docker_system.launch(staging_claim=claim)
+    executor.execute(launch)
+    engine.wait(launch.name)
+    assert executor.collect_staging(plan(orphan_seconds=DAY)) == {}
+    assert executor.collect_staging(plan(orphan_seconds=0, keep={claim})) == {}
+    assert docker_system.executor(system="another").collect_staging(plan(orphan_seconds=0)).get(claim) is None
+    assert executor.collect_staging(plan(orphan_seconds=0)) == {claim: "orphaned"}
+    assert engine.volumes(docker_system.system) == []
+
+
+def test_an_operators_own_volume_of_that_name_is_left_alone(engine, docker_system, executor, claim):
+    engine.api.create_volume(claim, labels={"leoflow.io/system": docker_system.system})
+    executor.execute(docker_system.launch(staging_claim=claim))
+    assert executor.collect_staging(plan(delete={claim: "run_succeeded"}, orphan_seconds=0)) == {}
+    assert engine.volumes(docker_system.system) == [claim]

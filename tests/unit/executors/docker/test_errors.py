@@ -1,0 +1,74 @@
+"""What the Engine's refusals mean for a launch. The messages are those of Engine 20.10."""
+
+from __future__ import annotations
+
+import pytest
+
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
+from leoflow_celery.executors.docker.errors import (
+    Conflict,
+    EngineError,
+    NotFound,
+    PullFailed,
+    Unreachable,
+    to_launch_error,
+)
+from leoflow_celery.executors.docker.volumes import orphans
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (Unreachable("away"), TransientLaunchError, "launch_failed"),
+        (Conflict(409, "removal is already in progress"), TransientLaunchError, "launch_failed"),
+        (NotFound(404, "No such container: x"), TransientLaunchError, "launch_failed"),
+        (NotFound(404, "No such container: leoflow-network-check-1"), TransientLaunchError, "launch_failed"),
+        (EngineError(500, "no space left on device"), TransientLaunchError, "launch_failed"),
+        (NotFound(404, "network tasks not found"), PermanentLaunchError, "container_create_failed"),
+        (EngineError(403, "authorization denied by plugin"), PermanentLaunchError, "forbidden"),
+        (EngineError(400, "invalid reference format"), PermanentLaunchError, "invalid_image"),
+        (EngineError(400, "invalid tag format"), PermanentLaunchError, "invalid_image"),
+        (EngineError(400, "No command specified"), PermanentLaunchError, "invalid_image"),
+        (EngineError(400, "Minimum memory limit allowed is 6MB"), PermanentLaunchError, "invalid_quantity"),
+        (EngineError(400, "bind source path does not exist: /s"), PermanentLaunchError, "unknown_secret"),
+        (EngineError(400, "invalid mount path: 'x'"), PermanentLaunchError, "invalid_spec"),
+        (
+            EngineError(400, 'OCI runtime create failed: exec: "/x": executable file not found in $PATH: unknown'),
+            PermanentLaunchError,
+            "command_not_found",
+        ),
+        (
+            EngineError(500, "OCI runtime create failed: cgroup setup: device or resource busy: unknown"),
+            TransientLaunchError,
+            "launch_failed",
+        ),
+        (PullFailed(500, "dial tcp: connection refused"), TransientLaunchError, "image_pull_failed"),
+        (PullFailed(0, "toomanyrequests: rate limit"), TransientLaunchError, "image_pull_failed"),
+        (PullFailed(404, "pull access denied for x"), PermanentLaunchError, "image_pull_failed"),
+        (PullFailed(0, "manifest unknown"), PermanentLaunchError, "image_pull_failed"),
+        (PullFailed(500, "unauthorized: authentication required"), PermanentLaunchError, "image_pull_failed"),
+    ],
+)
+def test_every_refusal_has_its_meaning(error, kind, reason):
+    launch_error = to_launch_error(error)
+    assert type(launch_error) is kind
+    assert launch_error.reason == FailureReason(reason)
+    assert error.message in launch_error.message
+
+
+def test_orphans_are_old_and_unknown_and_of_this_system():
+    def volume(system: str, created: str = "1970-01-01T00:00:00Z") -> dict:
+        return {"Labels": {"leoflow.io/system": system}, "CreatedAt": created}
+
+    volumes = {
+        "unknown": volume("s"),
+        "young": volume("s", "1970-01-02T23:00:00Z"),
+        "kept": volume("s"),
+        "doomed": volume("s"),
+        "foreign": volume("another"),
+        "undated": {"Labels": {"leoflow.io/system": "s"}},
+    }
+    plan = StagingPlan(2 * 86_400.0, {"doomed": "ttl_expired"}, frozenset({"kept"}))
+    assert orphans(volumes, plan, "s") == ["unknown"]
