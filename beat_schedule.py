@@ -1,0 +1,35 @@
+"""What runs periodically: ``celery -A beat_schedule beat``.
+
+Two beats send everything twice; the tasks are single-flight, so that is harmless. A message that no worker took before
+the next one is due expires.
+"""
+
+from __future__ import annotations
+
+from leoflow_celery.app import create_app
+from leoflow_celery.app.alive import touch_with_messages
+from leoflow_celery.app.logging import show_fields
+from leoflow_celery.domain.routing import MAINTENANCE_QUEUE
+
+app = create_app()
+touch_with_messages(app.settings.health.file)
+show_fields()
+_SETTINGS = app.settings.maintenance
+_EVERY = {
+    "send_due": _SETTINGS.interval_seconds,
+    "complete_due": _SETTINGS.interval_seconds,
+    "reap": _SETTINGS.interval_seconds,
+    "reconcile": _SETTINGS.interval_seconds,
+    "collect_staging": _SETTINGS.staging_interval_seconds,
+    "expire_xcoms": _SETTINGS.housekeeping_interval_seconds,
+    "prune_logs": _SETTINGS.housekeeping_interval_seconds,
+    "prune_history": _SETTINGS.housekeeping_interval_seconds,
+}
+app.conf.beat_schedule = {
+    name: {
+        "task": f"leoflow.maintenance.{name}",
+        "schedule": seconds,
+        "options": {"queue": MAINTENANCE_QUEUE, "expires": seconds, "ignore_result": True},
+    }
+    for name, seconds in _EVERY.items()
+}

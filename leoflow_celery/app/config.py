@@ -1,0 +1,88 @@
+"""Celery's configuration, each value with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from leoflow_celery.domain.routing import (
+    DISPATCH_QUEUE,
+    MAINTENANCE_QUEUE,
+    QUEUE_OF,
+    RESULTS_QUEUE,
+    ExecutorType,
+    queue_for_task,
+)
+from leoflow_celery.settings import Settings
+
+_BACK_END = tuple(f"leoflow_celery.tasks.{name}" for name in ("launch", "backend", "announcing"))
+#: Which modules hold the tasks of a queue. Workers of launch queues never import SQL.
+INCLUDE_OF_QUEUE: dict[str, tuple[str, ...]] = {
+    QUEUE_OF[ExecutorType.KUBERNETES]: _BACK_END,
+    QUEUE_OF[ExecutorType.DOCKER]: _BACK_END,
+    QUEUE_OF[ExecutorType.SUBPROCESS]: ("leoflow_celery.tasks.launch",),
+    QUEUE_OF[ExecutorType.INLINE]: ("leoflow_celery.tasks.inline",),
+    DISPATCH_QUEUE: ("leoflow_celery.tasks.dispatch",),
+    RESULTS_QUEUE: ("leoflow_celery.tasks.results",),
+    MAINTENANCE_QUEUE: tuple(f"leoflow_celery.tasks.{name}" for name in ("maintenance", "comparing", "gauges")),
+}
+#: Threads of a worker unless -c says otherwise. A launch waits for a server, an inline task for somebody else's.
+_CONCURRENCY = {QUEUE_OF[ExecutorType.INLINE]: 16, RESULTS_QUEUE: 4, MAINTENANCE_QUEUE: 4, DISPATCH_QUEUE: 4}
+_DEFAULT_CONCURRENCY = 8
+
+
+def route_task(name: str, *_: object, **__: object) -> dict[str, str] | None:
+    """The Router as Celery routing: the queue of one of our tasks; others take the default."""
+    queue = queue_for_task(name)
+    return {"queue": queue} if queue else None
+
+
+def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, Any]:
+    """The configuration of an app that consumes ``queues`` (none: it only sends)."""
+    broker = settings.broker
+    concurrency = max((_CONCURRENCY.get(queue, _DEFAULT_CONCURRENCY) for queue in queues), default=1)
+    return {
+        "broker_url": broker.url,
+        "result_backend": broker.result_url or broker.url,
+        "broker_transport_options": {
+            "visibility_timeout": broker.visibility_timeout_seconds,
+            # Look for messages of dead workers every few seconds, not every hundred.
+            "unacked_restore_interval": 3,
+            "unacked_restore_throttle": 1,
+            "global_keyprefix": broker.key_prefix,
+            "socket_connect_timeout": broker.connect_timeout_seconds,
+            "socket_timeout": broker.socket_timeout_seconds,
+            "queue_order_strategy": "round_robin",
+        },
+        "result_backend_transport_options": {"global_keyprefix": broker.key_prefix},
+        "redis_socket_connect_timeout": broker.connect_timeout_seconds,
+        "redis_socket_timeout": broker.socket_timeout_seconds,
+        "result_expires": broker.result_expires_seconds,
+        # The client writes its own retry of a failed publish; the default policy hides a dead broker for seconds.
+        "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.2},
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_pool_limit": max(10, concurrency + 2),
+        # JSON only: a message must never be able to run code by being read.
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "event_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        "task_routes": (route_task,),
+        "task_default_queue": DISPATCH_QUEUE,
+        # The claim makes a second delivery harmless, so a message is kept until its work is done.
+        "task_acks_late": True,
+        "worker_prefetch_multiplier": 1,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_consumer": "leoflow_celery.app.consumer:Consumer",
+        "worker_pool": "threads",
+        "worker_concurrency": concurrency,
+        "worker_send_task_events": True,
+        "task_send_sent_event": True,
+        "worker_hijack_root_logger": True,
+        "worker_redirect_stdouts": False,
+        "beat_max_loop_interval": 5,
+        "timezone": "UTC",
+        "enable_utc": True,
+    }

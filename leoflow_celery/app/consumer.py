@@ -1,0 +1,51 @@
+"""A worker's consumer that survives a broker restart while a late-ack task runs.
+
+Celery 5.7.0 exits there, twice over. It closes the broken connection on the way to the next one; with unacknowledged
+messages that close fails in kombu with an AttributeError that nobody expects. And when the task ends later, its message
+is acknowledged on the channel that was closed, with the same error. A connection that is gone needs no orderly close,
+and the broker delivers a message of it again whatever is said; so both failures are logged and forgotten. Drop this
+class when a Celery release survives ``tests/integration/tasks/test_broker_restart.py`` without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from celery.worker.consumer import Consumer as CeleryConsumer
+
+log = logging.getLogger(__name__)
+
+
+class Consumer(CeleryConsumer):
+    """Celery's consumer with a forgiving close and forgiving acknowledgements."""
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        connection: Any = self.connection
+        if connection is not None:
+            connection.close = _forgiving(connection.close, "broker.close_failed", Exception)
+        super().on_connection_error_after_connected(exc)
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+        handle: Callable[[Any], Any] = super().create_task_handler(*args, **kwargs)
+
+        def on_task_received(message: Any) -> Any:
+            # Only what a closed channel says; errors of a connection are Celery's to handle.
+            message.ack_log_error = _forgiving(message.ack_log_error, "broker.ack_too_late", AttributeError)
+            message.reject_log_error = _forgiving(message.reject_log_error, "broker.reject_too_late", AttributeError)
+            return handle(message)
+
+        return on_task_received
+
+
+def _forgiving(call: Callable[..., Any], event: str, errors: type[Exception]) -> Callable[..., Any]:
+    @wraps(call)
+    def forgiving(*args: Any, **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except errors as error:
+            log.warning(event, extra={"error": repr(error)})
+
+    return forgiving

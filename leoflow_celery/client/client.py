@@ -1,0 +1,270 @@
+"""The client: what a scheduler, a CLI or a notebook uses."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from celery import Celery
+
+from leoflow_celery.app import create_app
+from leoflow_celery.client.callbacks import signatures
+from leoflow_celery.client.handle import Handle
+from leoflow_celery.client.messages import MessageSender, seal_request
+from leoflow_celery.domain.request import TaskRequest, check_size, parse_request
+from leoflow_celery.domain.routing import (
+    QUEUE_OF,
+    RECONCILED,
+    ExecutorType,
+    check_inline_timeout,
+    check_secrets,
+    executor_for,
+    host_queue,
+)
+from leoflow_celery.domain.states import RunState, TaskState
+from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey
+from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
+from leoflow_celery.runtime import Runtime
+from leoflow_celery.settings import Settings
+from leoflow_celery.store.events import EventView
+from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.store.logs import LogKey
+from leoflow_celery.store.submissions import NewTry
+from leoflow_celery.store.views import RunView, Submitted, TaskInstanceView
+
+log = logging.getLogger(__name__)
+_STANDARD_TENANT = "default"
+
+
+class Client:
+    """Submits and observes task instances. Thread-safe; close it, or use it as a context manager."""
+
+    def __init__(
+        self, settings: Settings | None = None, app: Celery | None = None, runtime: Runtime | None = None
+    ) -> None:
+        self.settings = settings or Settings.load()
+        self.app = app or create_app(settings=self.settings)
+        self._owns_runtime = runtime is None
+        self.runtime = runtime or Runtime(self.settings)
+        self.messages = MessageSender(self.app, self.runtime)
+
+    @classmethod
+    def from_environment(cls) -> Client:
+        return cls(Settings.load())
+
+    # -- submitting ---------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request: TaskRequest | dict[str, Any] | str | bytes,
+        *,
+        link: Any = None,
+        link_error: Any = None,
+    ) -> Handle:
+        """Record a try and send it to its executor's queue; idempotent per (task_instance_id, try_number).
+
+        ``link`` and ``link_error`` are Celery signatures (one or a list), called with the return value or as errbacks.
+
+        Raises:
+            InvalidRequest: names the field, the value and the fix.
+            AtCapacity: the executor's queue is deeper than its limit; nothing was recorded.
+            DatabaseUnavailable: nothing was recorded.
+            BrokerUnavailable: the try is recorded as queued and will be sent when the broker answers again;
+                submitting it again is safe.
+        """
+        context = {"callbacks": signatures("link", link), "errbacks": signatures("link_error", link_error)}
+        return self._submit([parse_request(request)], {key: value for key, value in context.items() if value})[0]
+
+    def submit_many(self, requests: Iterable[TaskRequest | dict[str, Any]]) -> list[Handle]:
+        """Like ``submit`` for many requests, recorded in one transaction: all of them or none.
+
+        Raises:
+            The same as ``submit``.
+        """
+        return self._submit([parse_request(request) for request in requests], {})
+
+    def _submit(self, requests: Sequence[TaskRequest], context: dict[str, Any]) -> list[Handle]:
+        tries = [self._new_try(request, context) for request in requests]
+        self._check_capacity({item.executor for item in tries}, len(tries))
+        submitted = self.runtime.store.submissions.record(tries)
+        self._send(tries, submitted)
+        return [Handle(self, done.attempt, done.celery_task_id, done.created) for done in submitted]
+
+    def _new_try(self, request: TaskRequest, context: dict[str, Any]) -> NewTry:
+        dispatch = self.settings.dispatch
+        executor = executor_for(request, ExecutorType(dispatch.executor_type))
+        if executor is ExecutorType.INLINE:
+            check_inline_timeout(request, self.settings.inline.max_duration)
+        check_secrets(request, executor)
+        sealed = seal_request(self.runtime, request)
+        check_size(len(sealed) * 3 // 4)
+        factor = request.oom_memory_factor
+        factor = self.settings.maintenance.oom_memory_factor if factor is None else factor
+        return NewTry(request, executor, sealed, context, factor)
+
+    def _check_capacity(self, executors: set[ExecutorType], count: int) -> None:
+        for executor in executors:
+            queue = QUEUE_OF[executor]
+            limit = self.settings.dispatch.queue_limits.get(queue)
+            depth = self._depth(executor) if limit else None
+            if limit and depth is not None and depth + count > limit:
+                raise AtCapacity(queue, depth, limit)
+
+    def _depth(self, executor: ExecutorType) -> int | None:
+        """What waits for an executor: in its own queue and in those of its hosts."""
+        queue = QUEUE_OF[executor]
+        try:
+            waiting = [self.runtime.queues.waiting(name) for name in (queue, *self._host_queues(executor))]
+            return sum(filter(None, waiting)) if waiting[0] is not None else None
+        except BrokerUnavailable as error:  # the try is recorded all the same; sending it says what is wrong
+            log.warning("queue.depth_unknown", extra={"queue": queue, "error": str(error)})
+            return None
+
+    def _host_queues(self, executor: ExecutorType) -> list[str]:
+        if executor not in RECONCILED:
+            return []
+        hosts = self.runtime.store.leases.present(f"{BACK_END_PRESENCE}{executor}:", PRESENCE_GAP_SECONDS)
+        return [host_queue(executor, host) for host in hosts]
+
+    def _send(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> None:
+        sent = []
+        try:
+            for item, done in zip(tries, submitted, strict=True):
+                queue = self._queue_to_send_to(item, done)
+                if queue is not None:
+                    self.messages.launch(item.request, item.executor, done.attempt, done.celery_task_id, queue)
+                    sent.append(done.attempt)
+        except BrokerUnavailable as error:
+            raise BrokerUnavailable(
+                f"{error}; recorded as queued and sent when the broker answers again (submitting again is safe)"
+            ) from error
+        finally:
+            self.runtime.store.submissions.mark_sent(sent)
+
+    def _queue_to_send_to(self, item: NewTry, done: Submitted) -> str | None:
+        """None: it was sent before, or waits for a host of its staging volume (maintenance sends it then)."""
+        if done.created:
+            return None if done.needs_host else done.queue_name or QUEUE_OF[item.executor]
+        view = self.task_instance(done.attempt.task_instance_id, done.attempt.try_number)
+        is_unsent = view.state is TaskState.QUEUED and view.sent_at is None and view.launch == 1
+        return view.queue if is_unsent and not view.needs_host else None
+
+    def mark(self, request: TaskRequest | dict[str, Any], state: TaskState) -> None:
+        """Record a try that the scheduler decided without running it: skipped or upstream_failed."""
+        parsed = parse_request(request)
+        executor = executor_for(parsed, ExecutorType(self.settings.dispatch.executor_type))
+        item = NewTry(parsed, executor, seal_request(self.runtime, parsed))
+        self.runtime.store.submissions.record([item], state)
+
+    def cancel(self, task_instance_id: str, try_number: int | None = None) -> bool:
+        """Ask a try to stop; it ends failed with reason cancelled. False when it had ended already.
+
+        Raises:
+            NotFound: no such task instance or try.
+        """
+        before = self.task_instance(task_instance_id, try_number)
+        if before.is_terminal:
+            return False
+        view = self.runtime.store.attempts.request_cancel(task_instance_id, before.try_number)
+        try:
+            self.messages.stop(view)
+            if view.is_terminal:
+                self.messages.settle(view.task_instance_id, view.try_number)
+        except BrokerUnavailable as error:  # maintenance does both later
+            log.warning("cancel.delayed", extra={"attempt": str(view.attempt), "error": str(error)})
+        return True
+
+    def release_staging(self, claim_name: str) -> int:
+        """Take a Docker volume from a host that is gone for good: its tasks go to another host, without its data.
+
+        Returns how many live tries that concerns.
+
+        Raises:
+            NotFound: no active volume of that name is bound to a Docker host.
+        """
+        return self.runtime.store.staging.release(claim_name)
+
+    # -- observing ----------------------------------------------------------------------------------------------
+
+    def task_instance(self, task_instance_id: str, try_number: int | None = None) -> TaskInstanceView:
+        """One try, the newest unless named.
+
+        Raises:
+            NotFound: no such task instance or try.
+        """
+        return self.runtime.store.attempts.get(task_instance_id, try_number)
+
+    def task_instances(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[TaskInstanceView]:
+        """The newest try of each task of a run."""
+        return self.runtime.store.runs.task_instances(tenant_id, dag_id, run_id)
+
+    def events(self, task_instance_id: str) -> list[EventView]:
+        """The history of a task instance, oldest first."""
+        return self.runtime.store.events.of(task_instance_id)
+
+    def create_run(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT, dag_version: str = "") -> RunView:
+        return self.runtime.store.runs.create(tenant_id, dag_id, run_id, dag_version)
+
+    def run(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> RunView:
+        """One run.
+
+        Raises:
+            NotFound: it was never created.
+        """
+        return self.runtime.store.runs.get(tenant_id, dag_id, run_id)
+
+    def finish_run(self, dag_id: str, run_id: str, state: RunState, tenant_id: str = _STANDARD_TENANT) -> bool:
+        return self.runtime.store.runs.finish(tenant_id, dag_id, run_id, state)
+
+    def xcom(
+        self, dag_id: str, run_id: str, task_id: str, key: str = RETURN_VALUE, tenant_id: str = _STANDARD_TENANT
+    ) -> Any:
+        """A value, parsed from its JSON.
+
+        Raises:
+            NotFound: never pushed, or expired.
+        """
+        value = self.runtime.store.xcom.get(XComKey(tenant_id, dag_id, run_id, task_id, key))
+        if value is None:
+            raise NotFound(f"task {task_id!r} of run {run_id!r} has no XCom {key!r} (never pushed, or expired)")
+        return json.loads(value.value)
+
+    def xcoms(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[tuple[str, str, Any, float]]:
+        """Every value of a run as (task_id, key, parsed value, created_at)."""
+        found = self.runtime.store.xcom.of_run(tenant_id, dag_id, run_id)
+        return [(key.task_id, key.key, json.loads(value.value), value.created_at) for key, value in found]
+
+    def logs(
+        self,
+        dag_id: str,
+        run_id: str,
+        task_id: str,
+        try_number: int = 1,
+        tenant_id: str = _STANDARD_TENANT,
+        follow: bool = False,
+    ) -> Iterator[dict[str, Any]]:
+        """A try's log lines, ``{ts, level, stream, msg}``; with ``follow`` until the try has ended."""
+        key = LogKey(tenant_id, dag_id, run_id, task_id, try_number)
+        if not follow:
+            return self.runtime.store.logs.read(key)
+        return self.runtime.store.logs.follow(key, lambda: self._ended(key))
+
+    def _ended(self, key: LogKey) -> bool:
+        views = self.task_instances(key.dag_id, key.run_id, key.tenant_id)
+        newest = next((view for view in views if view.task_id == key.task_id), None)
+        return newest is None or newest.try_number > key.try_number or newest.is_terminal
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        if self._owns_runtime:
+            self.runtime.close()
+        self.app.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

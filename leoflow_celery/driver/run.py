@@ -1,0 +1,217 @@
+"""``RunDriver``: drives one run to its end, and picks up from SQL when it is started again.
+
+All its knowledge is read back from the client at every step, so a driver that was killed loses nothing: start it
+again with the same run id. Submitting a try twice starts it once, which makes every step safe to repeat.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from leoflow_celery.domain.dag import Dag, task_request
+from leoflow_celery.domain.plan import TaskStatus, effective_state, plan_run
+from leoflow_celery.domain.reasons import parse_reason
+from leoflow_celery.domain.request import TaskRequest, check_size
+from leoflow_celery.domain.states import TERMINAL_RUN, RunState, TaskState
+from leoflow_celery.driver.events import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
+from leoflow_celery.driver.ports import RunClient, TryRecord
+from leoflow_celery.errors import AtCapacity, NotFound, Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often the driver looks, and how long it puts up with a system that is away. In seconds."""
+
+    poll_seconds: float = 0.2
+    #: Between tries while the system is away or full.
+    busy_seconds: float = 1.0
+    #: A broker or database that is away for longer ends the driver, not the run.
+    outage_seconds: float = 60.0
+    clock: Callable[[], float] = time.time
+    pause: Callable[[float], None] = time.sleep
+
+
+Records = Mapping[str, TryRecord]
+_LIVE = frozenset({TaskState.QUEUED, TaskState.RUNNING})
+
+
+class RunDriver:
+    """One run of one DAG. ``run`` blocks until it ended; ``on_event`` is called in the same thread."""
+
+    def __init__(
+        self,
+        client: RunClient,
+        dag: Dag,
+        run_id: str,
+        *,
+        tenant_id: str = "default",
+        on_event: Callable[[RunEvent], None] = lambda _event: None,
+        pace: Pace | None = None,
+    ) -> None:
+        """Build every request now: one that cannot be sent is found before anything starts.
+
+        Raises:
+            InvalidRequest: a task cannot travel as a request; names the task and the field.
+        """
+        self._client, self._dag, self._run_id, self._tenant_id = client, dag, run_id, tenant_id
+        self._emit, self._pace = on_event, pace or Pace()
+        self._requests = {task_id: task_request(dag, task_id, run_id, tenant_id=tenant_id) for task_id in dag.by_id}
+        self._check_sizes()
+        self._shown: dict[str, tuple[int, TaskState]] = {}
+        self._retry_at: dict[tuple[str, int], float] = {}
+        self._unsent: dict[tuple[str, int], TaskRequest] = {}
+
+    def run(self) -> RunState:
+        """Drive the run to its end and return how it ended.
+
+        A run that has ended already is only reported.
+
+        Raises:
+            Unavailable: broker or database were away at the start, or for longer than the pace allows. The run is
+                as it was; start the driver again.
+            InvalidRequest: the system refused a task, for an inline timeout above its cap for example.
+        """
+        ended = self._open()
+        if ended is not None:
+            return ended
+        away_since: float | None = None
+        while True:
+            try:
+                state = self._step()
+            except (Unavailable, AtCapacity) as error:
+                away_since = self._wait_out(error, away_since)
+                continue
+            if state is not None:
+                return state
+            away_since = None
+            self._pace.pause(self._until_next_look())
+
+    def cancel(self, grace_seconds: float = 15.0) -> None:
+        """Cancel every live try, wait until they have ended (at most the grace), and end the run as failed."""
+        deadline = self._pace.clock() + grace_seconds
+        live = self._live()
+        for record in live:
+            self._client.cancel(record.task_instance_id, record.try_number)
+        while live and self._pace.clock() < deadline:
+            self._pace.pause(self._pace.poll_seconds)
+            live = self._live()
+        self._finish(RunState.FAILED)
+
+    def _open(self) -> RunState | None:
+        resumed = True
+        try:
+            state = self._client.run(self._dag.dag_id, self._run_id, self._tenant_id).state
+        except NotFound:
+            resumed = False
+            version = self._dag.dag_version
+            state = self._client.create_run(self._dag.dag_id, self._run_id, self._tenant_id, version).state
+        self._emit(RunStarted(self._dag.dag_id, self._run_id, self._tenant_id, resumed))
+        if state not in TERMINAL_RUN:
+            return None
+        self._show(self._read())
+        self._emit(RunFinished(state))
+        return state
+
+    def _step(self) -> RunState | None:
+        records = self._read()
+        self._show(records)
+        plan = plan_run(self._dag, {task_id: _status(record) for task_id, record in records.items()})
+        self._mark(plan.skip, TaskState.SKIPPED)
+        self._mark(plan.upstream_failed, TaskState.UPSTREAM_FAILED)
+        self._plan_retries([records[task_id] for task_id in plan.retry])
+        tries = [(task_id, records[task_id].try_number if task_id in records else 1) for task_id in plan.start]
+        now = self._pace.clock()
+        tries += [(task_id, tried + 1) for (task_id, tried), due_at in self._retry_at.items() if due_at <= now]
+        self._submit(tries)
+        if plan.state is not None:
+            self._finish(plan.state)
+        return plan.state
+
+    def _submit(self, tries: Iterable[tuple[str, int]]) -> None:
+        # What could not be sent is remembered: its row may exist already, and then no plan would name it again.
+        self._unsent |= {key: self._requests[key[0]].evolve(try_number=key[1]) for key in tries}
+        if not self._unsent:
+            return
+        try:
+            self._client.submit_many(list(self._unsent.values()))
+        except AtCapacity:
+            self._submit_while_there_is_room()
+        self._unsent.clear()
+
+    def _submit_while_there_is_room(self) -> None:
+        """One by one: all at once may be more than the queue's whole limit."""
+        for key, request in list(self._unsent.items()):
+            self._client.submit_many([request])
+            del self._unsent[key]
+
+    def _mark(self, task_ids: Iterable[str], state: TaskState) -> None:
+        for task_id in task_ids:
+            self._client.mark(self._requests[task_id], state)
+            self._show_task(TaskChanged(task_id, state, 1))
+
+    def _plan_retries(self, failed: Iterable[TryRecord]) -> None:
+        """Set the time of each next try, counted from the end of the last one, whichever driver saw it."""
+        known, self._retry_at = self._retry_at, {}
+        for record in failed:
+            key = (record.task_id, record.try_number)
+            due_at = known.get(key)
+            if due_at is None:
+                ended_at = self._pace.clock() if record.ended_at is None else record.ended_at
+                due_at = ended_at + self._dag.retries_of(record.task_id).delay_seconds
+                delay = max(0.0, due_at - self._pace.clock())
+                self._emit(RetryPlanned(record.task_id, record.try_number + 1, delay))
+            self._retry_at[key] = due_at
+
+    def _until_next_look(self) -> float:
+        now = self._pace.clock()
+        return min([self._pace.poll_seconds, *(due_at - now for due_at in self._retry_at.values() if due_at > now)])
+
+    def _wait_out(self, error: Unavailable | AtCapacity, away_since: float | None) -> float | None:
+        if isinstance(error, AtCapacity):
+            away_since = None  # it answered; a full queue is waited for as long as it takes
+        else:
+            away_since = self._pace.clock() if away_since is None else away_since
+            if self._pace.clock() - away_since >= self._pace.outage_seconds:
+                raise error
+        self._emit(Waiting(str(error)))
+        self._pace.pause(self._pace.busy_seconds)
+        return away_since
+
+    def _finish(self, state: RunState) -> None:
+        self._client.finish_run(self._dag.dag_id, self._run_id, state, self._tenant_id)
+        self._emit(RunFinished(state))
+
+    def _read(self) -> Records:
+        found = self._client.task_instances(self._dag.dag_id, self._run_id, self._tenant_id)
+        return {record.task_id: record for record in found if record.task_id in self._dag.by_id}
+
+    def _live(self) -> list[TryRecord]:
+        records = self._read()
+        self._show(records)
+        return [record for record in records.values() if record.state in _LIVE]
+
+    def _show(self, records: Records) -> None:
+        for task_id, record in records.items():
+            state = effective_state(_status(record), self._dag.retries_of(task_id))
+            seconds = None
+            if record.started_at is not None and record.ended_at is not None:
+                seconds = record.ended_at - record.started_at
+            self._show_task(TaskChanged(task_id, state, record.try_number, record.reason, record.message, seconds))
+
+    def _show_task(self, change: TaskChanged) -> None:
+        news = (change.try_number, change.state)
+        if self._shown.get(change.task_id) != news:
+            self._shown[change.task_id] = news
+            self._emit(change)
+
+    def _check_sizes(self) -> None:
+        source_bytes = len(self._dag.source.encode())
+        for request in self._requests.values():
+            check_size(len(request.model_dump_json(exclude={"source"})) + source_bytes)
+
+
+def _status(record: TryRecord) -> TaskStatus:
+    reason = parse_reason(record.reason) if record.reason else None
+    return TaskStatus(record.state, record.try_number, reason)

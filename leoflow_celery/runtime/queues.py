@@ -1,0 +1,112 @@
+"""How deep the queues are, asked of the broker itself.
+
+On Redis a queue is one list per priority step, named by kombu (``queue``, then ``queue`` + separator + step), plus the
+messages that workers hold unacknowledged. A passive declare answers 404 under a key prefix, so this asks Redis.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any
+
+from leoflow_celery.errors import BrokerUnavailable
+from leoflow_celery.settings import BrokerSettings
+
+_SEPARATOR = "\x06\x16"
+_STEPS = (0, 3, 6, 9)
+_UNACKED = "unacked"
+
+
+class QueueInspector:
+    """Depths of the queues of one broker. Anything but Redis answers None: unknown."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._settings = settings
+
+    @cached_property
+    def _client(self) -> Any:
+        import redis
+
+        url = self._settings.url
+        if url.startswith("redis+socket://"):
+            path, _, _query = url.removeprefix("redis+socket://").partition("?")
+            return redis.Redis(unix_socket_path=path, socket_timeout=self._settings.socket_timeout_seconds)
+        return redis.Redis.from_url(
+            url,
+            socket_connect_timeout=self._settings.connect_timeout_seconds,
+            socket_timeout=self._settings.socket_timeout_seconds,
+        )
+
+    @property
+    def client(self) -> Any:
+        """A Redis client of the broker; None when it is something else."""
+        return self._client if self.is_supported else None
+
+    @property
+    def is_supported(self) -> bool:
+        return self._settings.url.startswith(("redis://", "rediss://", "redis+socket://"))
+
+    def waiting(self, queue: str) -> int | None:
+        """Messages that no worker has taken; None on a broker we cannot ask.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer.
+        """
+        if not self.is_supported:
+            return None
+        names = [queue if step == 0 else f"{queue}{_SEPARATOR}{step}" for step in _STEPS]
+        with _mapped(self._settings), self._client.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.llen(self._settings.key_prefix + name)
+            return int(sum(pipe.execute()))
+
+    def depth(self, queue: str) -> int | None:
+        """Messages waiting in a queue or held unacknowledged by its workers; None when unknown.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer.
+        """
+        waiting = self.waiting(queue)
+        if waiting is None:
+            return None
+        with _mapped(self._settings):
+            held = sum(
+                1
+                for _, payload in self._client.hscan_iter(self._settings.key_prefix + _UNACKED, count=200)
+                if _queue_of(payload) == queue
+            )
+        return waiting + held
+
+    def close(self) -> None:
+        if "_client" in self.__dict__:
+            self._client.close()
+
+
+def _queue_of(payload: bytes) -> str | None:
+    try:
+        _message, _exchange, routing_key = json.loads(payload)
+    except (ValueError, TypeError):
+        return None
+    return str(routing_key)
+
+
+class _mapped:  # noqa: N801 - a context manager, used as one
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._url = settings.url
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        from redis.exceptions import RedisError
+
+        if isinstance(error, RedisError):
+            raise BrokerUnavailable(f"broker {safe_url(self._url)} did not answer: {error}") from error
+
+
+def safe_url(url: str) -> str:
+    """A broker URL without its password."""
+    from kombu.utils.url import maybe_sanitize_url
+
+    return str(maybe_sanitize_url(url))

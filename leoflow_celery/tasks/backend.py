@@ -1,0 +1,85 @@
+"""What the workers of a back end do beside launching: reconcile, stop one attempt, delete staging volumes.
+
+The control plane sends these with what SQL knows; the back end compares it with what really exists and answers on the
+queue ``results``. Without SQL here and without a back end's credentials there, no process holds both.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, cast
+
+from leoflow_celery import metrics
+from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.routing import RECONCILE_PREFIX, STAGING_PREFIX, STOP_PREFIX, ExecutorType
+from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.errors import BrokerUnavailable, TransientLaunchError
+from leoflow_celery.executors.base import ReconcilableExecutor
+from leoflow_celery.tasks import executors
+from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
+from leoflow_celery.tasks.reporting import report_staging_deleted
+
+log = logging.getLogger(__name__)
+#: A reconcile that takes longer lets the next one in; both are harmless.
+_LOCK_SECONDS = 300
+#: A cancellation is tried again for so long; after that the reconcile stops what is no longer expected.
+_STOP_RETRIES = 3
+
+
+def executor_of(task: LeoflowTask) -> ReconcilableExecutor:
+    """The back end that a task's name speaks of."""
+    return cast(ReconcilableExecutor, executors.executor_of(task.app, _type_of(task)))
+
+
+def _type_of(task: LeoflowTask) -> ExecutorType:
+    return ExecutorType(task.name.rpartition(".")[2])
+
+
+def reconcile(self: LeoflowTask, expectation: dict[str, Any]) -> None:
+    """Compare what exists with what SQL expects; a server that is away is looked at again by the next message."""
+    executor_type, started = _type_of(self), time.monotonic()
+    try:
+        executor = executor_of(self)
+        name = f"reconcile.{BackEnd(executor_type, executor.host)}"
+        with self.runtime.locks.single_flight(name, _LOCK_SECONDS) as held:
+            if held:
+                done = executor.reconcile(Expectation.from_json(expectation))
+                metrics.record_reconcile(executor_type, time.monotonic() - started)
+                log.info(
+                    "reconcile.done", extra={"executor": executor_type, "seen": done.seen, "reported": done.reported}
+                )
+    except (TransientLaunchError, BrokerUnavailable) as error:
+        log.warning("reconcile.skipped", extra={"executor": executor_type, "error": str(error)})
+
+
+def stop(self: LeoflowTask, name: str, grace_seconds: float) -> None:
+    """Stop one attempt by its external name."""
+    try:
+        executor_of(self).cancel(name, grace_seconds)
+    except TransientLaunchError as error:
+        if self.request.retries >= _STOP_RETRIES:
+            log.warning("stop.left_to_reconcile", extra={"attempt_name": name, "error": error.message})
+            return
+        raise self.retry(countdown=2**self.request.retries, exc=error) from error
+
+
+def staging(self: LeoflowTask, plan: dict[str, Any]) -> None:
+    """Delete staging volumes and tell which are gone."""
+    try:
+        executor = executor_of(self)
+        name = f"staging.{BackEnd(_type_of(self), executor.host)}"
+        with self.runtime.locks.single_flight(name, _LOCK_SECONDS) as held:
+            gone = executor.collect_staging(StagingPlan.from_json(plan)) if held else {}
+    except (TransientLaunchError, BrokerUnavailable) as error:
+        log.warning("staging.skipped", extra={"executor": _type_of(self), "error": str(error)})
+        return
+    if gone:
+        report_staging_deleted(self, gone)
+
+
+for _executor in (ExecutorType.KUBERNETES, ExecutorType.DOCKER):
+    leoflow_task(f"{RECONCILE_PREFIX}{_executor}")(reconcile)
+    leoflow_task(f"{STOP_PREFIX}{_executor}")(stop)
+    leoflow_task(f"{STAGING_PREFIX}{_executor}")(staging)

@@ -1,0 +1,186 @@
+"""Completing Celery ids: the result of a try reaches everybody who waits for it.
+
+A try that ended has rows in ``task_completion``; each is completed as if the Celery task had just returned: the
+result is stored, a chord advances, callbacks, errbacks and the rest of a chain go out, and the monitor sees the end.
+All of it is repeatable: messages carry ids derived from the completed one, so a crash in between repeats no work that
+looks at ids, and the row is marked done only afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery
+from celery.app.task import Context
+from celery.canvas import Signature
+from celery.states import FAILURE, SUCCESS
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from leoflow_celery import metrics
+from leoflow_celery.domain.outcome import FinalEvent
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.xcom import XComKey
+from leoflow_celery.errors import TaskFailed, Unavailable
+from leoflow_celery.runtime import Runtime
+from leoflow_celery.store.completions import Waiting
+from leoflow_celery.store.views import TaskInstanceView
+from leoflow_celery.tasks.monitoring import send_failed, send_succeeded
+
+log = logging.getLogger(__name__)
+#: A completion takes milliseconds; a worker that died in it is replaced after this.
+LEASE_SECONDS = 30
+#: The parts of a task's request that completion needs.
+CONTEXT_KEYS = ("root_id", "parent_id", "group", "group_index", "chord", "callbacks", "errbacks", "chain")
+
+
+def saved_context(request: Any, name: str) -> dict[str, Any]:
+    """What completion will need of a running task's request, as plain JSON."""
+    context = {key: getattr(request, key, None) for key in CONTEXT_KEYS}
+    return {"task": name, **json.loads(json.dumps({key: value for key, value in context.items() if value is not None}))}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A try that has ended, and its return value; ``monitored``: its worker tells the monitor by itself."""
+
+    view: TaskInstanceView
+    value: Any = None
+    monitored: bool = False
+
+
+def complete_due(app: Celery, runtime: Runtime) -> int:
+    """Complete whatever is due; the number of Celery ids completed."""
+    return _complete(app, runtime, runtime.store.completions.take(LEASE_SECONDS), None)
+
+
+def complete_try(app: Celery, runtime: Runtime, view: TaskInstanceView, ended: Ended | None = None) -> int:
+    """Complete whoever waits for one try; ``ended`` spares reading what the caller knows."""
+    taken = runtime.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
+    return _complete(app, runtime, taken, ended)
+
+
+def _complete(app: Celery, runtime: Runtime, waiting: Sequence[Waiting], ended: Ended | None) -> int:
+    done: list[str] = []
+    try:
+        for item in waiting:
+            if _completed(app, runtime, item, ended):
+                done.append(item.celery_task_id)  # noqa: PERF401 - kept when a later one raises
+    finally:
+        runtime.store.completions.done(done)
+    return len(done)
+
+
+def _completed(app: Celery, runtime: Runtime, item: Waiting, ended: Ended | None) -> bool:
+    try:
+        complete(app, item, ended or _read(runtime, item))
+    except (Unavailable, OperationalError, RedisError, OSError):
+        raise
+    except Exception:
+        # One that cannot be completed (a callback that is no signature, say) must not keep the others waiting.
+        delay = runtime.store.completions.failed(item)
+        log.exception("completion.failed", extra={"celery_task_id": item.celery_task_id, "again_in_seconds": delay})
+        return False
+    return True
+
+
+def _read(runtime: Runtime, item: Waiting) -> Ended:
+    view = runtime.store.attempts.get(item.task_instance_id, item.try_number)
+    return Ended(view, return_value(runtime, view) if view.state is TaskState.SUCCESS else None)
+
+
+def complete(app: Celery, item: Waiting, ended: Ended) -> None:
+    """Give one Celery id the result of its try."""
+    view, value = ended.view, ended.value
+    context = Context({**item.context, **_own_context(item)})
+    if view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
+        app.backend.mark_as_done(item.celery_task_id, value, request=context)
+        _send_successors(app, item, value)
+        if not (ended.monitored and item.celery_task_id == view.celery_task_id):
+            send_succeeded(app, view, item.celery_task_id, value)
+    else:
+        error = _failure(view)
+        app.backend.mark_as_failure(item.celery_task_id, error, traceback=None, request=context)
+        send_failed(app, view, item.celery_task_id, error)
+    if item.result_callback:
+        _send_result_callback(app, item, view)
+    if item.celery_task_id == view.celery_task_id:
+        _measure(view)
+
+
+def _measure(view: TaskInstanceView) -> None:
+    metrics.record_transition(TaskState.RUNNING if view.started_at else TaskState.QUEUED, view.state, view.dag_id)
+    if view.started_at and view.ended_at:
+        metrics.record_duration(view.dag_id, view.task_id, view.operator, view.ended_at - view.started_at)
+    if view.state is TaskState.FAILED:
+        metrics.record_failure(str(view.reason))
+    if view.try_number > 1:
+        metrics.record_retry(view.dag_id, view.task_id)
+
+
+def _own_context(item: Waiting) -> dict[str, Any]:
+    # Celery reads delivery_info on its way to errbacks and takes it for a dict.
+    return {"id": item.celery_task_id, "chain": list(item.context.get("chain") or []), "delivery_info": {}}
+
+
+def store_result(app: Celery, runtime: Runtime, view: TaskInstanceView) -> None:
+    """Write only the result of a try's own Celery id: no callback, no event."""
+    if view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
+        app.backend.store_result(view.celery_task_id, return_value(runtime, view), SUCCESS)
+    else:
+        app.backend.store_result(view.celery_task_id, _failure(view), FAILURE)
+
+
+def _failure(view: TaskInstanceView) -> TaskFailed:
+    return TaskFailed(str(view.reason), view.message, view.exit_code, f"{view.dag_id}.{view.task_id}")
+
+
+def return_value(runtime: Runtime, view: TaskInstanceView) -> Any:
+    """The return_value XCom of a try, parsed; None when it has none."""
+    found = runtime.store.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
+    return None if found is None else json.loads(found.value)
+
+
+def _send_successors(app: Celery, item: Waiting, value: Any) -> None:
+    context = item.context
+    family: dict[str, Any] = {
+        "parent_id": item.celery_task_id,
+        "root_id": context.get("root_id") or item.celery_task_id,
+    }
+    for index, callback in enumerate(context.get("callbacks") or []):
+        signature = Signature.from_dict(callback, app=app)
+        task_id = signature.options.get("task_id") or _derived_id(item.celery_task_id, "link", index)
+        signature.apply_async((value,), task_id=task_id, **family)
+    chain = list(context.get("chain") or [])
+    if chain:
+        signature = Signature.from_dict(chain.pop(), app=app)
+        task_id = signature.options.get("task_id") or _derived_id(item.celery_task_id, "chain", len(chain))
+        signature.apply_async((value,), task_id=task_id, chain=chain, **family)
+
+
+def _send_result_callback(app: Celery, item: Waiting, view: TaskInstanceView) -> None:
+    callback = item.result_callback or {}
+    event = FinalEvent(
+        view.attempt,
+        view.tenant_id,
+        view.dag_id,
+        view.run_id,
+        view.task_id,
+        view.outcome,
+        item.celery_task_id,
+        view.hostname,
+        view.started_at,
+        view.ended_at,
+    )
+    options = {"queue": callback["queue"]} if callback.get("queue") else {}
+    task_id = _derived_id(item.celery_task_id, "result_callback", 0)
+    app.send_task(callback["task"], args=[event.to_json()], task_id=task_id, **options)
+
+
+def _derived_id(celery_task_id: str, kind: str, index: int) -> str:
+    return str(uuid.uuid5(uuid.UUID(int=0), f"{celery_task_id}/{kind}/{index}"))

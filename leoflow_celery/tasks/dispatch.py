@@ -1,0 +1,120 @@
+"""``leoflow.dispatch``: any publisher of the Celery protocol hands over a task instance as plain JSON.
+
+The Celery id of the dispatch message waits for the try: its result, its chain and its chord go on when the task
+instance ends, whatever executor ran it. The argument is a request, or ``{"sealed": <Fernet token of one>}`` from a
+publisher that shares the sealing key and wants nothing readable on the broker.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, ClassVar
+
+from celery.exceptions import Ignore
+from celery.states import STARTED
+from celery.worker.request import Request as CeleryRequest
+
+from leoflow_celery import metrics
+from leoflow_celery.client import Client, Handle
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.request import TaskRequest, parse_request
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.errors import (
+    AtCapacity,
+    BrokerUnavailable,
+    InvalidDag,
+    InvalidRequest,
+    RequestTooLarge,
+    Unavailable,
+    Unsealable,
+)
+from leoflow_celery.tasks.completion import saved_context
+from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
+from leoflow_celery.tasks.settling import settle_try
+
+log = logging.getLogger(__name__)
+
+
+#: What events, logs and the retried message show of the arguments: a plain request holds env and headers.
+_QUIET = {"argsrepr": "('<request>',)", "kwargsrepr": "{}"}
+
+
+#: Labels of what can never be sent.
+_WHY = {
+    InvalidRequest: "invalid_request",
+    InvalidDag: "invalid_request",
+    RequestTooLarge: "too_large",
+    Unsealable: "unsealable",
+}
+
+
+class QuietRequest(CeleryRequest):
+    """A worker's view of a dispatch message that shows no argument, whoever sent it and whoever asks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._argsrepr, self._kwargsrepr = _QUIET["argsrepr"], _QUIET["kwargsrepr"]
+
+    def info(self, safe: bool = False) -> Any:  # noqa: ARG002 - ``celery inspect`` asks for the unsafe one
+        return super().info(safe=True)
+
+
+class DispatchTask(LeoflowTask):
+    """The task behind ``leoflow.dispatch``."""
+
+    abstract = True
+    ignore_result = False
+    retry_kwargs: ClassVar[dict[str, Any]] = _QUIET
+    Request = f"{__name__}:QuietRequest"
+
+
+@leoflow_task("leoflow.dispatch", DispatchTask, autoretry_for=(Unavailable, AtCapacity))
+def dispatch(self: DispatchTask, request: dict[str, Any]) -> None:
+    """Record and send a request; the message's own id ends with the try.
+
+    Raises:
+        InvalidRequest: the message's result; nothing was recorded.
+    """
+    attempt = _submit(self, request).attempt
+    _await(self, attempt)
+    settle_try(self, attempt.task_instance_id, attempt.try_number)
+    raise Ignore
+
+
+def _submit(task: DispatchTask, request: Any) -> Handle:
+    started = time.monotonic()
+    try:
+        parsed = _parse(task, request)
+        handle = Client(task.runtime.settings, task.app, task.runtime).submit(parsed)
+    except BrokerUnavailable as error:
+        log.warning("dispatch.send_delayed", extra={"attempt": str(parsed.attempt), "error": str(error)})
+        raise
+    except AtCapacity:
+        metrics.record_at_capacity()
+        raise
+    except (InvalidRequest, Unsealable) as error:
+        metrics.record_undispatchable(_WHY[type(error)])
+        raise
+    if handle.created:
+        metrics.record_dispatch(time.monotonic() - started)
+        metrics.record_transition(TaskState.NONE, TaskState.QUEUED, parsed.dag_id)
+    return handle
+
+
+def _await(task: DispatchTask, attempt: AttemptId) -> None:
+    """Let the message's own id wait for the try; STARTED comes before anybody can complete it."""
+    completions, celery_id = task.runtime.store.completions, str(task.request.id)
+    if not completions.is_registered(celery_id):
+        try:
+            task.update_state(state=STARTED, meta={"hostname": task.runtime.hostname})
+        except Exception as error:  # noqa: BLE001 - a state for onlookers; the task goes on without it
+            log.warning("started.not_marked", extra={"celery_task_id": celery_id, "error": repr(error)})
+    context = saved_context(task.request, task.name)
+    completions.register(celery_id, attempt.task_instance_id, attempt.try_number, context)
+
+
+def _parse(task: DispatchTask, request: Any) -> TaskRequest:
+    if isinstance(request, dict) and set(request) == {"sealed"}:
+        return parse_request(task.runtime.sealer.open(str(request["sealed"])))
+    return parse_request(request)

@@ -1,0 +1,95 @@
+"""``leoflow.execute.kubernetes``, ``.docker`` and ``.subprocess``: start an attempt, report that, acknowledge.
+
+These workers have no SQL. What they learn goes to the queue ``results``; the attempt's own Celery result is written
+when the attempt ends, so the task leaves with ``Ignore`` and stays open for the scheduler.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from celery.exceptions import Ignore
+from celery.utils.time import get_exponential_backoff_interval
+
+from leoflow_celery import metrics
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason, parse_reason
+from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.domain.routing import ExecutorType, task_name
+from leoflow_celery.errors import LeoflowError, PermanentLaunchError, TransientLaunchError, Unsealable
+from leoflow_celery.executors.base import Launched, LaunchSpec
+from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
+from leoflow_celery.tasks.executors import executor_of
+from leoflow_celery.tasks.reporting import report_launched, report_outcome
+
+log = logging.getLogger(__name__)
+#: Attempts to start before the launch counts as failed; with the backoff about five minutes.
+MAX_LAUNCH_RETRIES = 8
+
+
+def launch(self: LeoflowTask, attempt: dict[str, Any], sealed: str, **_summary: Any) -> None:
+    """Start one attempt. A second delivery finds it started."""
+    identity = AttemptId.from_json(attempt)
+    try:
+        launched = _start(self, identity, sealed)
+    except TransientLaunchError as error:
+        _retry_or_give_up(self, identity, error)
+    except PermanentLaunchError as error:
+        outcome = Outcome.failed(parse_reason(error.reason, FailureReason.INVALID_SPEC), error.message)
+        report_outcome(self, identity, outcome, unclaimed=True)
+    else:
+        executor_type = ExecutorType(self.name.rpartition(".")[2])
+        report_launched(self, identity, launched, BackEnd(executor_type, launched.host))
+    raise Ignore
+
+
+def _start(task: LeoflowTask, attempt: AttemptId, sealed: str) -> Launched:
+    try:
+        request = TaskRequest.model_validate(task.runtime.sealer.open(sealed)["request"])
+        return _execute(task, LaunchSpec(request, attempt))
+    except (TransientLaunchError, PermanentLaunchError):
+        raise
+    except Unsealable as error:
+        raise PermanentLaunchError(FailureReason.INVALID_SPEC, str(error)) from error
+    except LeoflowError as error:
+        raise PermanentLaunchError(FailureReason.UNKNOWN_EXECUTOR, str(error)) from error
+    except Exception as error:
+        log.exception("launch.unexpected_error", extra={"attempt": str(attempt)})
+        raise TransientLaunchError(FailureReason.LAUNCH_FAILED, f"{type(error).__name__}: {error}") from error
+
+
+def _execute(task: LeoflowTask, launch_spec: LaunchSpec) -> Launched:
+    executor_type = ExecutorType(task.name.rpartition(".")[2])
+    executor, started, result = executor_of(task.app, executor_type), time.monotonic(), "transient"
+    try:
+        launched = executor.execute(launch_spec)
+        result = "exists" if launched.already else "created"
+    except PermanentLaunchError:
+        result = "permanent"
+        raise
+    finally:
+        if executor_type is ExecutorType.KUBERNETES:
+            metrics.record_pod_created(launch_spec.request.dag_id, result, time.monotonic() - started)
+    return launched
+
+
+def _retry_or_give_up(task: LeoflowTask, attempt: AttemptId, error: TransientLaunchError) -> None:
+    retries = task.request.retries
+    if retries >= MAX_LAUNCH_RETRIES:
+        reason = parse_reason(error.reason, FailureReason.LAUNCH_FAILED)
+        message = f"{error.message} (given up after {retries + 1} attempts to start)"
+        report_outcome(task, attempt, Outcome.failed(reason, message), unclaimed=True)
+        return
+    backoff = get_exponential_backoff_interval(factor=1, retries=retries, maximum=60, full_jitter=True)
+    delay = max(error.retry_after_seconds or 0, backoff)
+    log.warning("launch.retry", extra={"attempt": str(attempt), "error": error.message, "delay_seconds": delay})
+    raise task.retry(countdown=delay, exc=error)
+
+
+kubernetes = leoflow_task(task_name(ExecutorType.KUBERNETES))(launch)
+docker = leoflow_task(task_name(ExecutorType.DOCKER))(launch)
+subprocess = leoflow_task(task_name(ExecutorType.SUBPROCESS))(launch)

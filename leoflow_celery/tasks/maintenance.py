@@ -1,0 +1,211 @@
+"""Queue ``maintenance``: what beat sends. Each task is single-flight across any number of beats and workers.
+
+Nothing here is needed while all goes well. It finds what a crash left behind: messages never sent, ends never
+completed, holders that fell silent, values and logs that nobody will read any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import replace
+
+from leoflow_celery import metrics
+from leoflow_celery.client.messages import MessageSender
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reap import (
+    ReapPolicy,
+    Verdict,
+    may_judge_silence,
+    reap_queued,
+    reap_silent,
+    unplaced_verdict,
+)
+from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.routing import ExecutorType, host_queue
+from leoflow_celery.errors import BrokerUnavailable, Unsealable
+from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.leases import GATEWAY_GAP_SECONDS, GATEWAY_PRESENCE, REAPER_PRESENCE
+from leoflow_celery.store.views import TaskInstanceView
+from leoflow_celery.tasks.completion import complete_due
+from leoflow_celery.tasks.context import LeoflowTask
+from leoflow_celery.tasks.settling import settle_try
+from leoflow_celery.tasks.single_flight import maintenance_task
+
+log = logging.getLogger(__name__)
+#: A submit that is under way sends its own message; only what is older was left behind.
+_UNSENT_GRACE_SECONDS = 5
+#: Reaps missed in a row until the reaper counts as having been away (with it, perhaps, the database).
+_REAPER_GAPS = 4
+
+
+@maintenance_task("send_due")
+def send_due(self: LeoflowTask) -> int:
+    """Send the messages that a crash or an unreachable broker kept back, and relaunches whose delay is over."""
+    store, sender, sent = self.runtime.store, MessageSender(self.app, self.runtime), 0
+    store.submissions.place()
+    for view in store.submissions.unsent(_UNSENT_GRACE_SECONDS):
+        try:
+            sender.launch_again(view)
+        except Unsealable as error:
+            metrics.record_undispatchable("unsealable")
+            _give_up(self, view, Verdict(FailureReason.INVALID_SPEC, str(error)), Guard(unclaimed=True))
+            continue
+        store.submissions.mark_sent([view.attempt])
+        sent += 1
+    return sent
+
+
+@maintenance_task("complete_due")
+def complete_all(self: LeoflowTask) -> int:
+    """Complete what ended without being completed."""
+    total = 0
+    while count := complete_due(self.app, self.runtime):
+        total += count
+    return total
+
+
+@maintenance_task("reap")
+def reap(self: LeoflowTask) -> int:
+    """Give up attempts that are silent, lost on the way or asked to stop."""
+    policy = _policy(self)
+    return (
+        _reap_cancelled(self, policy)
+        + _reap_silent(self, policy)
+        + _reap_queued(self, policy)
+        + _reap_unplaced(self, policy)
+    )
+
+
+def _policy(task: LeoflowTask) -> ReapPolicy:
+    settings = task.runtime.settings.maintenance
+    return ReapPolicy(
+        settings.heartbeat_timeout_seconds,
+        settings.lost_message_seconds,
+        settings.queued_timeout_seconds,
+        settings.launch_timeout_seconds,
+        settings.cancel_grace_seconds,
+    )
+
+
+def _reap_silent(task: LeoflowTask, policy: ReapPolicy) -> int:
+    can_judge = _listeners(task, policy)
+    count = 0
+    for view in task.runtime.store.sweeps.silent(policy.heartbeat_timeout_seconds):
+        last = view.last_heartbeat_at
+        verdict = reap_silent(None if last is None else time.time() - last, policy)
+        if verdict is not None and can_judge[view.executor == ExecutorType.INLINE]:
+            # It may have woken up since it was read: only silence since then ends it.
+            count += _give_up(task, view, verdict, Guard(silent_since=last))
+    return count
+
+
+def _listeners(task: LeoflowTask, policy: ReapPolicy) -> dict[bool, bool]:
+    """Whether silence can be judged, of inline holders (True: they write themselves) and of agents (False)."""
+    leases = task.runtime.store.leases
+    gap = _REAPER_GAPS * task.runtime.settings.maintenance.interval_seconds
+    leases.keep_present(REAPER_PRESENCE, gap)
+    database = may_judge_silence(leases.present_seconds(REAPER_PRESENCE, gap), policy)
+    gateway = may_judge_silence(leases.present_seconds(GATEWAY_PRESENCE, GATEWAY_GAP_SECONDS), policy)
+    return {True: database, False: database and gateway}
+
+
+def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
+    count, depths = 0, {}
+    youngest = min(policy.lost_message_seconds, policy.launch_timeout_seconds)
+    for view in task.runtime.store.sweeps.waiting(youngest):
+        if view.queue not in depths:
+            depths[view.queue] = _depth(task, view.queue)
+        now = time.time()
+        launched = None if view.launched_at is None else now - view.launched_at
+        waited = now - (view.sent_at or view.queued_at)
+        patience = _patience(task, view, policy)
+        verdict = reap_queued(
+            waited, view.queue, depths[view.queue], launched, patience, _bound_to(view), _started_as(view)
+        )
+        if verdict is not None:
+            count += _give_up(task, view, verdict, Guard(unclaimed=True))
+    return count
+
+
+def _patience(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> ReapPolicy:
+    """A pod may be pending first: how long, its reconcile decides and says why; the agent's time comes after that."""
+    if view.executor != ExecutorType.KUBERNETES:
+        return policy
+    pending = task.runtime.settings.kubernetes.pending_timeout_seconds or math.inf
+    return replace(policy, launch_timeout_seconds=pending + policy.launch_timeout_seconds)
+
+
+def _started_as(view: TaskInstanceView) -> str:
+    return f"{view.external_name} on {view.back_end or view.hostname}" if view.external_name else ""
+
+
+def _bound_to(view: TaskInstanceView) -> str:
+    """Why only one host may take it, when that is so."""
+    if not view.queue_name:
+        return ""
+    host = view.queue_name.removeprefix(host_queue(ExecutorType(view.executor), ""))
+    return f"host {host!r}, where staging volume {view.staging_claim!r} is"
+
+
+def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy) -> int:
+    if not policy.queued_timeout_seconds:
+        return 0
+    views = task.runtime.store.submissions.unplaced(policy.queued_timeout_seconds)
+    verdicts = ((view, unplaced_verdict(time.time() - view.queued_at, view.staging_claim)) for view in views)
+    # Nothing was started, so there is nothing to start again.
+    return sum(_give_up(task, view, verdict, Guard(unclaimed=True), may_relaunch=False) for view, verdict in verdicts)
+
+
+def _reap_cancelled(task: LeoflowTask, policy: ReapPolicy) -> int:
+    verdict = Verdict(FailureReason.CANCELLED, "did not stop within the grace")
+    views = task.runtime.store.sweeps.cancelled(policy.cancel_grace_seconds)
+    return sum(_give_up(task, view, verdict, Guard()) for view in views)
+
+
+def _depth(task: LeoflowTask, queue: str) -> int | None:
+    try:
+        return task.runtime.queues.depth(queue)
+    except BrokerUnavailable as error:
+        log.warning("queue.depth_unknown", extra={"queue": queue, "error": str(error)})
+        return None
+
+
+def _give_up(
+    task: LeoflowTask, view: TaskInstanceView, verdict: Verdict, guard: Guard, *, may_relaunch: bool = True
+) -> bool:
+    outcome = Outcome.failed(verdict.reason, verdict.message)
+    finished = task.runtime.store.attempts.finish(view.attempt, outcome, guard, may_relaunch=may_relaunch)
+    if not finished.recorded:
+        return False
+    log.warning("attempt.given_up", extra={"attempt": str(view.attempt), "reason": verdict.reason.value})
+    if finished.relaunch:
+        metrics.record_relaunch(verdict.reason)
+    settle_try(task, view.task_instance_id, view.try_number)
+    return True
+
+
+@maintenance_task("expire_xcoms")
+def expire_xcoms(self: LeoflowTask) -> int:
+    """Remove XCom values past their time to live."""
+    return self.runtime.store.xcom.delete_expired()
+
+
+@maintenance_task("prune_logs")
+def prune_logs(self: LeoflowTask) -> int:
+    """Remove task logs past their retention."""
+    retention = self.runtime.settings.logs.retention_seconds
+    return self.runtime.store.logs.prune(retention) if retention else 0
+
+
+@maintenance_task("prune_history")
+def prune_history(self: LeoflowTask) -> int:
+    """Remove tries, runs and records of volumes past their retention."""
+    retention = self.runtime.settings.maintenance.history_retention_seconds
+    if not retention:
+        return 0
+    total, history = 0, self.runtime.store.history
+    while count := history.prune(retention):
+        total += count
+    return total + history.prune_runs(retention)

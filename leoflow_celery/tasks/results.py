@@ -1,0 +1,80 @@
+"""Queue ``results``: what workers and agents reported becomes state, XComs and completed Celery ids."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery.states import STARTED
+
+from leoflow_celery import metrics
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.xcom import XComKey, XComValue
+from leoflow_celery.errors import Unavailable
+from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.tasks.completion import store_result
+from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
+from leoflow_celery.tasks.settling import settle_try
+
+log = logging.getLogger(__name__)
+
+
+@leoflow_task("leoflow.results.launched", autoretry_for=(Unavailable,))
+def launched(self: LeoflowTask, attempt: dict[str, Any], external_name: str, hostname: str, back_end: str = "") -> None:
+    """Record that an executor started an attempt; its Celery id is STARTED from now on."""
+    store = self.runtime.store
+    identity = AttemptId.from_json(attempt)
+    if not store.attempts.launched(identity, external_name, hostname, back_end):
+        return
+    view = store.attempts.get(identity.task_instance_id, identity.try_number)
+    if not view.is_terminal:
+        self.backend.store_result(view.celery_task_id, {"hostname": hostname, "external_name": external_name}, STARTED)
+    if store.attempts.get(identity.task_instance_id, identity.try_number).is_terminal:
+        # It ended while STARTED was written, perhaps over its result.
+        store_result(self.app, self.runtime, store.attempts.get(identity.task_instance_id, identity.try_number))
+
+
+@leoflow_task("leoflow.results.record", autoretry_for=(Unavailable,))
+def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
+    """Record the end of an attempt that no agent reported, with the value it left, in one transaction."""
+    identity = AttemptId.from_json(attempt)
+    content = self.runtime.sealer.open(sealed)
+    outcome = Outcome.from_json(content["outcome"])
+    guard = Guard(unclaimed=bool(content.get("unclaimed")))
+    xcoms = _return_value(self, identity, outcome, content.get("return_value"))
+    finished = self.runtime.store.attempts.finish(identity, outcome, guard, xcoms)
+    if finished.relaunch and outcome.reason:
+        metrics.record_relaunch(outcome.reason)
+    settle_try(self, identity.task_instance_id, identity.try_number)
+
+
+def _return_value(
+    task: LeoflowTask, attempt: AttemptId, outcome: Outcome, value: str | None
+) -> list[tuple[XComKey, XComValue]]:
+    if value is None or outcome.state is not TaskState.SUCCESS:
+        return []
+    view = task.runtime.store.attempts.get(attempt.task_instance_id, attempt.try_number)
+    return [(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id), XComValue(value.encode()))]
+
+
+@leoflow_task("leoflow.results.settle", autoretry_for=(Unavailable,))
+def settle(self: LeoflowTask, task_instance_id: str, try_number: int) -> None:
+    """Look at a try now: complete it when it has ended, send its next launch when that is due."""
+    settle_try(self, task_instance_id, try_number)
+
+
+@leoflow_task("leoflow.results.staging_deleted", autoretry_for=(Unavailable,))
+def staging_deleted(self: LeoflowTask, claims: dict[str, str]) -> None:
+    """Record which staging volumes are gone, each with its reason."""
+    for name, reason in claims.items():
+        self.runtime.store.staging.mark_staging_deleted(name, reason)
+
+
+@leoflow_task("leoflow.results.present", autoretry_for=(Unavailable,))
+def present(self: LeoflowTask, back_end: str) -> None:
+    """A worker holds this back end: the control plane may send work to it."""
+    self.runtime.store.leases.keep_present(f"{BACK_END_PRESENCE}{BackEnd.parse(back_end)}", PRESENCE_GAP_SECONDS)

@@ -1,0 +1,120 @@
+"""What a scheduler sees of an inline task through Celery: value, failure, state, callbacks."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+from celery import Celery, signature
+from celery.result import AsyncResult
+
+from leoflow_celery.client import Client
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.errors import TaskFailed
+from tests.integration.tasks.conftest import UserCalls
+from tests.support.http_target import HttpTarget
+from tests.support.system import System, http_task
+from tests.support.waiting import wait_until
+
+
+def plain_app(system: System) -> Celery:
+    """A Celery app that knows the broker and nothing of ours."""
+    app = Celery("plain", broker=system.broker_url, backend=system.broker_url)
+    app.conf.result_backend_transport_options = {"global_keyprefix": "leoflow:"}
+    return app
+
+
+def test_get_returns_the_value(client: Client, target: HttpTarget) -> None:
+    handle = client.submit(http_task(target.url("a")))
+    assert handle.get(timeout=20) == {"path": "/200/a", "call": 1}
+    assert handle.result.state == "SUCCESS"
+    view = handle.task_instance()
+    assert (view.state, view.launch, view.reason) == (TaskState.SUCCESS, 1, None)
+    assert [event.event for event in client.events(view.task_instance_id)] == ["submitted", "claimed", "finished"]
+
+
+def test_get_raises_task_failed_with_the_reason(client: Client, target: HttpTarget) -> None:
+    handle = client.submit(http_task(target.url("a", status=404)))
+    with pytest.raises(TaskFailed) as caught:
+        handle.get(timeout=20)
+    assert caught.value.reason == "http_status"
+    assert "404" in caught.value.message
+    assert caught.value.task.startswith("d.t-")
+    assert handle.state() is TaskState.FAILED
+
+
+def test_a_plain_celery_app_rebuilds_value_and_failure(system: System, target: HttpTarget) -> None:
+    good = system.client.submit(http_task(target.url("a")))
+    bad = system.client.submit(http_task(target.url("b", status=410)))
+    app = plain_app(system)
+    assert AsyncResult(good.id, app=app).get(timeout=20)["path"] == "/200/a"
+    with pytest.raises(TaskFailed) as caught:
+        AsyncResult(bad.id, app=app).get(timeout=20)
+    assert (caught.value.reason, caught.value.exit_code) == ("http_status", None)
+    app.close()
+
+
+def test_state_is_started_while_the_call_runs(client: Client, target: HttpTarget) -> None:
+    handle = client.submit(http_task(target.hold("a")))
+    wait_until(lambda: target.calls["a"], 20, "the call")
+    wait_until(lambda: handle.result.state == "STARTED", 10, lambda: f"STARTED, not {handle.result.state}")
+    assert handle.state() is TaskState.RUNNING
+    target.release("a")
+    assert handle.get(timeout=20)["call"] == 1
+    assert handle.result.state == "SUCCESS"
+
+
+def test_links_of_submit_are_called(client: Client, target: HttpTarget, user_calls: UserCalls) -> None:
+    link = signature("user.call_of", queue="user")
+    link_error = signature("user.note", queue="user")
+    good = client.submit(http_task(target.url("a")), link=link, link_error=link_error)
+    assert good.get(timeout=20)["call"] == 1
+    assert user_calls.wait_for("user.call_of") == [[{"path": "/200/a", "call": 1}]]
+    assert user_calls.of("user.note") == []
+
+
+def test_an_errback_of_submit_is_called_with_the_id(client: Client, target: HttpTarget, user_calls: UserCalls) -> None:
+    link_error = signature("user.note", queue="user")
+    bad = client.submit(http_task(target.url("a", status=400)), link=signature("user.call_of"), link_error=[link_error])
+    [arguments] = user_calls.wait_for("user.note")
+    assert bad.id in arguments
+    assert user_calls.of("user.call_of") == []
+
+
+def test_the_result_callback_hears_the_end_once(
+    system: System, client: Client, target: HttpTarget, user_calls: UserCalls
+) -> None:
+    identity = secrets.token_hex(8)
+    callback = {"task": "user.note", "queue": "user"}
+    handle = client.submit(http_task(target.url("a", status=400), identity, result_callback=callback))
+    with pytest.raises(TaskFailed):
+        handle.get(timeout=20)
+    [[event]] = user_calls.wait_for("user.note")
+    expected = {
+        "task_instance_id": identity,
+        "try_number": 1,
+        "launch": 1,
+        "dag_id": "d",
+        "state": "failed",
+        "reason": "http_status",
+        "failure_class": "user",
+        "celery_task_id": handle.id,
+        "exit_code": None,
+    }
+    assert {key: event[key] for key in expected} == expected
+    assert event["started_at"] <= event["ended_at"]
+
+    client.messages.settle(identity, 1)
+    system.maintain("complete_due")
+    after = client.submit(http_task(target.url("b"), result_callback=callback))
+    assert after.get(timeout=20)
+    events = user_calls.wait_for("user.note", 2)
+    assert [event["task_instance_id"] for [event] in events] == [identity, after.attempt.task_instance_id]
+
+
+def test_a_call_that_takes_too_long_is_a_timeout(client: Client, target: HttpTarget) -> None:
+    handle = client.submit(http_task(target.hold("a"), timeout_seconds=1))
+    with pytest.raises(TaskFailed) as caught:
+        handle.get(timeout=20)
+    assert caught.value.reason == "timeout"
+    assert handle.task_instance().launch == 1

@@ -1,0 +1,1 @@
+"""Worker entry points: one module per queue, configuration only."""
