@@ -1,0 +1,226 @@
+"""What ``leoflow doctor`` looks at. Each check ends in one sentence that names the setting and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from leoflow_celery.errors import ConfigurationError, LeoflowError
+from leoflow_celery.settings import Settings
+
+_ANSWER_SECONDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check."""
+
+    check: str
+    ok: bool
+    sentence: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+CHECKS = ("keys", "database", "broker", "gateway", "workers", "backends")
+
+
+def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CHECKS) -> list[Finding]:
+    """Run the checks named; one that cannot be made because another failed says so.
+
+    Raises:
+        ConfigurationError: there is no check of a name.
+    """
+    unknown = [name for name in only if name not in CHECKS]
+    if unknown:
+        raise ConfigurationError(f"--only {unknown[0]}: no such check; there are {', '.join(CHECKS)}")
+    checks: dict[str, Callable[[], Finding]] = {
+        "keys": lambda: check_keys(settings),
+        "database": lambda: check_database(settings),
+        "broker": lambda: check_broker(settings),
+        "gateway": lambda: check_gateway(settings, ca),
+    }
+    findings = [_guarded(name, check) for name, check in checks.items() if name in only]
+    if "workers" in only:
+        findings.append(_workers(settings, findings))
+    if "backends" in only:
+        findings.append(_back_ends(settings, findings))
+    return findings
+
+
+def _workers(settings: Settings, before: list[Finding]) -> Finding:
+    if any(finding.check == "broker" and not finding.ok for finding in before):
+        return Finding("workers", False, "not asked: they answer through the broker")
+    return _guarded("workers", lambda: check_workers(settings))
+
+
+def _back_ends(settings: Settings, before: list[Finding]) -> Finding:
+    if any(finding.check == "database" and not finding.ok for finding in before):
+        return Finding("backends", False, "not asked: the database knows who announced itself")
+    return _guarded("backends", lambda: check_back_ends(settings))
+
+
+def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except LeoflowError as error:
+        return Finding(name, False, str(error))
+
+
+def check_keys(settings: Settings) -> Finding:
+    """Both keys are set and usable."""
+    from leoflow_celery.security import Sealer, TokenIssuer
+
+    security = settings.security
+    Sealer(security.seal_keys.get_secret_value())
+    TokenIssuer(security.jwt_secret.get_secret_value(), security.agent_token_ttl_seconds)
+    return Finding("keys", True, "LEOFLOW_JWT_SECRET and LEOFLOW_SEAL_KEYS are set and usable")
+
+
+def check_database(settings: Settings) -> Finding:
+    """The database answers and its schema is this package's."""
+    from leoflow_celery.store.database import Database
+    from leoflow_celery.store.migrate import revisions
+
+    database = Database(settings.database)
+    try:
+        file = database.url.database if database.is_sqlite else None
+        if file and not Path(file).exists():  # asking SQLite would create it
+            return Finding(
+                "database", False, f"{file} does not exist; set LEOFLOW_DATABASE_URL or run 'leoflow db upgrade'"
+            )
+        current, newest = revisions(database)
+    finally:
+        database.close()
+    if current != newest:
+        state = "has no tables" if current is None else f"is at revision {current}, this package needs {newest}"
+        return Finding("database", False, f"{database.address} {state}; run 'leoflow db upgrade'")
+    return Finding("database", True, f"{database.address} answers and is at revision {newest}")
+
+
+def check_broker(settings: Settings) -> Finding:
+    """The broker takes a connection."""
+    from kombu.exceptions import OperationalError
+    from kombu.utils.url import maybe_sanitize_url
+
+    from leoflow_celery.app import create_app
+
+    address = str(maybe_sanitize_url(settings.broker.url))
+    app = create_app(settings=settings)
+    try:
+        with app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=_ANSWER_SECONDS)
+    except (OperationalError, OSError) as error:
+        text = f"{address} did not answer ({error}); start the broker or correct LEOFLOW_BROKER_URL"
+        return Finding("broker", False, text)
+    finally:
+        app.close()
+    return Finding("broker", True, f"{address} answers")
+
+
+def check_gateway(settings: Settings, ca: Path | None = None) -> Finding:
+    """The gateway serves at the address that agents are told."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+
+    address = settings.agent.control_plane_addr
+    with _channel(settings, address, ca) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=_ANSWER_SECONDS, wait_for_ready=False
+            )
+        except grpc.RpcError as error:
+            why = error.code().name.lower()
+            text = f"{address} did not answer ({why}); start 'leoflow gateway' or correct LEOFLOW_CONTROL_PLANE_ADDR"
+            return Finding("gateway", False, text)
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+        return Finding("gateway", False, f"{address} answers that it is {name}; look at the gateway's log")
+    return Finding("gateway", True, f"{address} serves" + ("" if _uses_tls(settings, ca) else " (without TLS)"))
+
+
+def _uses_tls(settings: Settings, ca: Path | None) -> bool:
+    return ca is not None or settings.gateway.tls_cert is not None
+
+
+def _channel(settings: Settings, address: str, ca: Path | None) -> Any:
+    import grpc
+
+    if not _uses_tls(settings, ca):
+        return grpc.insecure_channel(address)
+    # Without --ca the certificate itself is the trust root, which is right for a self-signed one.
+    path = ca or settings.gateway.tls_cert
+    try:
+        roots = path.read_bytes() if path else None
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be read: {error.strerror}; correct --ca or LEOFLOW_GATEWAY_TLS_CERT"
+        ) from error
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots))
+
+
+def check_workers(settings: Settings) -> Finding:
+    """Every queue that a standard system uses has a consumer."""
+    from leoflow_celery.app import create_app
+
+    app = create_app(settings=settings)
+    try:
+        answers = app.control.inspect(timeout=_ANSWER_SECONDS).active_queues() or {}
+    finally:
+        app.close()
+    consumed = {queue["name"] for queues in answers.values() for queue in queues}
+    missing = [queue for queue in needed_queues(settings) if queue not in consumed]
+    if missing:
+        starts = dict.fromkeys(f"'celery -A workers.{_WORKER_OF.get(queue, queue)} worker'" for queue in missing)
+        text = f"no worker consumes {', '.join(missing)}: what is sent there waits; start {' and '.join(starts)}"
+        return Finding("workers", False, text)
+    return Finding("workers", True, f"{len(answers)} answer and consume {', '.join(sorted(consumed))}")
+
+
+def check_back_ends(settings: Settings) -> Finding:
+    """A worker of the standard executor reaches its server: only then it announces itself."""
+    from leoflow_celery.domain.backend import BackEnd
+    from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, ExecutorType
+    from leoflow_celery.store import Store
+    from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+
+    standard = ExecutorType(settings.dispatch.executor_type)
+    store = Store(settings)
+    try:
+        names = store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
+    finally:
+        store.close()
+    if standard in RECONCILED and standard not in {BackEnd.parse(name).executor for name in names}:
+        module = _WORKER_OF.get(QUEUE_OF[standard], QUEUE_OF[standard])
+        text = (
+            f"no {standard} worker has announced itself for {PRESENCE_GAP_SECONDS} s: none runs, or it does not reach "
+            f"its {_SERVER_OF[standard]}; start 'celery -A workers.{module} worker', or look for "
+            "backend.not_announced in its log"
+        )
+        return Finding("backends", False, text)
+    if not names:
+        return Finding("backends", True, f"none is needed: the {standard} executor runs tasks in its own worker")
+    return Finding("backends", True, f"{', '.join(names)} announced within the last {PRESENCE_GAP_SECONDS} s")
+
+
+#: What a worker of these executors talks to.
+_SERVER_OF = {"kubernetes": "API server", "docker": "Engine"}
+#: The module below ``workers`` that consumes a queue, where the names differ.
+_WORKER_OF = {"dispatch": "control", "results": "control", "maintenance": "control"}
+
+
+def needed_queues(settings: Settings) -> list[str]:
+    """The standard executor's queue, inline HTTP, and the control plane's own."""
+    from leoflow_celery.domain.routing import (
+        DISPATCH_QUEUE,
+        MAINTENANCE_QUEUE,
+        QUEUE_OF,
+        RESULTS_QUEUE,
+        ExecutorType,
+    )
+
+    standard = QUEUE_OF[ExecutorType(settings.dispatch.executor_type)]
+    return [standard, QUEUE_OF[ExecutorType.INLINE], DISPATCH_QUEUE, RESULTS_QUEUE, MAINTENANCE_QUEUE]

@@ -1,0 +1,137 @@
+"""The directory that holds everything a one-machine system keeps: keys, database, broker, logs.
+
+It outlives the processes, so ``leoflow --lite logs …`` works after ``leoflow lite run`` has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leoflow_celery.cli.setup import fresh_keys
+from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.settings import state_dir
+
+#: Settings of a deployed system that must not leak from the shell into this one.
+_FOREIGN = (
+    "LEOFLOW_JWT_SECRET_FILE",
+    "LEOFLOW_SEAL_KEYS_FILE",
+    "LEOFLOW_DATABASE_URL_FILE",
+    "LEOFLOW_BROKER_URL_FILE",
+    "LEOFLOW_BROKER_RESULT_URL",
+    "LEOFLOW_BROKER_KEY_PREFIX",
+    "LEOFLOW_DISPATCH_EXECUTOR_TYPE",
+    "LEOFLOW_DISPATCH_QUEUE_LIMITS",
+    "LEOFLOW_GATEWAY_TLS_CERT",
+    "LEOFLOW_GATEWAY_TLS_KEY",
+    "LEOFLOW_XCOM_BACKEND",
+    "LEOFLOW_XCOM_REDIS_URL",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StateDirectory:
+    """One system's directory. Nothing is created before ``create``."""
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: Path | None) -> StateDirectory:
+        """The directory named, or the standard one below the XDG state directory."""
+        return cls((path or state_dir() / "lite").absolute())
+
+    @property
+    def redis_directory(self) -> Path:
+        return self.path / "redis"
+
+    @property
+    def gateway_socket(self) -> Path:
+        return self.path / "gateway.sock"
+
+    @property
+    def process_logs(self) -> Path:
+        """What redis, gateway, worker and beat print."""
+        return self.path / "processes"
+
+    @property
+    def keys_path(self) -> Path:
+        return self.path / "keys.json"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / "lite.lock"
+
+    def create(self) -> None:
+        """Make the directory and its keys, readable by their owner only; keep what is there.
+
+        Raises:
+            ConfigurationError: the directory cannot be made or written.
+        """
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self.keys_path.exists():
+                _create_once(self.keys_path, json.dumps(fresh_keys()))
+        except OSError as error:
+            raise ConfigurationError(
+                f"state directory {self.path}: {error.strerror}; choose another with --state-dir"
+            ) from error
+
+    def environment(self) -> dict[str, str]:
+        """The settings that make a process part of this system.
+
+        Raises:
+            ConfigurationError: there is no such system yet, or its keys cannot be read.
+        """
+        from leoflow_celery.runtime.embedded.redis_server import EmbeddedRedis
+
+        address = f"unix:{self.gateway_socket}"
+        return {
+            **self._keys(),
+            "LEOFLOW_BROKER_URL": EmbeddedRedis(self.redis_directory).broker_url,
+            "LEOFLOW_DATABASE_URL": f"sqlite:///{self.path / 'leoflow.db'}",
+            "LEOFLOW_EXECUTOR_TYPE": "subprocess",
+            "LEOFLOW_GATEWAY_LISTEN": address,
+            "LEOFLOW_CONTROL_PLANE_ADDR": address,
+            # The channel is a socket in a directory of the user's own.
+            "LEOFLOW_GATEWAY_ALLOW_INSECURE_SECRETS": "true",
+            "LEOFLOW_LOGS_ROOT": str(self.path / "logs"),
+            "LEOFLOW_SUBPROCESS_STATE_DIR": str(self.path / "attempts"),
+        }
+
+    def use(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        """Make this process, and those it starts, part of this system. Settings of the user's own stay."""
+        for name in _FOREIGN:
+            environ.pop(name, None)
+        environ.update(self.environment())
+        environ.setdefault("LEOFLOW_MAINTENANCE_INTERVAL_SECONDS", "5")
+
+    def _keys(self) -> dict[str, str]:
+        try:
+            keys: Any = json.loads(self.keys_path.read_text())
+            return {name: str(keys[name]) for name in ("LEOFLOW_JWT_SECRET", "LEOFLOW_SEAL_KEYS")}
+        except FileNotFoundError as error:
+            raise ConfigurationError(
+                f"no one-machine system at {self.path}; 'leoflow lite run' or 'leoflow lite up' makes one"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{self.keys_path} cannot be used ({error}); correct it, or choose another --state-dir"
+            ) from error
+
+
+def _create_once(path: Path, content: str) -> None:
+    """Write a file whole or not at all, never over another's."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(content)
+        os.link(name, path)
+    except FileExistsError:
+        return  # another process was first; its keys are the keys
+    finally:
+        os.unlink(name)

@@ -1,0 +1,97 @@
+"""How the commands print: plain text, JSON for other programs, Rich tables for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from leoflow_celery.store.events import EventView
+    from leoflow_celery.store.staging import DeletedVolume, StagingVolumeState
+    from leoflow_celery.store.views import RunView, TaskInstanceView
+
+STATE_STYLE = {
+    "success": "green",
+    "failed": "red",
+    "upstream_failed": "dark_orange",
+    "up_for_retry": "yellow",
+    "running": "cyan",
+    "queued": "blue",
+    "skipped": "magenta",
+    "waiting": "dim",
+}
+#: Never shown: sealed content, and whose turn it is inside the system.
+_HIDDEN = frozenset({"sealed_request", "holder", "lease_until", "send_after", "sent_at"})
+_TIME_FIELDS = frozenset({"at"})
+#: A pipe has no width; a program that reads it wants whole lines.
+_PIPE_WIDTH = 240
+#: Columns that people copy from.
+_UNBROKEN = frozenset({"task", "task instance"})
+
+
+def echo_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """A remark for the person at the terminal: stderr, so that stdout stays data."""
+    typer.echo(text, err=True)
+
+
+def iso(seconds: float | None) -> str | None:
+    """Epoch seconds as ISO 8601 in UTC."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def view_json(view: RunView | TaskInstanceView | EventView | StagingVolumeState | DeletedVolume) -> dict[str, Any]:
+    """A view of the store as JSON: times as ISO 8601, nothing sealed."""
+    fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+    return {name: _plain(name, value) for name, value in fields.items() if name not in _HIDDEN}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name.endswith("_at") or name in _TIME_FIELDS:
+        return iso(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A Rich table; a column named ``state`` is coloured by its values."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPE_WIDTH)
+    found = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        found.add_column(column, overflow="fold", no_wrap=column in _UNBROKEN)
+    for row in rows:
+        # Text, not markup: a message may hold square brackets.
+        found.add_row(*(Text(cell, style=STATE_STYLE.get(cell, "")) for cell in row))
+    console.print(Text(title, style="bold"), found, sep="\n")
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A duration for people: 0.42 s, 12.3 s, 3 m 20 s."""
+    if seconds is None:
+        return ""
+    if seconds >= 60:
+        return f"{int(seconds // 60)} m {int(seconds % 60):02d} s"
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def log_line(line: dict[str, Any]) -> str:
+    """A task's log line for people: time, level, stream when it says more, text."""
+    time_of_day = str(line.get("ts", ""))[11:23]
+    stream = f" [{line['stream']}]" if line.get("stream") in ("agent", "tail") else ""
+    return f"{time_of_day} {str(line.get('level', '')).upper():<7}{stream} {line.get('msg', '')}"

@@ -1,0 +1,157 @@
+"""``leoflow run`` and ``leoflow submit``: start work on the system that the environment describes."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from leoflow_celery.cli.output import echo_json, note, view_json
+from leoflow_celery.cli.target import JsonOption, TenantOption
+from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
+from leoflow_celery.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from leoflow_celery.client import Client, Handle
+    from leoflow_celery.domain.dag import Dag
+    from leoflow_celery.driver import RunDriver
+
+DagArgument = Annotated[Path, typer.Argument(metavar="DAG.json", help="The compiled DAG.")]
+RunIdOption = Annotated[
+    str | None, typer.Option("--run-id", help="A new name for the run, or the name of one to go on with.")
+]
+_SHOWN_VALUE_CHARACTERS = 2_000
+_POLL_SECONDS = 0.2
+
+
+def new_run_id() -> str:
+    """A name that sorts by time and is valid in Kubernetes names as it is."""
+    return f"manual-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def run(dag_file: DagArgument, run_id: RunIdOption = None, tenant: TenantOption = "default") -> None:
+    """Run a DAG on the deployed system and wait for its end. Exits 0 when the run succeeded, 1 when it failed.
+
+    Ctrl-C stops only this driver: what runs goes on, and the same --run-id picks the run up again.
+    """
+    from leoflow_celery.cli.inspect import open_client
+    from leoflow_celery.domain.dag import load_dag
+
+    dag, name = load_dag(dag_file), run_id or new_run_id()
+    with open_client() as client:
+        try:
+            state = drive(client, dag, name, tenant)
+        except (KeyboardInterrupt, SystemExit):
+            note(
+                f"interrupted: running tasks go on, nothing new starts. Go on with 'leoflow run {dag_file} --run-id "
+                f"{name}', or stop with 'leoflow cancel {dag.dag_id} {name}'"
+            )
+            raise
+    raise typer.Exit(0 if state is RunState.SUCCESS else 1)
+
+
+def drive(client: Client, dag: Dag, run_id: str, tenant_id: str, *, cancel_on_interrupt: bool = False) -> RunState:
+    """Drive a run with progress on stderr, and print its XCom values on stdout."""
+    from leoflow_celery.cli.progress import progress
+    from leoflow_celery.driver import RunDriver
+
+    check_inline_timeouts(client, dag, run_id)
+    with progress(dag.order) as show:
+        driver = RunDriver(client, dag, run_id, tenant_id=tenant_id, on_event=show)
+        state = _run_or_cancel(driver, cancel_on_interrupt)
+    report(client, dag, run_id, tenant_id)
+    return state
+
+
+def _run_or_cancel(driver: RunDriver, cancel_on_interrupt: bool) -> RunState:
+    try:
+        return driver.run()
+    except (KeyboardInterrupt, SystemExit):
+        if cancel_on_interrupt:
+            note("interrupted: stopping the tasks (again to stop at once)")
+            driver.cancel()
+        raise
+
+
+def check_inline_timeouts(client: Client, dag: Dag, run_id: str) -> None:
+    """Refuse a DAG before it starts when the control plane would refuse one of its calls later.
+
+    Raises:
+        InvalidRequest: names the timeout, the cap and the fix.
+    """
+    from leoflow_celery.domain.dag import task_request
+    from leoflow_celery.domain.routing import ExecutorType, check_inline_timeout, executor_for
+
+    settings = client.settings
+    for task_id in dag.order:
+        request = task_request(dag, task_id, run_id)
+        if executor_for(request, ExecutorType(settings.dispatch.executor_type)) is ExecutorType.INLINE:
+            try:
+                check_inline_timeout(request, settings.inline.max_duration)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"task {task_id!r}: {error}", error.field) from error
+
+
+def report(client: Client, dag: Dag, run_id: str, tenant_id: str) -> None:
+    """The XCom values of a run, those of the last tasks last, and the end of the log of what failed."""
+    place = {task_id: number for number, task_id in enumerate(dag.order)}
+    values = client.xcoms(dag.dag_id, run_id, tenant_id)
+    for task_id, key, value, _ in sorted(values, key=lambda item: place.get(item[0], -1)):
+        text = json.dumps(value, ensure_ascii=False)
+        if len(text) > _SHOWN_VALUE_CHARACTERS:
+            text = f"{text[:_SHOWN_VALUE_CHARACTERS]}… ({len(text)} characters, 'leoflow xcom' has all)"
+        typer.echo(f"{task_id}.{key} = {text}")
+    for view in client.task_instances(dag.dag_id, run_id, tenant_id):
+        if view.state is TaskState.FAILED:
+            lines = list(client.logs(dag.dag_id, run_id, view.task_id, view.try_number, tenant_id))
+            note(f"{view.task_id} failed ({view.reason}): {' '.join(view.message.split())}")
+            for line in lines[-5:]:
+                note(f"    {line.get('msg', '')}")
+
+
+def submit(
+    request_file: Annotated[str, typer.Argument(metavar="REQUEST.json", help="A task request; - reads stdin.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; exit 1 when the task failed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Submit one task request. Submitting the same try again starts nothing twice."""
+    from leoflow_celery.cli.inspect import open_client
+
+    content = read_request(request_file)
+    with open_client() as client:
+        handle = client.submit(content)
+        state = _wait(handle) if wait else handle.state()
+        view = handle.task_instance()
+    if as_json:
+        echo_json(view_json(view))
+    else:
+        why = f" - {view.reason}: {view.message}" if view.reason else ""
+        typer.echo(f"{view.task_instance_id} try {view.try_number}: {state}{why} (Celery id {handle.id})")
+    if wait and state is not TaskState.SUCCESS:
+        raise typer.Exit(1)
+
+
+def _wait(handle: Handle) -> TaskState:
+    while (state := handle.state()) not in TERMINAL:
+        time.sleep(_POLL_SECONDS)
+    return state
+
+
+def read_request(name: str) -> bytes:
+    """The text of a request from a file or, for ``-``, from stdin.
+
+    Raises:
+        InvalidRequest: the file cannot be read.
+    """
+    if name == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{name}: cannot be read: {error.strerror}; give a file or - for stdin") from error

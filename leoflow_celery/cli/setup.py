@@ -1,0 +1,67 @@
+"""``leoflow keys``, ``schema`` and ``doctor``: what an operator needs before and when something is wrong."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leoflow_celery.cli.output import echo_json
+from leoflow_celery.cli.target import JsonOption
+
+
+def fresh_keys() -> dict[str, str]:
+    """A new pair of keys under the names of their settings."""
+    from cryptography.fernet import Fernet
+
+    return {"LEOFLOW_JWT_SECRET": secrets.token_urlsafe(48), "LEOFLOW_SEAL_KEYS": Fernet.generate_key().decode("ascii")}
+
+
+def keys(as_json: JsonOption = False) -> None:
+    """Print a fresh pair of keys as export lines. Every process of a system needs the same pair."""
+    if as_json:
+        echo_json(fresh_keys())
+        return
+    for name, value in fresh_keys().items():
+        typer.echo(f"export {name}='{value}'")
+
+
+def schema(
+    dag: Annotated[bool, typer.Option("--dag", help="The schema of a dag.json instead of a request.")] = False,
+) -> None:
+    """Print the JSON Schema of a task request."""
+    if dag:
+        from leoflow_celery.domain.dag import Dag
+
+        echo_json(Dag.model_json_schema())
+    else:
+        from leoflow_celery.domain.request import request_json_schema
+
+        echo_json(request_json_schema())
+
+
+def doctor(
+    ca: Annotated[
+        Path | None, typer.Option("--ca", help="PEM file of the CA that signed the gateway's certificate.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="CHECK", help="Only this check: keys, database, broker, gateway or workers."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check keys, database, broker, gateway and workers, and say what is wrong and what to do. Exits 1 on a finding."""
+    from leoflow_celery.cli.doctor import CHECKS, examine
+    from leoflow_celery.settings import Settings
+
+    findings = examine(Settings.load(), ca, only or CHECKS)
+    if as_json:
+        echo_json([finding.to_json() for finding in findings])
+    else:
+        for finding in findings:
+            mark = typer.style("ok  ", fg="green") if finding.ok else typer.style("FAIL", fg="red")
+            typer.echo(f"{mark} {finding.check:<9} {finding.sentence}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
