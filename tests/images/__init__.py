@@ -1,0 +1,1 @@
+"""Images that tests build where no registry can be reached."""
