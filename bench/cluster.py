@@ -1,0 +1,99 @@
+"""A namespace of its own on the cluster that KUBECONFIG names, and copies of what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from leoflow_celery.executors.kubernetes.client import KubernetesApi
+from leoflow_celery.executors.kubernetes.errors import ApiError, Unreachable
+from leoflow_celery.settings import KubernetesSettings
+
+Object = dict[str, Any]
+_CLEAN_SECONDS = 600
+
+
+@contextmanager
+def namespace(pool_size: int = 8) -> Iterator[KubernetesApi]:
+    """An API for a fresh namespace, which is gone (with everything in it) afterwards."""
+    if not os.environ.get("KUBECONFIG"):
+        raise SystemExit("KUBECONFIG names no cluster; this benchmark needs a real one")
+    name = f"leoflow-bench-{uuid.uuid4().hex[:8]}"
+    os.environ["LEOFLOW_KUBERNETES_NAMESPACE"] = name
+    api = KubernetesApi.from_settings(KubernetesSettings(namespace=name), pool_size)
+    api.post("/api/v1/namespaces", {"metadata": {"name": name}}, operation="create_namespace")
+    try:
+        _wait_for_service_account(api)
+        yield api
+    finally:
+        delete_all(api, "pods")
+        api.delete(f"/api/v1/namespaces/{name}", operation="delete_namespace")
+        api.close()
+
+
+def _wait_for_service_account(api: KubernetesApi) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            api.get(api.path("serviceaccounts", "default"), operation="get_service_account")
+        except ApiError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+def items(api: KubernetesApi, resource: str) -> list[Object]:
+    """Everything of a kind."""
+    return [one for page in api.list_pages(api.path(resource), operation=f"list_{resource}") for one in page["items"]]
+
+
+def count(api: KubernetesApi, resource: str) -> int:
+    """How many there are, without downloading them."""
+    page = api.get(api.path(resource), operation=f"count_{resource}", limit=1)
+    return len(page["items"]) + int(page["metadata"].get("remainingItemCount") or 0)
+
+
+def delete_all(api: KubernetesApi, resource: str) -> None:
+    """Delete everything of a kind at once, and wait until it is gone."""
+    deadline = time.monotonic() + _CLEAN_SECONDS
+    while count(api, resource):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{resource} are still there after {_CLEAN_SECONDS} s")
+        with contextlib.suppress(Unreachable):  # thousands take the server longer than one call may
+            api.delete(api.path(resource), {"gracePeriodSeconds": 0}, operation=f"delete_{resource}")
+        time.sleep(0.2)
+
+
+def blank(original: Object) -> Object:
+    """The object as a client would post it: nothing that the server filled in, and no name."""
+    fresh = copy.deepcopy(original)
+    fresh.pop("status", None)
+    kept = {key: fresh["metadata"][key] for key in ("labels", "annotations") if key in fresh["metadata"]}
+    fresh["metadata"] = kept
+    spec = fresh.get("spec", {})
+    for key in ("nodeName", "serviceAccount", "priority", "preemptionPolicy"):
+        spec.pop(key, None)
+    spec["tolerations"] = [one for one in spec.get("tolerations", []) if not _is_default_toleration(one)]
+    return fresh
+
+
+def _is_default_toleration(toleration: Object) -> bool:
+    return str(toleration.get("key", "")).startswith("node.kubernetes.io/") and "tolerationSeconds" in toleration
+
+
+def in_threads(number: int, work: Any, inputs: list[Any]) -> float:
+    """Seconds that so many threads take for the work on all inputs."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(number) as pool:
+        for _ in pool.map(work, inputs):
+            pass
+    return time.perf_counter() - started

@@ -1,0 +1,107 @@
+"""Pods launched through the queue, against the same pods and Secrets posted by the plain client in as many threads.
+
+The pods ask for a node that does not exist, so that no kubelet takes part. Ours counts from the submit of all requests
+to the last pod: recording, sealing, the queue and the worker are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import uuid
+from typing import Any
+
+from bench.cluster import Object, blank, count, delete_all, in_threads, items, namespace
+from bench.system import System, report, wait_for
+from leoflow_celery.client import Client
+from leoflow_celery.executors.kubernetes.client import KubernetesApi
+from leoflow_celery.store import migrate
+
+
+def requests(number: int, run_id: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "task_instance_id": uuid.uuid4().hex,
+            "dag_id": "bench",
+            "run_id": run_id,
+            "task_id": f"task{index}",
+            "operator": "bash",
+            "entrypoint": "true",
+            "image": "bench:none",
+            "executor": "kubernetes",
+            "env": {"BENCH": "1"},
+            "execution": {"node_selector": {"leoflow.io/bench": "nowhere"}},
+        }
+        for index in range(number)
+    ]
+
+
+def run_ours(api: KubernetesApi, client: Client, number: int, run_id: str) -> float:
+    batch = requests(number, run_id)
+    started = time.perf_counter()
+    client.submit_many(batch)
+    wait_for(lambda: count(api, "pods") >= number, f"{number} pods", seconds=600)
+    return number / (time.perf_counter() - started)
+
+
+def pods_and_secrets(api: KubernetesApi) -> list[tuple[Object, Object | None]]:
+    """What ours created, as a client would post it: each pod with its Secret, if it has one."""
+    secrets = {
+        owner["name"]: blank(one)
+        for one in items(api, "secrets")
+        for owner in one["metadata"].get("ownerReferences", ())
+    }
+    return [(blank(pod), secrets.get(pod["metadata"]["name"])) for pod in items(api, "pods")]
+
+
+def run_floor(api: KubernetesApi, objects: list[tuple[Object, Object | None]], threads: int) -> float:
+    """The same objects, posted by the official client."""
+    from kubernetes import client, config
+
+    settings = client.Configuration()
+    config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
+    settings.connection_pool_maxsize = threads
+    with client.ApiClient(settings) as connection:
+        core: Any = client.CoreV1Api(connection)
+
+        def post(pair: tuple[Object, Object | None]) -> None:
+            pod, secret = pair
+            name = f"floor-{uuid.uuid4().hex[:16]}"
+            for body, create in ((pod, core.create_namespaced_pod), (secret, core.create_namespaced_secret)):
+                if body is not None:
+                    body = {**body, "metadata": {**body["metadata"], "name": name}}
+                    create(api.namespace, body, _preload_content=False)
+
+        return len(objects) / in_threads(threads, post, objects)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pods", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="values in the pod instead of a Secret")
+    options = parser.parse_args()
+    if options.plain:
+        os.environ["LEOFLOW_KUBERNETES_AGENT_ENVIRONMENT"] = "plain"
+    ours, floor = [], []
+    with namespace(options.threads) as api, System() as system:
+        system.start_redis()
+        with Client() as client:
+            migrate.upgrade(client.runtime.store.database)
+            system.start_worker("workers.control")
+            system.start_worker("workers.k8s", "-c", str(options.threads))
+            run_ours(api, client, options.threads, "warm-up")
+            delete_all(api, "pods")
+            for number in range(options.rounds):
+                ours.append(run_ours(api, client, options.pods, f"run{number}"))
+                objects = pods_and_secrets(api)
+                delete_all(api, "pods")
+                floor.append(run_floor(api, objects, options.threads))
+                delete_all(api, "pods")
+    report("launch rate", ours, floor, "pods/s", "≥ 0.8")
+
+
+if __name__ == "__main__":
+    main()
