@@ -1,0 +1,73 @@
+"""What setup.cfg promises: shipped files, commands, and requirements that can be installed together."""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def test_every_command_points_at_a_function(setup_cfg: configparser.ConfigParser) -> None:
+    for line in lines(setup_cfg["options.entry_points"]["console_scripts"]):
+        module, _, function = line.partition("=")[2].strip().partition(":")
+        assert callable(getattr(importlib.import_module(module), function)), line
+
+
+def test_data_files_that_the_code_opens_are_shipped(setup_cfg: configparser.ConfigParser) -> None:
+    """A wheel holds Python files of packages, and else only what package_data names."""
+    patterns = lines(setup_cfg["options.package_data"]["leoflow_celery"])
+    package = ROOT / "leoflow_celery"
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    kinds = {"py", "pyc", "so"}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix.lstrip(".") not in kinds}
+    assert sorted(map(str, others - shipped)) == []
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    """find: skips a folder without __init__.py, and the wheel would miss it without a word."""
+    for root in ("leoflow_celery", "leoflow_runtime", "workers"):
+        for path in (ROOT / root).rglob("*.py"):
+            assert (path.parent / "__init__.py").exists(), path.parent
+
+
+def test_the_client_libraries_that_exclude_each_other_are_pinned() -> None:
+    """kubernetes 37.0.2 and celery 5.7 want different dateutils; unpinned, pip takes an older celery in silence."""
+    requirements = [Requirement(text) for text in metadata.requires("leoflow-celery") or []]
+    by_name = {requirement.name: requirement for requirement in requirements}
+    assert by_name["celery"].specifier.contains("5.7.0")
+    assert not by_name["celery"].specifier.contains("5.6.3")
+    assert by_name["celery"].extras == {"redis"}
+    assert not by_name["kubernetes"].specifier.contains("37.0.2")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/adr/README.md"])
+def test_the_papers_of_the_project_are_there(name: str) -> None:
+    assert (ROOT / name).stat().st_size > 500
+
+
+def test_every_decision_is_in_the_index_and_has_its_three_parts() -> None:
+    index = (ROOT / "docs" / "adr" / "README.md").read_text()
+    pages = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    for page in pages:
+        text = page.read_text()
+        assert page.name in index
+        for part in ("## Context", "## Decision", "## Consequences"):
+            assert part in text, f"{page.name} has no {part}"
