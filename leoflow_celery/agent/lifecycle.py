@@ -93,7 +93,7 @@ class Agent:
             reason = FailureReason.FORBIDDEN
         elif isinstance(error, Stopped):
             reason = FailureReason.INTERRUPTED
-        self._termination.record(Outcome.failed(reason, f"the agent could not register: {error}"))
+        self._termination.never_claimed(Outcome.failed(reason, f"the agent could not register: {error}"))
         return 1
 
     async def _run_claimed(self, directory: Path) -> int:

@@ -40,6 +40,15 @@ class TerminationLog:
         """The attempt is ours. Should nothing follow, whoever reads it knows that it died running."""
         self._write(TerminationRecord(self._attempt, TaskState.RUNNING))
 
+    def never_claimed(self, outcome: Outcome) -> None:
+        """Nothing ran: whether the attempt is ours was never said."""
+        reason = outcome.reason.value if outcome.reason else None
+        self._write(
+            TerminationRecord(
+                self._attempt, outcome.state, None, reason, outcome.message, reported=False, claimed=False
+            )
+        )
+
     def record(self, outcome: Outcome, return_value: bytes | None = None, reported: bool = False) -> None:
         """The outcome as it stands. ``return_value`` is one that the control plane does not have."""
         reason = outcome.reason.value if outcome.reason else None

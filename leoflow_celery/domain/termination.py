@@ -22,7 +22,8 @@ class TerminationRecord:
     """How an attempt ended by its agent's own word.
 
     ``state`` NONE means that the agent ran nothing (its claim was refused), RUNNING that it holds the claim and has not
-    come to an end; see ``ended``. ``return_value`` is JSON text that the control plane does not have yet.
+    come to an end; see ``ended``. ``claimed`` is False when it ended without ever having held the claim.
+    ``return_value`` is JSON text that the control plane does not have yet.
     """
 
     attempt: str
@@ -32,6 +33,7 @@ class TerminationRecord:
     message: str = ""
     reported: bool = False
     return_value: str | None = None
+    claimed: bool = True
 
     @property
     def ended(self) -> bool:
@@ -54,6 +56,8 @@ def encode(record: TerminationRecord) -> bytes:
         "message": record.message,
         "reported": record.reported,
     }
+    if not record.claimed:
+        data["claimed"] = False
     if record.return_value is not None:
         whole = _dump({**data, "return_value": record.return_value})
         if len(whole) <= MAX_BYTES:
@@ -84,6 +88,7 @@ def decode(text: str | bytes) -> TerminationRecord | None:
             message=str(data.get("message") or ""),
             reported=data.get("reported") is True,
             return_value=data.get("return_value"),
+            claimed=data.get("claimed") is not False,
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -91,13 +91,16 @@ class Engine:
         with self._calling() as client:
             client.start(container)
 
-    def stop(self, container: str, grace_seconds: int) -> None:
-        """SIGTERM now, SIGKILL after the grace; returns within seconds, and the Engine goes on by itself."""
+    def stop(self, container: str, grace_seconds: int | None = None) -> None:
+        """SIGTERM now, SIGKILL after the grace (the container's own unless given).
+
+        Returns within seconds, and the Engine goes on by itself.
+        """
         with self._calling() as client:
             try:
                 response = client.post(
                     _url(client, f"/containers/{container}/stop"),
-                    params={"t": str(grace_seconds)},
+                    params={} if grace_seconds is None else {"t": str(grace_seconds)},
                     timeout=(self._settings.request_timeout_seconds, _STOP_LISTEN_SECONDS),
                 )
             except requests.ReadTimeout:
@@ -171,10 +174,11 @@ class Engine:
 
     # -- volumes -------------------------------------------------------------------------------------------------
 
-    def create_volume(self, name: str, labels: dict[str, str]) -> None:
-        """A named volume; one that exists is left as it is."""
+    def create_volume(self, name: str, labels: dict[str, str]) -> Json:
+        """A named volume as it is now; one that exists is left as it is."""
         with self._calling() as client:
-            client.create_volume(name, labels=labels)
+            found: Json = client.create_volume(name, labels=labels)
+            return found
 
     def list_volumes(self, label: str) -> list[Json]:
         with self._calling() as client:

@@ -27,7 +27,7 @@ from leoflow_celery.executors.docker.errors import (
     NotFound,
     to_launch_error,
 )
-from leoflow_celery.executors.docker.labels import system_name
+from leoflow_celery.executors.docker.labels import another_system, system_in, system_name
 from leoflow_celery.executors.docker.reconcile import Reconciler
 from leoflow_celery.executors.docker.volumes import StagingVolumes
 from leoflow_celery.executors.identity import attempt_in
@@ -77,7 +77,9 @@ class DockerExecutor:
         """SIGTERM now, SIGKILL after the grace, by the Engine itself. Returns within seconds."""
         with _launch_errors():
             try:
-                self._engine.stop(name, math.ceil(grace_seconds))
+                found = self._engine.inspect(name)
+                if system_in(found["Config"]["Labels"]) == self._system:
+                    self._engine.stop(str(found["Id"]), math.ceil(grace_seconds))
             except NotFound:
                 return
 
@@ -126,9 +128,12 @@ class DockerExecutor:
                     message = f"container {launch.name} is being created or removed by somebody else"
                     raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message) from error
                 time.sleep(_POLL_SECONDS)
-        if attempt_in(found["Config"]["Labels"] or {}) != launch.attempt:
+        labels = found["Config"]["Labels"] or {}
+        if attempt_in(labels) != launch.attempt:
             message = f"a container named {launch.name} exists on this host, and is not of this attempt"
             raise PermanentLaunchError(FailureReason.INVALID_SPEC, message)
+        if (owner := system_in(labels)) != self._system:
+            raise another_system(f"container {launch.name}", owner, self._system)
         state: str = found["State"]["Status"]
         if state == "removing":
             message = f"container {launch.name} of an earlier launch is being removed"

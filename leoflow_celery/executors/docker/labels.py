@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from leoflow_celery.domain.attempt import digest
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
 from leoflow_celery.executors.identity import PREFIX, raw_ids
 from leoflow_celery.settings import BrokerSettings
@@ -36,6 +38,20 @@ def volume_labels(request: TaskRequest, system: str) -> dict[str, str]:
         f"{PREFIX}run-id": request.run_id,
         f"{PREFIX}tenant-id": request.tenant_id,
     }
+
+
+def system_in(labels: Mapping[str, str] | None) -> str:
+    """The system that made a thing; empty for one that names none."""
+    return (labels or {}).get(SYSTEM, "")
+
+
+def another_system(what: str, owner: str, system: str) -> PermanentLaunchError:
+    """The refusal to touch what another system made under the same name."""
+    return PermanentLaunchError(
+        FailureReason.INVALID_SPEC,
+        f"{what} exists on this host and belongs to system {owner!r}, not to {system!r}: systems that share a Docker "
+        "host need task instance ids and run ids of their own (or one LEOFLOW_DOCKER_SYSTEM, when they are the same)",
+    )
 
 
 def deadline_of(labels: Mapping[str, str]) -> int:

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
 from leoflow_celery.domain.outcome import Outcome
-from leoflow_celery.domain.termination import MAX_BYTES, decode
+from leoflow_celery.domain.termination import MAX_BYTES, TerminationRecord, decode
 from leoflow_celery.executors.base import FailureReporter, Reconciled
 from leoflow_celery.executors.docker.archive import TERMINATION_LOG
 from leoflow_celery.executors.docker.classify import Report, classify, vanished
@@ -24,6 +25,7 @@ from leoflow_celery.executors.docker.observe import Listed, observe_end, observe
 from leoflow_celery.settings import DockerSettings
 
 log = logging.getLogger(__name__)
+T = TypeVar("T", Listed, "Ended")
 
 #: How far the clocks of the hosts and of SQL may be apart.
 MARGIN_SECONDS = 30.0
@@ -33,10 +35,33 @@ _LINE_CHARACTERS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """A container that ended while SQL expects its attempt to live; ``is_here``: on this host, as far as SQL knows."""
+
+    container: Listed
+    is_here: bool
+    claimed: bool
+
+    @property
+    def name(self) -> str:
+        return self.container.name
+
+    def counts(self, record: TerminationRecord | None) -> bool:
+        """Whether its end is that of the attempt.
+
+        A second delivery may have started the attempt on two hosts, and only one of the agents got the claim; the end
+        of the other one means nothing. ``record`` is None when the agent left none, as foreign ones do.
+        """
+        if record is None:
+            return self.is_here
+        return record.claimed or (self.is_here and not self.claimed)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a reconcile has to do."""
 
-    settle: list[Listed] = field(default_factory=list)
+    settle: list[Ended] = field(default_factory=list)
     overdue: list[Listed] = field(default_factory=list)
     vanished: list[ExpectedAttempt] = field(default_factory=list)
     stop: list[Listed] = field(default_factory=list)
@@ -46,27 +71,30 @@ class Plan:
 def plan(
     containers: Iterable[Listed], expectation: Expectation, host: str, system: str, now: float, grace_seconds: float
 ) -> Plan:
-    """Decide about every container, and about what is expected on this host and absent.
+    """Decide about every container of this system, and about what is expected on this host and absent.
 
-    A container that is expected is ours, whatever its label says: names are those of attempts.
+    Another system's container is left alone even under a name that is expected: the same DAG may run in both.
     """
     found, decided = set(), Plan()
     horizon = expectation.read_at - MARGIN_SECONDS
     for one in containers:
         found.add(one.name)
-        if one.name in expectation.attempts:
-            _expected(one, now, decided)
-        elif one.system == system and one.created_at < horizon:
+        if one.system != system:
+            continue
+        expected = expectation.attempts.get(one.name)
+        if expected is not None:
+            _expected(one, Ended(one, expected.host in ("", host), expected.claimed), now, decided)
+        elif one.created_at < horizon:
             _unexpected(one, grace_seconds, decided)
     missing = (one for one in expectation.attempts.values() if one.host == host and one.name not in found)
     decided.vanished.extend(one for one in missing if one.launched_before(horizon))
     return decided
 
 
-def _expected(one: Listed, now: float, decided: Plan) -> None:
+def _expected(one: Listed, ended: Ended, now: float, decided: Plan) -> None:
     """One that was created and never started waits for the next delivery of its message."""
     if one.ended:
-        decided.settle.append(one)
+        decided.settle.append(ended)
     elif one.running and 0 < one.deadline_seconds < now - one.created_at:
         decided.overdue.append(one)
 
@@ -101,10 +129,10 @@ class Reconciler:
             removed = list(pool.map(self._attempted(self._remove), decided.remove))
         return Reconciled(len(containers), sum(settled) + len(decided.vanished), sum(removed))
 
-    def _attempted(self, action: Callable[[Listed], bool]) -> Callable[[Listed], bool]:
+    def _attempted(self, action: Callable[[T], bool]) -> Callable[[T], bool]:
         """The action on one container, whose trouble is no other's."""
 
-        def attempt(one: Listed) -> bool:
+        def attempt(one: T) -> bool:
             try:
                 return action(one)
             except NotFound:
@@ -115,10 +143,14 @@ class Reconciler:
 
         return attempt
 
-    def _settle(self, one: Listed) -> bool:
+    def _settle(self, ended: Ended) -> bool:
         """Report an end that nobody reported; True when there was one."""
+        one = ended.container
         end = observe_end(self._engine.inspect(one.id))
         record = decode(self._engine.read(one.id, TERMINATION_LOG, MAX_BYTES))
+        if not ended.counts(record):
+            log.info("docker.other_claimed", extra={"attempt": str(one.attempt), "attempt_name": one.name})
+            return False
         report = classify(end, record, one.deadline_seconds)
         if report is None or one.attempt is None:
             return False
@@ -139,7 +171,7 @@ class Reconciler:
         return self._stop(one)
 
     def _stop(self, one: Listed) -> bool:
-        self._engine.stop(one.id, self._settings.termination_grace_seconds)
+        self._engine.stop(one.id)
         return True
 
     def _remove(self, one: Listed) -> bool:

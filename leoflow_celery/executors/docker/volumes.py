@@ -8,7 +8,14 @@ from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.staging import StagingPlan, StagingReason
 from leoflow_celery.executors.docker.engine import Engine, Json
 from leoflow_celery.executors.docker.errors import Conflict, NotFound
-from leoflow_celery.executors.docker.labels import MANAGED, STAGING, STAGING_VOLUMES, SYSTEM, volume_labels
+from leoflow_celery.executors.docker.labels import (
+    MANAGED,
+    STAGING,
+    STAGING_VOLUMES,
+    another_system,
+    system_in,
+    volume_labels,
+)
 from leoflow_celery.executors.docker.observe import observe_listed, seconds
 
 log = logging.getLogger(__name__)
@@ -21,17 +28,25 @@ class StagingVolumes:
         self._engine, self._system = engine, system
 
     def ensure(self, request: TaskRequest) -> None:
-        """The volume exists when this returns; an existing one is taken as it is, whoever made it."""
-        self._engine.create_volume(request.staging_claim, volume_labels(request, self._system))
+        """The volume exists when this returns; one that an operator made under that name is taken as it is.
+
+        Raises:
+            PermanentLaunchError: another system that uses this Engine made it, and has its data there.
+        """
+        name = request.staging_claim
+        labels = self._engine.create_volume(name, volume_labels(request, self._system)).get("Labels") or {}
+        if STAGING in labels and (owner := system_in(labels)) != self._system:
+            raise another_system(f"staging volume {name!r}", owner, self._system)
 
     def collect(self, plan: StagingPlan) -> dict[str, str]:
         """Delete what the plan names and what nobody knows any more; returns what is gone, name → reason."""
-        volumes = {one["Name"]: one for one in self._engine.list_volumes(STAGING_VOLUMES)}
-        doomed = {**plan.delete, **dict.fromkeys(orphans(volumes, plan, self._system), StagingReason.ORPHANED.value)}
+        labelled = self._engine.list_volumes(STAGING_VOLUMES)
+        volumes = {one["Name"]: one for one in labelled if system_in(one.get("Labels")) == self._system}
+        doomed = {**plan.delete, **dict.fromkeys(orphans(volumes, plan), StagingReason.ORPHANED.value)}
         return {name: reason for name, reason in doomed.items() if self._delete(name, is_ours=name in volumes)}
 
     def _delete(self, name: str, *, is_ours: bool) -> bool:
-        """Whether the volume is gone now. One that an operator made under that name is the operator's."""
+        """Whether the volume is gone now. One of that name that is not ours stays: an operator's, another system's."""
         if not is_ours:
             return not self._is_foreign(name)
         try:
@@ -54,7 +69,7 @@ class StagingVolumes:
     def _remove_ended_users(self, name: str) -> None:
         for item in self._engine.list_containers(label=MANAGED, volume=name):
             container = observe_listed(item)
-            if container.ended or container.never_started:
+            if container.system == self._system and (container.ended or container.never_started):
                 try:
                     self._engine.remove(container.id)
                 except (NotFound, Conflict):
@@ -63,16 +78,15 @@ class StagingVolumes:
     def _is_foreign(self, name: str) -> bool:
         found = self._engine.has_volume(name)
         if found:
-            log.warning("docker.foreign_volume", extra={"volume": name, "missing_label": STAGING})
+            log.warning("docker.foreign_volume", extra={"volume": name, "system": self._system})
         return found
 
 
-def orphans(volumes: dict[str, Json], plan: StagingPlan, system: str) -> list[str]:
-    """The names of this system's volumes that SQL does not know; one without a date is never old."""
+def orphans(volumes: dict[str, Json], plan: StagingPlan) -> list[str]:
+    """The names of those of our volumes that SQL does not know; one without a date is never old."""
     found = []
     for name, one in volumes.items():
         created_at = seconds(one.get("CreatedAt"))
-        is_ours = (one.get("Labels") or {}).get(SYSTEM) == system
-        if is_ours and created_at is not None and plan.is_orphan(name, created_at):
+        if created_at is not None and plan.is_orphan(name, created_at):
             found.append(name)
     return found

@@ -58,17 +58,16 @@ def test_every_refusal_has_its_meaning(error, kind, reason):
     assert error.message in launch_error.message
 
 
-def test_orphans_are_old_and_unknown_and_of_this_system():
-    def volume(system: str, created: str = "1970-01-01T00:00:00Z") -> dict:
-        return {"Labels": {"leoflow.io/system": system}, "CreatedAt": created}
+def test_orphans_are_old_and_unknown():
+    def volume(created: str = "1970-01-01T00:00:00Z") -> dict:
+        return {"CreatedAt": created}
 
     volumes = {
-        "unknown": volume("s"),
-        "young": volume("s", "1970-01-02T23:00:00Z"),
-        "kept": volume("s"),
-        "doomed": volume("s"),
-        "foreign": volume("another"),
-        "undated": {"Labels": {"leoflow.io/system": "s"}},
+        "unknown": volume(),
+        "young": volume("1970-01-02T23:00:00Z"),
+        "kept": volume(),
+        "doomed": volume(),
+        "undated": {},
     }
     plan = StagingPlan(2 * 86_400.0, {"doomed": "ttl_expired"}, frozenset({"kept"}))
-    assert orphans(volumes, plan, "s") == ["unknown"]
+    assert orphans(volumes, plan) == ["unknown"]

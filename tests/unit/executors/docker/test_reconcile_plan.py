@@ -6,8 +6,10 @@ import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.termination import TerminationRecord
 from leoflow_celery.executors.docker.observe import Listed, ended_seconds, observe_listed, seconds
-from leoflow_celery.executors.docker.reconcile import plan
+from leoflow_celery.executors.docker.reconcile import Ended, plan
 
 READ_AT = 10_000.0
 ATTEMPT = AttemptId("ti", 1, 1)
@@ -38,7 +40,8 @@ def decided(*containers: Listed, expectation: Expectation = NOTHING) -> dict[str
         (listed("removing"), expected(), {}),
         (listed("exited"), expected(), {"settle": 1}),
         (listed("dead"), expected(), {"settle": 1}),
-        (listed("exited", system="another"), expected(), {"settle": 1}),
+        (listed("exited", system="another"), expected(), {}),
+        (listed("running", system="another", deadline=60), expected(), {}),
         (listed("running", deadline=60), expected(), {"overdue": 1}),
         (listed("running", deadline=2_000), expected(), {}),
         (listed("running"), NOTHING, {"stop": 1}),
@@ -68,6 +71,22 @@ def test_a_container(container, expectation, what):
 )
 def test_an_attempt_without_a_container(expectation, what):
     assert decided(expectation=expectation) == what
+
+
+@pytest.mark.parametrize(
+    ("is_here", "claimed", "record", "counts"),
+    [
+        (True, True, None, True),  # a foreign agent leaves no record
+        (False, False, None, False),
+        (False, True, TerminationRecord("ti", TaskState.RUNNING), True),
+        (False, True, TerminationRecord("ti", TaskState.SUCCESS), True),
+        (True, False, TerminationRecord("ti", TaskState.FAILED, claimed=False), True),
+        (True, True, TerminationRecord("ti", TaskState.FAILED, claimed=False), False),
+        (False, False, TerminationRecord("ti", TaskState.FAILED, claimed=False), False),
+    ],
+)
+def test_the_end_of_a_container_counts_when_it_may_have_held_the_claim(is_here, claimed, record, counts):
+    assert Ended(listed("exited"), is_here, claimed).counts(record) is counts
 
 
 @pytest.mark.parametrize(
