@@ -196,7 +196,7 @@ class KubernetesSettings(BaseSettings):
     system: str = ""
     #: Names of Secrets, comma separated.
     image_pull_secrets: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_names)] = ()
-    #: What the kubelet waits between SIGTERM and SIGKILL; longer than the agent's own kill grace (10 s).
+    #: What the kubelet waits between SIGTERM and SIGKILL; the agent gives user code five seconds less.
     termination_grace_seconds: int = 30
     #: A pod's deadline is timeout_seconds plus this: the agent ends user code on time and says so, the deadline ends a
     #: pod whose agent cannot.
@@ -249,7 +249,7 @@ class DockerSettings(BaseSettings):
     #: What ``docker logs`` keeps of a container (the control plane has the whole log).
     log_max_size: str = "10m"
     log_max_files: int = 2
-    #: Between SIGTERM and SIGKILL; longer than the agent's own kill grace (10 s).
+    #: Between SIGTERM and SIGKILL; the agent gives user code five seconds less.
     termination_grace_seconds: int = 30
     #: The same backstop as for pods: a container is stopped this long after its timeout_seconds.
     deadline_allowance_seconds: int = 60

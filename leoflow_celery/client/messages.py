@@ -111,10 +111,7 @@ class MessageSender:
     def _grace_seconds(self, view: TaskInstanceView, executor: ExecutorType) -> float:
         settings = self._runtime.settings
         group = settings.kubernetes if executor is ExecutorType.KUBERNETES else settings.docker
-        try:
-            wish = open_request(self._runtime, view.sealed_request).execution.termination_grace_seconds
-        except Unsealable:
-            wish = None
+        wish = requested_grace(self._runtime, view)
         return group.termination_grace_seconds if wish is None else wish
 
     def settle(self, task_instance_id: str, try_number: int, countdown_seconds: float | None = None) -> None:
@@ -159,3 +156,11 @@ def open_request(runtime: Runtime, sealed: str) -> TaskRequest:
         return TaskRequest.model_validate(runtime.sealer.open(sealed)["request"])
     except (KeyError, ValidationError) as error:
         raise Unsealable("a sealed request is none of this version; upgrade the process that reads it") from error
+
+
+def requested_grace(runtime: Runtime, view: TaskInstanceView) -> float | None:
+    """How long a try asks for between SIGTERM and SIGKILL, in seconds; None when it does not, or nobody can read it."""
+    try:
+        return open_request(runtime, view.sealed_request).execution.termination_grace_seconds
+    except Unsealable:
+        return None

@@ -96,6 +96,11 @@ def reap_queued(
     return None
 
 
+def cancel_overdue(seconds_since_cancel: float, requested_grace_seconds: float | None, policy: ReapPolicy) -> bool:
+    """Whether a cancelled holder had its time to stop: what its request asks for, and ours to say so."""
+    return seconds_since_cancel > (requested_grace_seconds or 0) + policy.cancel_grace_seconds
+
+
 def unplaced_verdict(queued_seconds: float, staging_claim: str) -> Verdict:
     """On an attempt that nobody could send: its staging volume needs a Docker host, and none is there."""
     return Verdict(

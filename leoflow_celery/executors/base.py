@@ -11,6 +11,14 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.staging import StagingPlan
 
+#: What of a termination grace belongs to the agent: to report, or to leave its record behind.
+_LAST_WORDS_SECONDS = 5.0
+
+
+def kill_grace_seconds(termination_grace_seconds: float) -> float:
+    """How long user code may take to stop when its pod, container or process may take so long; half of a short one."""
+    return max(termination_grace_seconds - _LAST_WORDS_SECONDS, termination_grace_seconds / 2)
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchSpec:
@@ -24,13 +32,19 @@ class LaunchSpec:
         """The external name: pod, container, process directory."""
         return attempt_name(self.attempt, self.request.dag_id, self.request.task_id)
 
-    def agent_environment(self) -> dict[str, str]:
-        """What every agent is told, whatever starts it. The request's own env comes through GetTaskSpec."""
-        return {
+    def agent_environment(self, termination_grace_seconds: float | None = None) -> dict[str, str]:
+        """What every agent is told, whatever starts it. The request's own env comes through GetTaskSpec.
+
+        ``termination_grace_seconds`` is what the agent itself is given; without one it keeps its own default.
+        """
+        told = {
             "LEOFLOW_CONTROL_PLANE_ADDR": self.request.control_plane_addr,
             "LEOFLOW_AGENT_TOKEN": self.request.agent_token,
             "LEOFLOW_TASK_INSTANCE_ID": self.attempt.task_instance_id,
         }
+        if termination_grace_seconds is not None:
+            told["LEOFLOW_AGENT_KILL_GRACE_SECONDS"] = f"{kill_grace_seconds(termination_grace_seconds):g}"
+        return told
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ import time
 from dataclasses import replace
 
 from leoflow_celery import metrics
-from leoflow_celery.client.messages import MessageSender
+from leoflow_celery.client.messages import MessageSender, requested_grace
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reap import (
     ReapPolicy,
     Verdict,
+    cancel_overdue,
     may_judge_silence,
     reap_queued,
     reap_silent,
@@ -161,7 +162,12 @@ def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy) -> int:
 def _reap_cancelled(task: LeoflowTask, policy: ReapPolicy) -> int:
     verdict = Verdict(FailureReason.CANCELLED, "did not stop within the grace")
     views = task.runtime.store.sweeps.cancelled(policy.cancel_grace_seconds)
-    return sum(_give_up(task, view, verdict, Guard()) for view in views)
+    return sum(_give_up(task, view, verdict, Guard()) for view in views if _had_its_grace(task, view, policy))
+
+
+def _had_its_grace(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> bool:
+    asked = time.time() - (view.cancel_requested_at or 0.0)
+    return cancel_overdue(asked, requested_grace(task.runtime, view), policy)
 
 
 def _depth(task: LeoflowTask, queue: str) -> int | None:

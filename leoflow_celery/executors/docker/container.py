@@ -38,7 +38,7 @@ class Environment:
 def build_environment(launch: LaunchSpec, settings: DockerSettings) -> Environment:
     """The agent's variables and the request's; ours win."""
     request = launch.request
-    ours = launch.agent_environment() | {
+    ours = launch.agent_environment(_grace_seconds(request, settings)) | {
         "LEOFLOW_ATTEMPT_NAME": launch.name,
         "LEOFLOW_TERMINATION_LOG": TERMINATION_LOG,
         "LEOFLOW_AGENT_ECHO": "true",
@@ -69,15 +69,19 @@ def build_container(
         raise PermanentLaunchError(
             FailureReason.INVALID_IMAGE, "image: is empty; a docker task needs the image that has its code"
         )
-    grace = request.execution.termination_grace_seconds
     return {
         "Image": request.image,
         "Hostname": launch.name,
         "Env": [f"{name}={value}" for name, value in environment.open.items()],
         "Labels": attempt_labels(launch, system, deadline_seconds(request, settings)),
-        "StopTimeout": settings.termination_grace_seconds if grace is None else grace,
+        "StopTimeout": _grace_seconds(request, settings),
         "HostConfig": _host_config(request, settings, cpus),
     }
+
+
+def _grace_seconds(request: TaskRequest, settings: DockerSettings) -> int:
+    grace = request.execution.termination_grace_seconds
+    return settings.termination_grace_seconds if grace is None else grace
 
 
 def deadline_seconds(request: TaskRequest, settings: DockerSettings) -> int:

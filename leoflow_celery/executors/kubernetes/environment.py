@@ -23,12 +23,14 @@ _NAME = re.compile(r"(?!\.$|\.\.)[-._a-zA-Z][-._a-zA-Z0-9]{0,252}")
 #: What Linux takes of one variable, name and NUL included. With a larger one nothing starts, not even the agent that
 #: would say so.
 _VARIABLE_BYTES = 131_072
+#: The API's own default.
+_GRACE_SECONDS = 30.0
 _TOKEN = "LEOFLOW_AGENT_TOKEN"  # noqa: S105 - a variable's name
 
 
-def agent_variables(launch: LaunchSpec) -> dict[str, str]:
+def agent_variables(launch: LaunchSpec, termination_grace_seconds: float = _GRACE_SECONDS) -> dict[str, str]:
     """What only we decide, whatever a template, a request or an override says."""
-    env = launch.agent_environment() | {
+    env = launch.agent_environment(termination_grace_seconds) | {
         "LEOFLOW_ATTEMPT_NAME": launch.name,
         "LEOFLOW_TERMINATION_LOG": TERMINATION_LOG,
         "LEOFLOW_AGENT_ECHO": "true",
@@ -52,11 +54,13 @@ def _fits(name: str, value: str) -> bool:
     return _NAME.fullmatch(name) is not None and len(f"{name}={value}".encode()) < _VARIABLE_BYTES
 
 
-def agent_entries(launch: LaunchSpec, secret: str) -> list[dict[str, Any]]:
-    """``agent_variables`` as the API has them."""
+def agent_entries(launch: LaunchSpec, spec: dict[str, Any], secret: str) -> list[dict[str, Any]]:
+    """``agent_variables`` as the API has them, for a pod with this ``spec``."""
+    grace = spec.get("terminationGracePeriodSeconds")
+    variables = agent_variables(launch, _GRACE_SECONDS if grace is None else float(grace))
     return [
         _reference(name, secret, name) if secret and name == _TOKEN else _plain(name, value)
-        for name, value in agent_variables(launch).items()
+        for name, value in variables.items()
     ]
 
 

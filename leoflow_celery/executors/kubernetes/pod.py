@@ -165,7 +165,7 @@ def _identified(pod: Json, launch: LaunchSpec, system: str, secret: str) -> Json
         raise PermanentLaunchError(
             FailureReason.INVALID_SPEC, f"pod_override: the container {TASK_CONTAINER!r} cannot be removed"
         )
-    ours = agent_entries(launch, secret)
+    ours = agent_entries(launch, spec, secret)
     spec["containers"] = [_task(one, ours) if one["name"] == TASK_CONTAINER else one for one in containers]
     metadata["name"] = launch.name
     metadata["labels"] = {**metadata.get("labels", {}), **attempt_labels(launch, system)}

@@ -35,7 +35,7 @@ def agent_environment(
     launch: LaunchSpec, directory: AttemptDirectory, root: Path, venvs_root: str, environ: Mapping[str, str]
 ) -> dict[str, str]:
     """The whole environment of one agent."""
-    env = {**inherited(environ), **launch.agent_environment()}
+    env = {**inherited(environ), **launch.agent_environment(launch.request.execution.termination_grace_seconds)}
     env["LEOFLOW_TERMINATION_LOG"] = str(directory.termination_log)
     # So that inputs and results of the task go with the attempt's directory even when the agent was killed.
     env["LEOFLOW_AGENT_WORK_DIR"] = str(directory.path)

@@ -6,12 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leoflow_celery.domain.reap import ReapPolicy, reap_queued, reap_silent, unplaced_verdict
+from leoflow_celery.domain.reap import ReapPolicy, cancel_overdue, reap_queued, reap_silent, unplaced_verdict
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason, parse_reason
 from leoflow_celery.domain.relaunch import Growth, Memory, Relaunch, RelaunchPolicy, relaunch_decision
 
 R = FailureReason
 reasons = st.sampled_from(FailureReason)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "requested", "overdue"), [(59, None, False), (61, None, True), (61, 600, False), (661, 600, True)]
+)
+def test_a_cancelled_holder_gets_the_grace_it_asked_for(seconds, requested, overdue):
+    assert cancel_overdue(seconds, requested, ReapPolicy(cancel_grace_seconds=60)) is overdue
 
 
 def test_every_reason_has_one_class() -> None:

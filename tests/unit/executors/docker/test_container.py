@@ -128,9 +128,14 @@ def test_the_deadline_is_the_timeout_and_an_allowance():
     assert deadline_of(build()["Labels"]) == 0
 
 
-@pytest.mark.parametrize(("execution", "expected"), [({}, 30), ({"termination_grace_seconds": 0}, 0)])
-def test_the_grace_of_a_stop_is_the_requests(execution, expected):
-    assert build(execution=execution)["StopTimeout"] == expected
+@pytest.mark.parametrize(
+    ("execution", "expected", "told"),
+    [({}, 30, "25"), ({"termination_grace_seconds": 0}, 0, "0"), ({"termination_grace_seconds": 600}, 600, "595")],
+)
+def test_the_grace_of_a_stop_is_the_requests_and_the_agent_knows(execution, expected, told):
+    config = build(execution=execution)
+    assert config["StopTimeout"] == expected
+    assert f"LEOFLOW_AGENT_KILL_GRACE_SECONDS={told}" in config["Env"]
 
 
 def test_mounts():

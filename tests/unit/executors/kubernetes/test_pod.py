@@ -165,6 +165,18 @@ def test_the_agents_ca_and_the_tasks_secret_are_read_only_mounts() -> None:
 # -- environment ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"execution": {"termination_grace_seconds": 600}}, "595"),
+        ({"execution": {"termination_grace_seconds": 4}}, "2"),
+        ({"pod_override": {"spec": {"terminationGracePeriodSeconds": 120}}}, "115"),
+    ],
+)
+def test_user_code_gets_the_pods_grace_less_what_the_agent_needs(more, told) -> None:
+    assert env(build(**more))["LEOFLOW_AGENT_KILL_GRACE_SECONDS"] == told
+
+
 def test_the_agent_is_told_what_it_needs_first() -> None:
     pod = build(env={"REGION": "eu"})
     name = pod["metadata"]["name"]
@@ -172,6 +184,7 @@ def test_the_agent_is_told_what_it_needs_first() -> None:
         ("LEOFLOW_CONTROL_PLANE_ADDR", "gateway:9090"),
         ("LEOFLOW_AGENT_TOKEN", "its-secret/LEOFLOW_AGENT_TOKEN"),
         ("LEOFLOW_TASK_INSTANCE_ID", "ti-1"),
+        ("LEOFLOW_AGENT_KILL_GRACE_SECONDS", "25"),
         ("LEOFLOW_ATTEMPT_NAME", name),
         ("LEOFLOW_TERMINATION_LOG", "/dev/termination-log"),
         ("LEOFLOW_AGENT_ECHO", "true"),
