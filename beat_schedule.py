@@ -6,6 +6,9 @@ the next one is due expires.
 
 from __future__ import annotations
 
+from celery.signals import beat_init
+
+from leoflow_celery import metrics
 from leoflow_celery.app import create_app
 from leoflow_celery.app.alive import touch_with_messages
 from leoflow_celery.app.logging import show_fields
@@ -14,6 +17,14 @@ from leoflow_celery.domain.routing import MAINTENANCE_QUEUE
 app = create_app()
 touch_with_messages(app.settings.health.file)
 show_fields()
+
+
+@beat_init.connect
+def serve_metrics(**_: object) -> None:
+    """Open beat's Prometheus endpoint when LEOFLOW_METRICS_PORT names a port."""
+    metrics.serve(app.settings.metrics.port)
+
+
 _SETTINGS = app.settings.maintenance
 _EVERY = {
     "send_due": _SETTINGS.interval_seconds,

@@ -62,7 +62,9 @@ METRICS: dict[str, Metric] = {
     "leoflow_auth_failures_total": Metric("counter", "Agent calls without an acceptable token.", ("reason",)),
     # Ours
     "leoflow_queue_depth": Metric("gauge", "Messages in a queue.", ("queue",)),
-    "leoflow_queue_oldest_age_seconds": Metric("gauge", "Age of a queue's oldest task instance.", ("queue",)),
+    "leoflow_queue_oldest_age_seconds": Metric(
+        "gauge", "Age of a queue's oldest task instance or message.", ("queue",)
+    ),
     "leoflow_claims_total": Metric("counter", "Claims, by granted or the reason of the refusal.", ("result",)),
     "leoflow_fenced_writes_total": Metric("counter", "Writes of holders that lost their claim.", ("kind",)),
     "leoflow_failures_total": Metric("counter", "Failed attempts.", ("reason", "class")),

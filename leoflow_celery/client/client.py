@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from celery import Celery
 from leoflow_celery.app import create_app
 from leoflow_celery.client.callbacks import signatures
 from leoflow_celery.client.handle import Handle
+from leoflow_celery.client.measuring import count_submitted, refusals_counted
 from leoflow_celery.client.messages import MessageSender, seal_request
 from leoflow_celery.domain.request import TaskRequest, check_size, parse_request
 from leoflow_celery.domain.routing import (
@@ -75,7 +77,7 @@ class Client:
                 submitting it again is safe.
         """
         context = {"callbacks": signatures("link", link), "errbacks": signatures("link_error", link_error)}
-        return self._submit([parse_request(request)], {key: value for key, value in context.items() if value})[0]
+        return self._submit([request], {key: value for key, value in context.items() if value})[0]
 
     def submit_many(self, requests: Iterable[TaskRequest | dict[str, Any]]) -> list[Handle]:
         """Like ``submit`` for many requests, recorded in one transaction: all of them or none.
@@ -83,13 +85,20 @@ class Client:
         Raises:
             The same as ``submit``.
         """
-        return self._submit([parse_request(request) for request in requests], {})
+        return self._submit(requests, {})
 
-    def _submit(self, requests: Sequence[TaskRequest], context: dict[str, Any]) -> list[Handle]:
-        tries = [self._new_try(request, context) for request in requests]
-        self._check_capacity({item.executor for item in tries}, len(tries))
+    def _submit(
+        self, requests: Iterable[TaskRequest | dict[str, Any] | str | bytes], context: dict[str, Any]
+    ) -> list[Handle]:
+        started = time.monotonic()
+        with refusals_counted():
+            tries = [self._new_try(parse_request(request), context) for request in requests]
+            self._check_capacity({item.executor for item in tries}, len(tries))
         submitted = self.runtime.store.submissions.record(tries)
-        self._send(tries, submitted)
+        try:
+            self._send(tries, submitted)
+        finally:
+            count_submitted(tries, submitted, started)
         return [Handle(self, done.attempt, done.celery_task_id, done.created) for done in submitted]
 
     def _new_try(self, request: TaskRequest, context: dict[str, Any]) -> NewTry:

@@ -13,6 +13,9 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
+#: The tenant of a system that has only one.
+STANDARD_TENANT = "default"
+
 _NAMESPACE = uuid.UUID("6f0b9c5e-4a55-5f0e-9d0a-1e0f5ca1ab1e")
 _NAME_LIMIT = 63
 _SUFFIX_HEX_DIGITS = 10
@@ -75,13 +78,15 @@ def attempt_name(attempt: AttemptId, dag_id: str, task_id: str) -> str:
     return f"{base[: _NAME_LIMIT - len(suffix) - 1].rstrip('-')}-{suffix}"
 
 
-def staging_claim_name(dag_id: str, run_id: str) -> str:
+def staging_claim_name(dag_id: str, run_id: str, tenant_id: str = STANDARD_TENANT) -> str:
     """The PVC or volume name of a run's staging volume, stable across retries and clear + re-run.
 
     A hyphen in the DAG's id calls for the hash: DAG "a" with run "b-c" and DAG "a-b" with run "c" would share a volume.
+    So does another tenant than the standard one, who may run the same DAG.
     """
+    owner = (dag_id, run_id) if tenant_id == STANDARD_TENANT else (tenant_id, dag_id, run_id)
     name = f"leoflow-staging-{sanitise(dag_id)}-{sanitise(run_id)}"
     unchanged = sanitise(dag_id) == dag_id and sanitise(run_id) == run_id
-    if unchanged and "-" not in dag_id and len(name) <= _NAME_LIMIT:
+    if unchanged and "-" not in dag_id and len(name) <= _NAME_LIMIT and tenant_id == STANDARD_TENANT:
         return name
-    return f"{name[: _NAME_LIMIT - 9].rstrip('-')}-{digest(dag_id, run_id, length=8)}"
+    return f"{name[: _NAME_LIMIT - 9].rstrip('-')}-{digest(*owner, length=8)}"

@@ -272,18 +272,18 @@ def task_request(
             xcom_schema=task.xcom_schema,
             call_args=task.call_args,
             secrets=task.secrets,
-            **_staging(dag, run_id),
+            **_staging(dag, run_id, tenant_id),
         )
     except ValidationError as error:
         found: InvalidRequest = invalid_request(error)
         raise InvalidDag(f"task {task_id!r}: {found.message}", found.field) from error
 
 
-def _staging(dag: Dag, run_id: str) -> dict[str, Any]:
+def _staging(dag: Dag, run_id: str, tenant_id: str) -> dict[str, Any]:
     if not dag.staging.enabled:
         return {}
     return {
-        "staging_claim": staging_claim_name(dag.dag_id, run_id),
+        "staging_claim": staging_claim_name(dag.dag_id, run_id, tenant_id),
         "staging_size": dag.staging.size,
         "staging_storage_class": dag.staging.storage_class,
     }

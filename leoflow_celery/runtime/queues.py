@@ -6,6 +6,7 @@ messages that workers hold unacknowledged. A passive declare answers 404 under a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cached_property
 from typing import Any
@@ -55,11 +56,24 @@ class QueueInspector:
         """
         if not self.is_supported:
             return None
-        names = [queue if step == 0 else f"{queue}{_SEPARATOR}{step}" for step in _STEPS]
         with _mapped(self._settings), self._client.pipeline(transaction=False) as pipe:
-            for name in names:
+            for name in _lists(queue):
                 pipe.llen(self._settings.key_prefix + name)
             return int(sum(pipe.execute()))
+
+    def oldest_tag(self, queue: str) -> str | None:
+        """What identifies the oldest waiting message of a queue; None for an empty queue, and when unknown.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer.
+        """
+        if not self.is_supported:
+            return None
+        with _mapped(self._settings), self._client.pipeline(transaction=False) as pipe:
+            for name in _lists(queue):
+                pipe.lindex(self._settings.key_prefix + name, -1)
+            payload = next(filter(None, pipe.execute()), None)
+        return None if payload is None else hashlib.sha256(payload).hexdigest()
 
     def depth(self, queue: str) -> int | None:
         """Messages waiting in a queue or held unacknowledged by its workers; None when unknown.
@@ -81,6 +95,11 @@ class QueueInspector:
     def close(self) -> None:
         if "_client" in self.__dict__:
             self._client.close()
+
+
+def _lists(queue: str) -> list[str]:
+    """The lists of a queue, as kombu names them, first served first. Their oldest message is at the end."""
+    return [queue if step == 0 else f"{queue}{_SEPARATOR}{step}" for step in _STEPS]
 
 
 def _queue_of(payload: bytes) -> str | None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, Task, shared_task
+from celery.app import app_or_default
 from celery.exceptions import Reject
-from celery.signals import worker_ready, worker_shutdown
+from celery.signals import worker_process_init, worker_ready, worker_shutdown
 
 from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
@@ -53,8 +54,16 @@ def serve_metrics(sender: Any = None, **_: Any) -> None:
             metrics.serve(app.settings.metrics.port)
 
 
+def configure_metrics(**_: Any) -> None:
+    """In each process of a pool of processes, which are there before their worker is ready."""
+    app = app_or_default()
+    if isinstance(app, LeoflowCelery):
+        metrics.configure(app.settings.metrics)
+
+
 worker_shutdown.connect(close_runtimes)
 worker_ready.connect(serve_metrics)
+worker_process_init.connect(configure_metrics)
 
 
 class LeoflowTask(Task[Any, Any]):

@@ -8,27 +8,16 @@ publisher that shares the sealing key and wants nothing readable on the broker.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any, ClassVar
 
 from celery.exceptions import Ignore
 from celery.states import STARTED
 from celery.worker.request import Request as CeleryRequest
 
-from leoflow_celery import metrics
 from leoflow_celery.client import Client, Handle
+from leoflow_celery.client.measuring import refusals_counted
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.request import TaskRequest, parse_request
-from leoflow_celery.domain.states import TaskState
-from leoflow_celery.errors import (
-    AtCapacity,
-    BrokerUnavailable,
-    InvalidDag,
-    InvalidRequest,
-    RequestTooLarge,
-    Unavailable,
-    Unsealable,
-)
+from leoflow_celery.errors import AtCapacity, BrokerUnavailable, Unavailable
 from leoflow_celery.tasks.completion import saved_context
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.settling import settle_try
@@ -38,15 +27,6 @@ log = logging.getLogger(__name__)
 
 #: What events, logs and the retried message show of the arguments: a plain request holds env and headers.
 _QUIET = {"argsrepr": "('<request>',)", "kwargsrepr": "{}"}
-
-
-#: Labels of what can never be sent.
-_WHY = {
-    InvalidRequest: "invalid_request",
-    InvalidDag: "invalid_request",
-    RequestTooLarge: "too_large",
-    Unsealable: "unsealable",
-}
 
 
 class QuietRequest(CeleryRequest):
@@ -83,23 +63,12 @@ def dispatch(self: DispatchTask, request: dict[str, Any]) -> None:
 
 
 def _submit(task: DispatchTask, request: Any) -> Handle:
-    started = time.monotonic()
+    request = _opened(task, request)
     try:
-        parsed = _parse(task, request)
-        handle = Client(task.runtime.settings, task.app, task.runtime).submit(parsed)
+        return Client(task.runtime.settings, task.app, task.runtime).submit(request)
     except BrokerUnavailable as error:
-        log.warning("dispatch.send_delayed", extra={"attempt": str(parsed.attempt), "error": str(error)})
+        log.warning("dispatch.send_delayed", extra={"celery_task_id": task.request.id, "error": str(error)})
         raise
-    except AtCapacity:
-        metrics.record_at_capacity()
-        raise
-    except (InvalidRequest, Unsealable) as error:
-        metrics.record_undispatchable(_WHY[type(error)])
-        raise
-    if handle.created:
-        metrics.record_dispatch(time.monotonic() - started)
-        metrics.record_transition(TaskState.NONE, TaskState.QUEUED, parsed.dag_id)
-    return handle
 
 
 def _await(task: DispatchTask, attempt: AttemptId) -> None:
@@ -114,7 +83,8 @@ def _await(task: DispatchTask, attempt: AttemptId) -> None:
     completions.register(celery_id, attempt.task_instance_id, attempt.try_number, context)
 
 
-def _parse(task: DispatchTask, request: Any) -> TaskRequest:
+def _opened(task: DispatchTask, request: Any) -> Any:
     if isinstance(request, dict) and set(request) == {"sealed"}:
-        return parse_request(task.runtime.sealer.open(str(request["sealed"])))
-    return parse_request(request)
+        with refusals_counted():
+            return task.runtime.sealer.open(str(request["sealed"]))
+    return request

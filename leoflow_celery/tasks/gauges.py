@@ -25,6 +25,27 @@ from leoflow_celery.tasks.context import runtime_of
 log = logging.getLogger(__name__)
 
 
+class QueueHeads:
+    """Since when each queue has had the same oldest message. Celery's messages carry no time of their own.
+
+    What it tells is too young by the time between two looks at most.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[str, float]] = {}
+
+    def age(self, queue: str, tag: str | None, now: float) -> float:
+        """Seconds that the message ``tag`` has been seen at the head of a queue; 0 for an empty one (None)."""
+        if tag is None:
+            self._seen.pop(queue, None)
+            return 0.0
+        known, since = self._seen.get(queue, ("", now))
+        if known != tag:
+            since = now
+        self._seen[queue] = (tag, since)
+        return now - since
+
+
 class Gauges(threading.Thread):
     """Looks at once and then regularly, until it is stopped."""
 
@@ -34,6 +55,7 @@ class Gauges(threading.Thread):
         self._stopping = threading.Event()
         #: Queues of single hosts; one that was seen is shown as empty afterwards, not as it last was.
         self._host_queues: set[str] = set()
+        self._heads = QueueHeads()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -57,6 +79,8 @@ class Gauges(threading.Thread):
         launch_queues = {*LAUNCH_QUEUES, *self._host_queues}
         for queue in launch_queues:
             metrics.set_queue_oldest_age(queue, time.time() - oldest[queue] if queue in oldest else 0)
+        for queue in set(ALL_QUEUES) - launch_queues:
+            metrics.set_queue_oldest_age(queue, self._heads.age(queue, runtime.queues.oldest_tag(queue), time.time()))
         metrics.set_queue_depths(depths_of(runtime, {*ALL_QUEUES, *launch_queues}), launch_queues)
 
 

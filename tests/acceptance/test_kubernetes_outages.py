@@ -36,7 +36,12 @@ def deployed(
 ) -> Iterator[KubernetesSystem]:
     postgres = request.getfixturevalue("postgres")
     directory, url = tmp_path_factory.mktemp("k8s"), postgres.empty()
-    overrides = {"BROKER_VISIBILITY_TIMEOUT_SECONDS": 10, "KUBERNETES_STARTUP_PATIENCE_SECONDS": 30}
+    overrides = {
+        "BROKER_VISIBILITY_TIMEOUT_SECONDS": 10,
+        "KUBERNETES_STARTUP_PATIENCE_SECONDS": 30,
+        # A launch that a dead worker left half done is finished by its redelivery, however slow the machine is.
+        "KUBERNETES_PENDING_TIMEOUT_SECONDS": 120,
+    }
     with KubernetesSystem(directory, shared_redis.url(), url, module_namespace, **overrides) as system:
         system.start_all()
         yield system

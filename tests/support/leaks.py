@@ -19,7 +19,7 @@ import psutil
 
 from tests.support.environment import SESSION_VARIABLE
 
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 15.0
 _kept: set[int] = set()
 _lists: list[Callable[[], Iterable[str]]] = []
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
+from leoflow_celery.errors import AtCapacity, BrokerUnavailable, InvalidRequest, NotFound
+from leoflow_celery.metrics import exposition
 from tests.support.http_target import HttpTarget
 from tests.support.monitor import Monitor
 from tests.support.redis_server import RedisServer
@@ -38,6 +40,29 @@ def test_submit_refuses_what_the_queue_does_not_hold(limited: System, target: Ht
     limited.start_worker("workers.inline")
     assert [handle.get(timeout=20)["call"] for handle in waiting] == [1, 1]
     assert late.get(timeout=30)["call"] == 1
+
+
+def test_what_a_scheduler_submits_and_what_is_refused_is_counted(limited: System, target: HttpTarget) -> None:
+    def counts() -> dict[str, float]:
+        samples = (one for family in text_string_to_metric_families(exposition().decode()) for one in family.samples)
+        return {f"{one.name}{sorted(one.labels.values())}": one.value for one in samples}
+
+    before, client = counts(), limited.client
+    waiting = http_task(target.url("a"), dag_id="counted")
+    for request in (waiting, waiting, http_task(target.url("b"), dag_id="counted")):
+        client.submit(request)
+    with pytest.raises(AtCapacity):
+        client.submit(http_task(target.url("c")))
+    with pytest.raises(InvalidRequest):
+        client.submit({"operator": "nonsense"})
+    after = counts()
+    expected = {
+        "leoflow_dispatch_latency_seconds_count[]": 2,
+        "leoflow_task_state_transitions_total['counted', 'none', 'queued']": 2,
+        "leoflow_dispatch_at_capacity_total[]": 1,
+        "leoflow_tasks_undispatchable_total['invalid_request']": 1,
+    }
+    assert {name: after[name] - before.get(name, 0) for name in expected} == expected
 
 
 def test_a_waiting_dispatch_message_shows_no_argument(limited: System, target: HttpTarget) -> None:
@@ -95,3 +120,14 @@ def test_urgent_tasks_are_served_first(own_system: System, target: HttpTarget) -
         handle.get(timeout=20)
         ended[name] = handle.task_instance().started_at
     assert sorted(ended, key=lambda name: ended[name]) == ["urgent", "normal", "slow"]
+
+
+def test_the_oldest_message_of_a_queue_is_told_from_the_next(limited: System) -> None:
+    queues, send = limited.client.runtime.queues, limited.client.app.send_task
+    assert queues.oldest_tag("results") is None
+    send("leoflow.results.settle", ("ti", 1), queue="results", priority=9)
+    first = queues.oldest_tag("results")
+    send("leoflow.results.settle", ("ti", 2), queue="results", priority=9)
+    assert queues.oldest_tag("results") == first is not None
+    send("leoflow.results.settle", ("ti", 3), queue="results", priority=0)
+    assert queues.oldest_tag("results") != first

@@ -167,3 +167,22 @@ def check_counters(endpoints: Endpoints) -> None:
     for (before, after), number in moves.items():
         value = endpoints.value("leoflow_task_state_transitions_total", from_state=before, to_state=after, dag_id="d")
         assert value == number, (before, after)
+
+
+def test_a_pool_of_processes_and_beat_have_endpoints_too(
+    tmp_path: Path, redis_server: RedisServer, target: HttpTarget
+) -> None:
+    ports, shared = [free_port(), free_port()], tmp_path / "shared"
+    shared.mkdir()
+    with System(tmp_path, redis_server.url(), METRICS_TASK_ID_LABEL="false") as system:
+        system.env |= {"LEOFLOW_METRICS_PORT": str(ports[0]), "PROMETHEUS_MULTIPROC_DIR": str(shared)}
+        system.start_worker("workers.inline", "-P", "processes", "-c", "1")
+        del system.env["PROMETHEUS_MULTIPROC_DIR"]
+        system.env["LEOFLOW_METRICS_PORT"] = str(ports[1])
+        system.start_beat()
+        assert system.client.submit(http_task(target.url("a"))).get(timeout=20)["call"] == 1
+
+        name, labels = "leoflow_task_duration_seconds_count", {"dag_id": "d", "task_type": "http_api"}
+        pool, beat = Endpoints(ports[0]), Endpoints(ports[1])
+        wait_until(lambda: pool.value(name, task_id="", **labels) == 1, 20, lambda: f"the task in {pool.samples()}")
+        assert any(sample == "process_start_time_seconds" for sample, _ in beat.samples())

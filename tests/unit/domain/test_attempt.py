@@ -92,6 +92,12 @@ def test_a_staging_claim_name_reads_well_when_it_can() -> None:
     assert staging_claim_name("a", "b-c") != staging_claim_name("a-b", "c")
 
 
+def test_two_tenants_never_share_a_staging_volume() -> None:
+    names = {staging_claim_name("sales", "one", tenant) for tenant in ("default", "a", "b")}
+    assert len(names) == 3
+    assert all(DNS_LABEL.fullmatch(name) for name in names)
+
+
 @given(texts)
 def test_sanitising_twice_changes_nothing(text: str) -> None:
     assert sanitise(sanitise(text)) == sanitise(text)
