@@ -18,6 +18,12 @@ def storable(text: str) -> str:
     return text.replace("\x00", "\ufffd").encode(errors="replace").decode()
 
 
+def exit_code_of(value: Any) -> int | None:
+    """An exit code that somebody wrote down; None for what no process ends with and no column takes."""
+    is_one = isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**31
+    return value if is_one else None
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The end of one attempt: success, skipped or failed with a reason.
@@ -69,7 +75,7 @@ class Outcome:
             TaskState(data["state"]),
             parse_reason(reason) if reason else None,
             str(data.get("message") or ""),
-            data.get("exit_code"),
+            exit_code_of(data.get("exit_code")),
             str(data.get("last_event") or ""),
             tuple(data.get("log_tail") or ()),
         )

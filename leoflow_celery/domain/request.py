@@ -6,6 +6,7 @@ wiring, result callback). Unknown keys are errors; every error names the field, 
 
 from __future__ import annotations
 
+import json
 import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.quantity import parse_quantity
+from leoflow_celery.domain.xcom import check_schema
 from leoflow_celery.errors import InvalidRequest, RequestTooLarge
 
 #: Of UTF-8. Five ids of this size are the largest key that a PostgreSQL index takes.
@@ -73,10 +75,31 @@ def _quantity(value: str) -> str:
 
 def _env_names(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
+        name.encode(), text.encode()  # as for any text
         if not name or "=" in name or "\x00" in name or "\x00" in text:
             head, equals, _ = name.partition("=")
             shown = f"{head}=…" if equals else name  # what follows may well be the value
             raise ValueError(f"variable {shown!r}: a name may hold no '=' or NUL and not be empty, a value no NUL")
+    return value
+
+
+def _parameters(value: dict[str, str]) -> dict[str, str]:
+    for name in value:
+        if not name or re.search(r"[=\x00]", _text(name)):
+            raise ValueError(f"parameter {name!r}: a name may hold no '=' or NUL and not be empty")
+    return value
+
+
+def _plain_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise ValueError("holds a number that JSON does not know (NaN, Infinity) or no program reads") from error
+    return value
+
+
+def _xcom_schema(value: dict[str, Any]) -> dict[str, Any]:
+    check_schema(value)
     return value
 
 
@@ -111,6 +134,9 @@ MountPath = Annotated[str, AfterValidator(_mount_path)]
 PodPart = Annotated[dict[str, JsonValue], AfterValidator(_pod_part)]
 Quantity = Annotated[str, AfterValidator(_quantity)]
 OptionalQuantity = Annotated[str, AfterValidator(lambda value: value and _quantity(value))]
+XComSchema = Annotated[dict[str, Any], AfterValidator(_xcom_schema)]
+Parameters = Annotated[dict[str, PlainIdentifier], AfterValidator(_parameters)]
+Arguments = Annotated[dict[str, JsonValue], AfterValidator(_plain_json)]
 Environment = Annotated[dict[str, str], AfterValidator(_env_names)]
 
 
@@ -232,9 +258,9 @@ class TaskRequest(Frozen):
     execution_mode: Literal["inline", "pod"] | None = None
     executor: Literal["kubernetes", "docker", "subprocess", "inline"] | None = None
     #: parameter name → upstream task id
-    xcom_input: dict[str, PlainIdentifier] = Field(default_factory=dict)
-    xcom_schema: dict[str, Any] | None = None
-    call_args: dict[str, JsonValue] = Field(default_factory=dict)
+    xcom_input: Parameters = Field(default_factory=dict)
+    xcom_schema: XComSchema | None = None
+    call_args: Arguments = Field(default_factory=dict)
     secrets: tuple[SecretReference, ...] = ()
     result_callback: ResultCallback | None = None
     #: Part of a Pod object, merged over the pod of this request (strategic merge); for the kubernetes executor.

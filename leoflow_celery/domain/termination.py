@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.outcome import Outcome, exit_code_of
 from leoflow_celery.domain.reasons import parse_reason
 from leoflow_celery.domain.states import TERMINAL, TaskState
 
@@ -83,11 +83,11 @@ def decode(text: str | bytes) -> TerminationRecord | None:
         return TerminationRecord(
             attempt=str(data["attempt"]),
             state=TaskState(data["state"]),
-            exit_code=data.get("exit_code"),
+            exit_code=exit_code_of(data.get("exit_code")),
             reason=data.get("reason"),
             message=str(data.get("message") or ""),
             reported=data.get("reported") is True,
-            return_value=data.get("return_value"),
+            return_value=None if data.get("return_value") is None else str(data["return_value"]),
             claimed=data.get("claimed") is not False,
         )
     except (ValueError, TypeError, KeyError, AttributeError):

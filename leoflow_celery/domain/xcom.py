@@ -12,6 +12,8 @@ RETURN_VALUE = "return_value"
 JSON_CONTENT_TYPE = "application/json"
 #: 256 KiB; a value of exactly this size is accepted (Leoflow's limit).
 MAX_VALUE_BYTES = 262_144
+#: Lists and objects inside each other; every JSON reader we know takes so many.
+MAX_DEPTH = 200
 #: Seven days.
 TTL_SECONDS = 7 * 24 * 3600
 
@@ -41,6 +43,13 @@ class XComValue:
     created_at: float = 0.0
 
 
+def parse_value(stored: XComValue) -> Any:
+    """A stored value in Python; one that is no JSON (its writer said so) as text."""
+    if stored.content_type == JSON_CONTENT_TYPE:
+        return json.loads(stored.value)
+    return stored.value.decode(errors="replace")
+
+
 def check_value(
     value: bytes,
     content_type: str = JSON_CONTENT_TYPE,
@@ -58,25 +67,66 @@ def check_value(
     if content_type != JSON_CONTENT_TYPE:
         return
     try:
-        parsed = json.loads(value, parse_constant=_refuse_constant)
+        parsed = json.loads(value.decode(), parse_constant=_refuse_constant)
+        deep = _is_deeper(parsed, MAX_DEPTH)
     except (ValueError, RecursionError) as error:
-        raise XComRejected("invalid_xcom", f"the value is not JSON: {error}") from error
+        raise XComRejected("invalid_xcom", f"the value is not JSON in UTF-8: {error}") from error
+    if deep:
+        raise XComRejected("invalid_xcom", f"the value is nested deeper than {MAX_DEPTH} levels")
     if schema is not None:
         _check_schema(parsed, schema)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested more than so many levels; level by level, so depth costs no stack."""
+    level = [value]
+    for _ in range(levels):
+        level = [one for each in level if isinstance(each, dict | list) for one in _children(each)]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _children(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_schema(parsed: Any, schema: dict[str, Any]) -> None:
-    import jsonschema  # 60 ms that only tasks with a schema should pay
+def check_schema(schema: dict[str, Any]) -> None:
+    """Refuse what is no JSON Schema, before any value is held against it.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    import jsonschema  # 60 ms that only requests with a schema should pay
 
     try:
-        jsonschema.validate(parsed, schema)
-    except jsonschema.ValidationError as error:
+        json.dumps(schema, allow_nan=False)
+        jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator).check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"is not a JSON Schema: {error.message}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError("is not a JSON Schema: it cannot be written as JSON") from error
+
+
+def _check_schema(parsed: Any, schema: dict[str, Any]) -> None:
+    import jsonschema  # 60 ms that only tasks with a schema should pay
+    from referencing import Registry
+
+    try:
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        kind.check_schema(schema)
+        # A registry of its own, and empty: a reference to another document must never be fetched from here.
+        error = jsonschema.exceptions.best_match(kind(schema, registry=Registry()).iter_errors(parsed))
+    except jsonschema.SchemaError as wrong:
+        raise XComRejected("schema_mismatch", f"xcom_schema itself is not a JSON Schema: {wrong.message}") from wrong
+    except Exception as wrong:
+        # A reference that leads nowhere or to itself, a number that is too large: what a schema may do to its checker.
+        raise XComRejected("schema_mismatch", f"xcom_schema cannot be applied: {type(wrong).__name__}") from wrong
+    if error is not None:
         path = "/".join(str(part) for part in error.absolute_path) or "the value"
         # Only the rule and the place: the value itself may be a secret and this text reaches logs and events.
-        raise XComRejected("schema_mismatch", f"{path} breaks the rule {error.validator!r} of xcom_schema") from error
-    except jsonschema.SchemaError as error:
-        raise XComRejected("schema_mismatch", f"xcom_schema itself is not a JSON Schema: {error.message}") from error
+        raise XComRejected("schema_mismatch", f"{path} breaks the rule {error.validator!r} of xcom_schema")

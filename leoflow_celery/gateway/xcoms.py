@@ -64,6 +64,8 @@ class XComMethods:
     def _put(
         self, caller: Caller, key: XComKey, value: bytes, content_type: str, schema: dict[str, Any] | None
     ) -> None:
+        if key.key == RETURN_VALUE and content_type != JSON_CONTENT_TYPE:
+            raise XComRejected("invalid_xcom", f"a return value is {JSON_CONTENT_TYPE}, not {content_type!r}")
         check_value(value, content_type, schema, self._settings.max_bytes)
         item = (key, XComValue(value, content_type, time.time()))
         self._store.holders.put_xcoms(caller.attempt, caller.holder, [item])

@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 from leoflow_celery import metrics
 from leoflow_celery.domain.outcome import FinalEvent
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.domain.xcom import XComKey
+from leoflow_celery.domain.xcom import XComKey, parse_value
 from leoflow_celery.errors import TaskFailed, Unavailable
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.store.completions import Waiting
@@ -143,7 +143,7 @@ def _failure(view: TaskInstanceView) -> TaskFailed:
 def return_value(runtime: Runtime, view: TaskInstanceView) -> Any:
     """The return_value XCom of a try, parsed; None when it has none."""
     found = runtime.store.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
-    return None if found is None else json.loads(found.value)
+    return None if found is None else parse_value(found)
 
 
 def _send_successors(app: Celery, item: Waiting, value: Any) -> None:

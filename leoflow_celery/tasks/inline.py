@@ -139,6 +139,10 @@ def _finish(
 
 
 def _log(runtime: Runtime, view: TaskInstanceView, level: str, message: str) -> None:
+    """Append a line to the try's log. A disk that does not take it changes nothing about how the call ended."""
     key = LogKey(view.tenant_id, view.dag_id, view.run_id, view.task_id, view.try_number)
-    with runtime.store.logs.writer(key) as writer:
-        writer.append([LogRecord(time.time(), level, "agent", message)])
+    try:
+        with runtime.store.logs.writer(key) as writer:
+            writer.append([LogRecord(time.time(), level, "agent", message)])
+    except OSError as error:
+        log.warning("log.not_written", extra={"attempt": str(view.attempt), "line": message, "error": str(error)})

@@ -6,16 +6,21 @@ import logging
 from typing import Any
 
 from celery.states import STARTED
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from leoflow_celery import metrics
+from leoflow_celery.client.messages import open_request
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.domain.xcom import XComKey, XComValue
-from leoflow_celery.errors import Unavailable
+from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
+from leoflow_celery.errors import NotFound, Unavailable, XComRejected
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.completion import store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.settling import settle_try
@@ -23,19 +28,26 @@ from leoflow_celery.tasks.settling import settle_try
 log = logging.getLogger(__name__)
 
 
-@leoflow_task("leoflow.results.launched", autoretry_for=(Unavailable,))
+@leoflow_task("leoflow.results.launched", autoretry_for=(Unavailable, RedisError, OperationalError))
 def launched(self: LeoflowTask, attempt: dict[str, Any], external_name: str, hostname: str, back_end: str = "") -> None:
-    """Record that an executor started an attempt; its Celery id is STARTED from now on."""
+    """Record that an executor started an attempt; its Celery id is STARTED from now on.
+
+    An attempt may end while STARTED is written, perhaps over its result, and a worker may die right after that: so
+    every delivery that finds the try over writes the result again.
+    """
     store = self.runtime.store
     identity = AttemptId.from_json(attempt)
-    if not store.attempts.launched(identity, external_name, hostname, back_end):
+    is_live = store.attempts.launched(identity, external_name, hostname, back_end)
+    try:
+        view = store.attempts.get(identity.task_instance_id, identity.try_number)
+    except NotFound:
+        log.warning("launched.unknown", extra={"attempt": str(identity), "external_name": external_name})
         return
-    view = store.attempts.get(identity.task_instance_id, identity.try_number)
-    if not view.is_terminal:
+    if is_live and not view.is_terminal:
         self.backend.store_result(view.celery_task_id, {"hostname": hostname, "external_name": external_name}, STARTED)
-    if store.attempts.get(identity.task_instance_id, identity.try_number).is_terminal:
-        # It ended while STARTED was written, perhaps over its result.
-        store_result(self.app, self.runtime, store.attempts.get(identity.task_instance_id, identity.try_number))
+        view = store.attempts.get(identity.task_instance_id, identity.try_number)
+    if view.is_terminal:
+        store_result(self.app, self.runtime, view)
 
 
 @leoflow_task("leoflow.results.record", autoretry_for=(Unavailable,))
@@ -45,20 +57,33 @@ def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
     content = self.runtime.sealer.open(sealed)
     outcome = Outcome.from_json(content["outcome"])
     guard = Guard(unclaimed=bool(content.get("unclaimed")))
-    xcoms = _return_value(self, identity, outcome, content.get("return_value"))
+    try:
+        view = self.runtime.store.attempts.get(identity.task_instance_id, identity.try_number)
+    except NotFound:
+        log.warning("record.unknown", extra={"attempt": str(identity), "outcome": outcome.state.value})
+        return
+    outcome, xcoms = _with_value(self, view, outcome, content.get("return_value"))
     finished = self.runtime.store.attempts.finish(identity, outcome, guard, xcoms)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
     settle_try(self, identity.task_instance_id, identity.try_number)
 
 
-def _return_value(
-    task: LeoflowTask, attempt: AttemptId, outcome: Outcome, value: str | None
-) -> list[tuple[XComKey, XComValue]]:
-    if value is None or outcome.state is not TaskState.SUCCESS:
-        return []
-    view = task.runtime.store.attempts.get(attempt.task_instance_id, attempt.try_number)
-    return [(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id), XComValue(value.encode()))]
+def _with_value(
+    task: LeoflowTask, view: TaskInstanceView, outcome: Outcome, text: str | None
+) -> tuple[Outcome, list[tuple[XComKey, XComValue]]]:
+    """The outcome with the value that the attempt left behind, which passes the same checks as a pushed one."""
+    if text is None or outcome.state is not TaskState.SUCCESS:
+        return outcome, []
+    value = text.encode(errors="surrogatepass")
+    try:
+        schema = open_request(task.runtime, view.sealed_request).xcom_schema
+        check_value(value, schema=schema, max_bytes=task.runtime.settings.xcom.max_bytes)
+    except XComRejected as error:
+        metrics.record_xcom_rejected(error.reason)
+        return Outcome.failed(FailureReason(error.reason), f"the return value was refused: {error.message}", 0), []
+    key = XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id)
+    return outcome, [(key, XComValue(value))]
 
 
 @leoflow_task("leoflow.results.settle", autoretry_for=(Unavailable,))

@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason
-from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.domain.request import Execution, TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import Executor, LaunchSpec
@@ -43,14 +45,14 @@ IMAGE = "leoflow-contract-test:1"
 class Backend:
     """An executor and what the tests may know about it.
 
-    ``starts`` counts how often the attempt was really started, ``is_alive`` looks whether it still is. ``hopeless`` is
-    a task id, or None, whose request this back end can never start.
+    ``starts`` counts how often the attempt was really started, ``is_alive`` looks whether it still is. ``hopeless``
+    makes a launch that this back end can never start.
     """
 
     executor: Executor
     starts: Callable[[LaunchSpec], int]
     is_alive: Callable[[LaunchSpec], bool]
-    hopeless: str | None = None
+    hopeless: Callable[[], LaunchSpec]
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def stub(tmp_path: Path) -> Iterator[Backend]:
         executor,
         starts=lambda launch: sum(started.attempt == launch.attempt for started in executor.launches),
         is_alive=lambda launch: executor.is_started(launch.attempt),
-        hopeless="hopeless",
+        hopeless=lambda: launch("hopeless"),
     )
 
 
@@ -78,7 +80,9 @@ def subprocess(tmp_path: Path) -> Iterator[Backend]:
         executor,
         starts=lambda launch: starts.read_text().split().count(launch.name),
         is_alive=lambda launch: any(processes_of(launch.name)),
+        hopeless=lambda: agent.unlink() or launch(),
     )
+    wait_until(lambda: not _ended_children(), message="the executor collects agents that ended")
     executor.close()
     for name in starts.read_text().split():
         agents = list(processes_of(name))
@@ -86,6 +90,15 @@ def subprocess(tmp_path: Path) -> Iterator[Backend]:
         for pid in agents:  # nobody watches any more
             with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
+
+
+def _ended_children() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.status() == psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
 
 
 @contextmanager
@@ -102,6 +115,7 @@ def kubernetes(tmp_path: Path) -> Iterator[Backend]:
             executor,
             starts=lambda launch: [attempt_of(pod["metadata"]) for pod in namespace.pods()].count(launch.attempt),
             is_alive=lambda launch: namespace.pod(launch.name) is not None,
+            hopeless=lambda: launch(execution=Execution(service_account="nobody")),
         )
         executor.close()
     cluster.api.close()  # its namespaces go in their own time
@@ -119,6 +133,7 @@ def docker(tmp_path: Path) -> Iterator[Backend]:
             executor,
             starts=lambda launch: [f"/{launch.name}" in one["Names"] for one in engine.containers(system)].count(True),
             is_alive=lambda launch: engine.status(launch.name) == "running",
+            hopeless=lambda: launch(task_secret_name="nobody-has-it", task_secret_mount_path="/secret"),
         )
         executor.close()
         engine.remove_all(system)
@@ -139,7 +154,7 @@ def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]
         yield backend
 
 
-def launch(task_id: str = "extract", launch: int = 1) -> LaunchSpec:
+def launch(task_id: str = "extract", **fields: Any) -> LaunchSpec:
     request = TaskRequest(
         task_instance_id=uuid.uuid4().hex,
         dag_id="contract",
@@ -150,8 +165,9 @@ def launch(task_id: str = "extract", launch: int = 1) -> LaunchSpec:
         image=IMAGE,
         control_plane_addr="127.0.0.1:1",
         agent_token="token",
+        **fields,
     )
-    return LaunchSpec(request, AttemptId(request.task_instance_id, 1, launch))
+    return LaunchSpec(request, AttemptId(request.task_instance_id))
 
 
 def test_execute_returns_when_the_attempt_is_started(backend: Backend) -> None:
@@ -195,9 +211,7 @@ def test_the_next_launch_of_a_try_is_another_attempt(backend: Backend) -> None:
 
 
 def test_a_request_that_cannot_work_is_a_permanent_error_with_a_reason(backend: Backend) -> None:
-    if backend.hopeless is None:
-        pytest.skip("this back end starts any request")
-    spec = launch(backend.hopeless)
+    spec = backend.hopeless()
     with pytest.raises(PermanentLaunchError) as caught:
         backend.executor.execute(spec)
     assert CLASS_OF[FailureReason(caught.value.reason)] is FailureClass.CONFIG

@@ -185,6 +185,12 @@ class TestXComs:
         found = agent.fetch("load", "blob")
         assert (found.value, found.content_type) == (b"\xff\x00", "application/octet-stream")
 
+    def test_a_return_value_is_json_whatever_its_writer_says(self, sqlite_world: World) -> None:
+        agent = sqlite_world.agent(sqlite_world.submit())
+        agent.run()
+        answer = agent.push(b"hello", "return_value", "text/plain")
+        assert (answer.accepted, answer.rejection_reason) == (False, "invalid_xcom")
+
     @pytest.mark.parametrize("key", ["a:b", "x" * 513])
     def test_a_key_that_cannot_be_stored(self, sqlite_world: World, key: str) -> None:
         agent = sqlite_world.agent(sqlite_world.submit())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from celery import Celery, signature
 from celery.result import AsyncResult
 
-from leoflow_celery.client import Client
+from leoflow_celery.client import Client, Handle
+from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import TaskFailed
 from tests.integration.tasks.conftest import UserCalls
@@ -110,6 +113,64 @@ def test_the_result_callback_hears_the_end_once(
     assert after.get(timeout=20)
     events = user_calls.wait_for("user.note", 2)
     assert [event["task_instance_id"] for [event] in events] == [identity, after.attempt.task_instance_id]
+
+
+@pytest.fixture
+def nothing_waits(system: System) -> Iterator[None]:
+    """Messages that no worker of this system takes are not left to the next one on its broker."""
+    yield
+    for key in system.redis.scan_iter("*k8s*"):
+        if system.redis.type(key) == b"list":
+            system.redis.delete(key)
+
+
+def waiting_pod(client: Client, **fields: Any) -> Handle:
+    """A try that nobody runs: there is no worker of its queue."""
+    identity = secrets.token_hex(8)
+    ids = {"task_instance_id": identity, "dag_id": "d", "run_id": identity, "task_id": "t"}
+    return client.submit({**ids, "operator": "bash", "entrypoint": "true", "executor": "kubernetes", **fields})
+
+
+def record(client: Client, handle: Handle, return_value: object, exit_code: object = 0) -> None:
+    """Report a success that was found in a termination log."""
+    outcome = {**Outcome.success().to_json(), "exit_code": exit_code}
+    sealed = client.runtime.sealer.seal({"outcome": outcome, "return_value": return_value})
+    client.app.send_task("leoflow.results.record", (handle.attempt.to_json(), sealed), queue="results")
+
+
+@pytest.mark.usefixtures("nothing_waits")
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [("[1, 2]", "schema_mismatch"), ("{", "invalid_xcom"), ('{"a": "' + "x" * 300_000 + '"}', "payload_too_large")],
+)
+def test_a_value_that_was_found_passes_the_same_checks_as_a_pushed_one(client: Client, value: str, reason: str) -> None:
+    handle = waiting_pod(client, xcom_schema={"type": "object"})
+    record(client, handle, value)
+    with pytest.raises(TaskFailed) as caught:
+        handle.get(timeout=20)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.usefixtures("nothing_waits")
+def test_a_value_that_was_found_is_the_result(client: Client) -> None:
+    handle = waiting_pod(client, xcom_schema={"type": "object"})
+    record(client, handle, '{"a": 1}', exit_code=2**40)
+    assert handle.get(timeout=20) == {"a": 1}
+    assert handle.task_instance().exit_code is None
+
+
+@pytest.mark.usefixtures("nothing_waits")
+def test_a_launch_reported_after_the_end_writes_the_result_again(client: Client) -> None:
+    """A worker that is killed after it wrote STARTED over a failure leaves the message to the next one."""
+    handle = waiting_pod(client)
+    assert handle.cancel()
+    with pytest.raises(TaskFailed, match="cancelled"):
+        handle.get(timeout=20)
+    client.app.backend.store_result(handle.id, {}, "STARTED")
+    launched = {"attempt": handle.attempt.to_json(), "external_name": "pod", "hostname": "node"}
+    client.app.send_task("leoflow.results.launched", kwargs=launched, queue="results")
+    fresh = AsyncResult(handle.id, app=client.app)
+    wait_until(lambda: fresh.state == "FAILURE", 20, lambda: f"FAILURE, not {fresh.state}")
 
 
 def test_a_call_that_takes_too_long_is_a_timeout(client: Client, target: HttpTarget) -> None:

@@ -129,6 +129,9 @@ BAD = [
     ({**BASH, "dag_id": None}, "dag_id", "Input should be a valid string"),
     ({key: value for key, value in BASH.items() if key != "run_id"}, "run_id", "Field required"),
     ({**BASH, "xcom_input": {"x": "a/b"}}, "xcom_input.x", FILE_NAMES),
+    ({**BASH, "xcom_input": {"x=y": "a"}}, "xcom_input", "parameter 'x=y': a name may hold no '=' or NUL"),
+    ({**BASH, "xcom_schema": {"type": "number-ish"}}, "xcom_schema", "is not a JSON Schema"),
+    ({**BASH, "call_args": {"n": [float("nan")]}}, "call_args", "holds a number that JSON does not know"),
     # numbers
     ({**BASH, "try_number": 0}, "try_number", "greater than or equal to 1 (got 0)"),
     ({**BASH, "timeout_seconds": -1}, "timeout_seconds", "greater than or equal to 0 (got -1)"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from leoflow_celery.domain.xcom import MAX_VALUE_BYTES, XComKey, check_value
+from leoflow_celery.domain.xcom import MAX_VALUE_BYTES, XComKey, XComValue, check_schema, check_value, parse_value
 from leoflow_celery.errors import XComRejected
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -27,7 +27,10 @@ def test_exactly_256_kib_are_accepted_and_not_a_byte_more() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [b"", b"{", b"NaN", b"[Infinity]", b"-Infinity", b"\xff", b"'x'", b"[" * 100_000],
+    [
+        *(b"", b"{", b"NaN", b"[Infinity]", b"-Infinity", b"\xff", b"'x'", b"[" * 100_000),
+        *(b'"\xed\xa0\x80"', '"a"'.encode("utf-16"), b"[" * 201 + b"]" * 201, b'{"a":' * 201 + b"1" + b"}" * 201),
+    ],
     ids=lambda v: repr(v[:12]),
 )
 def test_what_is_no_json_is_refused(value: bytes) -> None:
@@ -50,6 +53,30 @@ def test_a_value_is_checked_against_its_schema() -> None:
     assert error.reason == "schema_mismatch"
     assert str(error) == "n breaks the rule 'type' of xcom_schema"
     assert "the value breaks the rule 'required'" in str(refused(b"{}", schema=SCHEMA))
+
+
+def test_two_hundred_levels_are_accepted() -> None:
+    check_value(b"[" * 200 + b"]" * 200)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$ref": "#/definitions/none"}, {"$ref": "#"}, {"multipleOf": 0.5}, {"$ref": "http://127.0.0.1:1/s"}]
+)
+def test_a_schema_that_cannot_be_applied_refuses_and_fetches_nothing(schema: dict[str, object]) -> None:
+    error = refused(b"1" * 400, schema=schema)
+    assert error.reason == "schema_mismatch"
+    assert "xcom_schema cannot be applied" in str(error)
+
+
+@pytest.mark.parametrize("schema", [{"type": "number-ish"}, {"enum": {1}}, {"minimum": float("nan")}])
+def test_what_is_no_schema_is_refused_at_the_door(schema: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="is not a JSON Schema"):
+        check_schema(schema)
+
+
+def test_a_value_of_another_type_is_read_as_text() -> None:
+    assert parse_value(XComValue(b"[1]")) == [1]
+    assert parse_value(XComValue(b"a\xff", "text/plain")) == "a\ufffd"
 
 
 def test_a_schema_that_is_none_is_named_as_the_culprit() -> None:
