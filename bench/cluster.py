@@ -69,7 +69,7 @@ def delete_all(api: KubernetesApi, resource: str) -> None:
         if time.monotonic() > deadline:
             raise SystemExit(f"{resource} are still there after {_CLEAN_SECONDS} s")
         with contextlib.suppress(Unreachable):  # thousands take the server longer than one call may
-            api.delete(api.path(resource), {"gracePeriodSeconds": 0}, operation=f"delete_{resource}")
+            api.delete(api.path(resource), operation=f"delete_{resource}", grace_seconds=0)
         time.sleep(0.2)
 
 

@@ -40,7 +40,7 @@ def run_floor(api: KubernetesApi, image: str) -> float:
         return bool(message)
 
     wait_for(ended, "the bare pod", seconds=120)
-    api.delete(api.pods_path(name), {"gracePeriodSeconds": 0}, operation="delete_pod")
+    api.delete(api.pods_path(name), operation="delete_pod", grace_seconds=0)
     return float(message) - started
 
 

@@ -7,7 +7,7 @@ from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import AlreadyExists, ApiError, NotFound
-from leoflow_celery.executors.kubernetes.identity import claim_metadata
+from leoflow_celery.executors.kubernetes.identity import STAGING_LABEL, another_system, claim_metadata, system_of
 from leoflow_celery.executors.kubernetes.merge import Json
 
 _CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
@@ -32,12 +32,12 @@ class StagingClaims:
         self._api, self._default_size, self._check_class, self._system = api, default_size, check_class, system
 
     def ensure(self, request: TaskRequest) -> None:
-        """The claim exists when this returns; an existing one is taken as it is, whoever made it.
+        """The claim exists when this returns; one that an operator made under that name is taken as it is.
 
         Raises:
             ApiError: the API server refused.
             TransientLaunchError: the claim is being deleted.
-            PermanentLaunchError: no storage class can serve it.
+            PermanentLaunchError: no storage class can serve it, or another system made it and has its data there.
         """
         path = self._api.path("persistentvolumeclaims")
         if self._exists(request.staging_claim):
@@ -48,14 +48,18 @@ class StagingClaims:
         try:
             self._api.post(path, claim, operation="create_claim")
         except AlreadyExists:
-            return  # another task of the run was faster
+            self._exists(request.staging_claim)  # another task of the run was faster, or another system
 
     def _exists(self, name: str) -> bool:
         try:
             claim = self._api.get(self._api.path("persistentvolumeclaims", name), operation="get_claim")
         except NotFound:
             return False
-        if "deletionTimestamp" in claim["metadata"]:
+        metadata = claim["metadata"]
+        is_labelled, owner = STAGING_LABEL in (metadata.get("labels") or {}), system_of(metadata)
+        if is_labelled and owner != self._system:
+            raise another_system(f"staging claim {name!r}", owner, self._system)
+        if "deletionTimestamp" in metadata:
             raise TransientLaunchError(
                 FailureReason.LAUNCH_FAILED, f"staging claim {name!r} of an earlier run is still being deleted"
             )

@@ -76,9 +76,17 @@ KEEP = PodDecision()
 def decide_pod(
     pod: PodState, expected: ExpectedAttempt | None, read_at: float, now: float, policy: ReconcilePolicy
 ) -> PodDecision:
-    """``expected`` is the live attempt of the pod's name, as SQL had it at ``read_at``."""
+    """``expected`` is the live attempt of the pod's name, as SQL had it at ``read_at``.
+
+    Another system's pod is left alone even under a name that is expected: the same DAG may run in both. So is one of
+    that name that is no attempt's.
+    """
+    if pod.system != policy.system or pod.attempt is None:
+        return KEEP
     if expected is None:
         return _unexpected(pod, read_at, now, policy)
+    if pod.attempt != expected.attempt:
+        return KEEP
     if pod.ended:
         return PodDecision(_end(pod, expected, read_at, now, policy))
     if pod.deletion_due_at is not None:
@@ -90,9 +98,7 @@ def decide_pod(
 
 
 def _unexpected(pod: PodState, read_at: float, now: float, policy: ReconcilePolicy) -> PodDecision:
-    """A pod whose attempt is terminal, superseded or unknown. Not ours, or too young to tell: left alone."""
-    if pod.attempt is None or pod.system != policy.system:
-        return KEEP
+    """A pod whose attempt is terminal, superseded or unknown; too young to tell: left alone."""
     if pod.created_at >= read_at - policy.margin_seconds or pod.deletion_due_at is not None:
         return KEEP
     if not pod.ended:

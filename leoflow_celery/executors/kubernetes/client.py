@@ -79,9 +79,18 @@ class KubernetesApi:
         """Create an object; raises AlreadyExists when there is one of that name."""
         return _decoded(self._call("POST", path, operation, query=query, body=body))
 
-    def delete(self, path: str, body: dict[str, Any] | None = None, *, operation: str) -> dict[str, Any]:
-        """Delete an object; ``body`` are DeleteOptions. Raises NotFound when there is none."""
-        return _decoded(self._call("DELETE", path, operation, body=body))
+    def delete(self, path: str, uid: str = "", *, operation: str, grace_seconds: int | None = None) -> dict[str, Any]:
+        """Delete an object; raises NotFound when there is none.
+
+        With ``uid`` this very object: one of the same name that was created meanwhile is another (409 Conflict).
+        ``grace_seconds`` is a pod's own unless given.
+        """
+        options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions"}
+        if uid:
+            options["preconditions"] = {"uid": uid}
+        if grace_seconds is not None:
+            options["gracePeriodSeconds"] = grace_seconds
+        return _decoded(self._call("DELETE", path, operation, body=options))
 
     def list_pages(
         self, path: str, *, operation: str, label_selector: str = "", limit: int | None = None

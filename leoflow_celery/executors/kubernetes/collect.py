@@ -15,7 +15,7 @@ from typing import Self
 from leoflow_celery.domain.staging import StagingPlan, StagingReason
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
-from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, STAGING_SELECTOR, system_of
+from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, STAGING_SELECTOR, of_system
 from leoflow_celery.executors.kubernetes.observe import Json, PodState, observe, seconds
 from leoflow_celery.settings import KubernetesSettings
 
@@ -26,13 +26,12 @@ _RESOURCE = "persistentvolumeclaims"
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """One claim with our label."""
+    """One claim that this system made."""
 
     name: str
     uid: str
     created_at: float
     run_label: str
-    system: str
 
     @classmethod
     def of(cls, claim: Json) -> Self:
@@ -42,12 +41,11 @@ class _Claim:
             metadata["uid"],
             seconds(metadata.get("creationTimestamp")) or 0.0,
             (metadata.get("labels") or {}).get(MANAGED_SELECTOR, ""),
-            system_of(metadata),
         )
 
 
 class StagingCollector:
-    """Touches nothing but claims with our label, each by its uid."""
+    """Touches nothing but claims that this system made, each by its uid."""
 
     def __init__(self, api: KubernetesApi, settings: KubernetesSettings) -> None:
         self._api, self._settings = api, settings
@@ -62,7 +60,7 @@ class StagingCollector:
         doomed = plan.delete | {
             claim.name: StagingReason.ORPHANED.value
             for claim in claims.values()
-            if claim.system == self._settings.system and plan.is_orphan(claim.name, claim.created_at)
+            if plan.is_orphan(claim.name, claim.created_at)
         }
         if not doomed:
             return {}
@@ -74,7 +72,7 @@ class StagingCollector:
         pages = self._api.list_pages(
             self._api.path(_RESOURCE),
             operation="list_claims",
-            label_selector=STAGING_SELECTOR,
+            label_selector=of_system(STAGING_SELECTOR, self._settings.system),
             limit=self._settings.page_size,
         )
         return {claim.name: claim for page in pages for claim in map(_Claim.of, page["items"])}
@@ -90,7 +88,8 @@ class StagingCollector:
                 log.info("kubernetes.claim_in_use", extra={**fields, "attempt_name": live[0]})
                 return False
             for pod in users:
-                self._delete("pods", pod, "delete_pod")
+                if pod.system == self._settings.system:
+                    self._delete("pods", pod, "delete_pod")
             self._delete(_RESOURCE, claim, "delete_claim")
         except ApiError as error:
             log.warning("kubernetes.claim_not_deleted", extra={**fields, "error": str(error)})
@@ -99,7 +98,7 @@ class StagingCollector:
         return True
 
     def _is_absent(self, name: str) -> bool:
-        """No claim of ours has that name. One without our label was made by somebody else, and stays."""
+        """No claim of ours has that name. One that an operator or another system made under it stays."""
         try:
             self._api.get(self._api.path(_RESOURCE, name), operation="get_claim")
         except NotFound:
@@ -108,7 +107,7 @@ class StagingCollector:
         return False
 
     def _users(self, claim: _Claim) -> list[PodState]:
-        """The pods of the claim's run that mount it."""
+        """The pods of the claim's run that mount it, whosesoever."""
         selector = f"{MANAGED_SELECTOR}={claim.run_label}" if claim.run_label else MANAGED_SELECTOR
         pages = self._api.list_pages(
             self._api.pods_path(),
@@ -119,9 +118,8 @@ class StagingCollector:
         return [observe(pod) for page in pages for pod in page["items"] if _mounts(pod, claim.name)]
 
     def _delete(self, resource: str, thing: _Claim | PodState, operation: str) -> None:
-        options = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": thing.uid}}
         try:
-            self._api.delete(self._api.path(resource, thing.name), options, operation=operation)
+            self._api.delete(self._api.path(resource, thing.name), thing.uid, operation=operation)
         except NotFound:
             return
 

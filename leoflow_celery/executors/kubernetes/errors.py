@@ -5,6 +5,7 @@
     ApiError                 any call that did not succeed; has the server's status, reason and own message
     ├── NotFound             404
     ├── AlreadyExists        409 with that reason
+    ├── QuotaExceeded        403: other objects, or this very one, fill the namespace's quota
     ├── Expired              410: the rest of a paged list is gone
     └── Unreachable          no answer at all, or only a part of one
 """
@@ -64,6 +65,10 @@ class AlreadyExists(ApiError):
     """An object of that name exists."""
 
 
+class QuotaExceeded(ApiError):
+    """A quota of the namespace is used up. It is asked before the name is looked at: the object itself may exist."""
+
+
 class Expired(ApiError):
     """The continue token of a paged list is too old; the list has to start again."""
 
@@ -106,6 +111,8 @@ def api_error(status: int, body: bytes, retry_after: str | None = None) -> ApiEr
     details = answer.get("details")
     details = details if isinstance(details, dict) else {}
     kind = _TYPES.get((status, reason), ApiError)
+    if status == 403 and "exceeded quota" in message:
+        kind = QuotaExceeded
     return kind(status, reason, message, _seconds(retry_after, details), details)
 
 
@@ -126,19 +133,22 @@ def _seconds(header: str | None, details: dict[str, Any]) -> float | None:
 
 
 def to_launch_error(error: ApiError) -> LaunchError:
-    """Whether starting the attempt may work later, or never will. The server's own message is kept verbatim."""
+    """Whether starting the attempt may work later, or never will. The server's own message is kept verbatim.
+
+    A used-up quota is no failure to launch: the attempt waits in line, as in a queue.
+    """
+    if isinstance(error, QuotaExceeded):
+        return TransientLaunchError(FailureReason.QUEUED_TIMEOUT, str(error), error.retry_after_seconds)
     if _is_transient(error):
         return TransientLaunchError(FailureReason.LAUNCH_FAILED, str(error), error.retry_after_seconds)
     return PermanentLaunchError(_permanent_reason(error), str(error))
 
 
 def _is_transient(error: ApiError) -> bool:
-    """Everything that other people's doing can change: load, outages, expired credentials, used-up quotas."""
+    """Everything that other people's doing can change: load, outages, expired credentials."""
     if error.status in (0, 408, 409, 410, 429) or error.status >= 500 or error.status < 400:
         return True
-    if error.is_unauthenticated:
-        return True
-    return error.status == 403 and "exceeded quota" in error.message
+    return error.is_unauthenticated
 
 
 def _permanent_reason(error: ApiError) -> FailureReason:

@@ -21,8 +21,14 @@ from leoflow_celery.executors.kubernetes.claims import StagingClaims
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.collect import StagingCollector
 from leoflow_celery.executors.kubernetes.environment import secret_of
-from leoflow_celery.executors.kubernetes.errors import AlreadyExists, ApiError, NotFound, to_launch_error
-from leoflow_celery.executors.kubernetes.identity import TASK_CONTAINER, attempt_of
+from leoflow_celery.executors.kubernetes.errors import (
+    AlreadyExists,
+    ApiError,
+    NotFound,
+    QuotaExceeded,
+    to_launch_error,
+)
+from leoflow_celery.executors.kubernetes.identity import TASK_CONTAINER, another_system, attempt_of, system_of
 from leoflow_celery.executors.kubernetes.merge import Json
 from leoflow_celery.executors.kubernetes.pod import build_pod
 from leoflow_celery.executors.kubernetes.reconcile import Reconciler
@@ -67,13 +73,15 @@ class KubernetesExecutor:
         return Launched(launch.name, already, details={"uid": created["metadata"]["uid"]})
 
     def cancel(self, name: str, grace_seconds: float) -> None:
-        """Delete the pod: SIGTERM now, SIGKILL after the grace, which is a second at least.
+        """Delete the pod when it is ours: SIGTERM now, SIGKILL after the grace, which is a second at least.
 
         With none at all the API server would forget the pod while it may still run.
         """
         grace = max(1, math.ceil(grace_seconds))
         with _launch_errors():
-            self._delete(name, grace)
+            found = self._find(name)
+            if found is not None and self._is_ours(found["metadata"]):
+                self._delete(name, found["metadata"]["uid"], grace)
 
     def reconcile(self, expectation: Expectation) -> Reconciled:
         """See ``ReconcilableExecutor``."""
@@ -94,50 +102,66 @@ class KubernetesExecutor:
         return f"{launch.name}-{token_hex(4)}" if self._settings.agent_environment == "secret" else ""
 
     def _create(self, launch: LaunchSpec, pod: Json) -> tuple[Json, bool]:
-        """The pod, and whether an earlier delivery had created it."""
+        """The pod, and whether an earlier delivery had created it.
+
+        A quota is asked before the name is looked at, and what fills it may be this very pod.
+        """
         try:
             return self._api.post(self._api.pods_path(), pod, operation="create_pod", **self._validation(launch)), False
-        except AlreadyExists:
-            return self._existing(launch), True
+        except (AlreadyExists, QuotaExceeded) as error:
+            found = self._find(launch.name)
+            if found is not None:
+                self._check_ours(found["metadata"], launch)
+                return found, True
+            if isinstance(error, QuotaExceeded):
+                raise
+            message = f"pod {launch.name} existed a moment ago and is gone"
+            raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message) from error
 
     def _validation(self, launch: LaunchSpec) -> dict[str, str]:
         """Foreign JSON is checked for unknown fields where the server can (1.25); before, it drops them silently."""
         foreign = launch.request.pod_override or self._settings.pod_template
         return {"fieldValidation": "Strict"} if foreign else {}
 
-    def _existing(self, launch: LaunchSpec) -> Json:
+    def _find(self, name: str) -> Json | None:
         try:
-            pod = self._api.get(self._api.pods_path(launch.name), operation="get_pod")
-        except NotFound as error:
-            message = f"pod {launch.name} existed a moment ago and is gone"
-            raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message) from error
-        if attempt_of(pod["metadata"]) != launch.attempt:
+            return self._api.get(self._api.pods_path(name), operation="get_pod")
+        except NotFound:
+            return None
+
+    def _is_ours(self, metadata: Json) -> bool:
+        return attempt_of(metadata) is not None and system_of(metadata) == self._settings.system
+
+    def _check_ours(self, metadata: Json, launch: LaunchSpec) -> None:
+        """Refuse a pod of that name that is another attempt's, another system's or nobody's."""
+        if attempt_of(metadata) != launch.attempt:
             message = f"a pod named {launch.name} exists in namespace {self._api.namespace}, and is not of this attempt"
             raise PermanentLaunchError(FailureReason.INVALID_SPEC, message)
-        return pod
+        if (owner := system_of(metadata)) != self._settings.system:
+            raise another_system(f"pod {launch.name} of namespace {self._api.namespace}", owner, self._settings.system)
 
     def _create_secret(self, launch: LaunchSpec, name: str, pod_uid: str) -> None:
         """Give the pod its Secret, unless another delivery did; a pod that can never get one is taken back."""
+        secret = build_secret(launch, name, pod_uid, self._settings.system)
         try:
-            self._api.post(self._api.path("secrets"), build_secret(launch, name, pod_uid), operation="create_secret")
+            self._api.post(self._api.path("secrets"), secret, operation="create_secret")
         except AlreadyExists:
             return
         except ApiError as error:
             refusal = to_launch_error(error)
             if isinstance(refusal, PermanentLaunchError):
-                self._take_back(launch.name)
+                self._take_back(launch.name, pod_uid)
             raise refusal from error
 
-    def _take_back(self, name: str) -> None:
+    def _take_back(self, name: str, uid: str) -> None:
         try:
-            self._delete(name, grace_seconds=0)
+            self._delete(name, uid, grace_seconds=0)
         except ApiError as error:
             log.warning("kubernetes.pod_left_to_reconcile", extra={"attempt_name": name, "error": str(error)})
 
-    def _delete(self, name: str, grace_seconds: int) -> None:
-        options = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": grace_seconds}
+    def _delete(self, name: str, uid: str, grace_seconds: int) -> None:
         try:
-            self._api.delete(self._api.pods_path(name), options, operation="delete_pod")
+            self._api.delete(self._api.pods_path(name), uid, operation="delete_pod", grace_seconds=grace_seconds)
         except NotFound:
             return
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from leoflow_celery.domain.attempt import AttemptId, label_value
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
 from leoflow_celery.executors.identity import PREFIX, attempt_in
 
@@ -31,6 +33,20 @@ def _managed_by(system: str) -> dict[str, str]:
 def system_of(metadata: dict[str, Any]) -> str:
     """The system that made an object; empty for one without a name."""
     return str((metadata.get("labels") or {}).get(SYSTEM_LABEL, ""))
+
+
+def of_system(selector: str, system: str) -> str:
+    """The part of a selector's objects that this system made."""
+    return f"{selector},{SYSTEM_LABEL}={system}" if system else f"{selector},!{SYSTEM_LABEL}"
+
+
+def another_system(what: str, owner: str, system: str) -> PermanentLaunchError:
+    """The refusal to touch what another system made under the same name."""
+    return PermanentLaunchError(
+        FailureReason.INVALID_SPEC,
+        f"{what} exists and belongs to system {owner!r}, not to {system!r}: systems that share a namespace need task "
+        "instance ids and run ids of their own (or one LEOFLOW_KUBERNETES_SYSTEM, when they are the same)",
+    )
 
 
 def attempt_labels(launch: LaunchSpec, system: str = "") -> dict[str, str]:

@@ -27,7 +27,7 @@ from leoflow_celery.executors.kubernetes.classify import (
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
 from leoflow_celery.executors.kubernetes.events import explain, fetch_events
-from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR
+from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
 from leoflow_celery.executors.kubernetes.logs import fetch_log_tail
 from leoflow_celery.executors.kubernetes.observe import PodState, observe
 from leoflow_celery.settings import KubernetesSettings
@@ -78,7 +78,7 @@ class Reconciler:
         pages = self._api.list_pages(
             self._api.pods_path(),
             operation="list_pods",
-            label_selector=MANAGED_SELECTOR,
+            label_selector=of_system(MANAGED_SELECTOR, self._policy.system),
             limit=self._settings.page_size,
         )
         # By name: a list that had to start again yields some pods twice.
@@ -160,11 +160,9 @@ class Reconciler:
         self._reporter(attempt, outcome, return_value)
 
     def _delete(self, pod: PodState, decision: PodDecision) -> bool:
-        """Only this very pod: one of the same name that was created meanwhile is another."""
-        options = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": pod.uid}}
         fields = {"attempt_name": pod.name, "why": decision.why}
         try:
-            self._api.delete(self._api.pods_path(pod.name), options, operation="delete_pod")
+            self._api.delete(self._api.pods_path(pod.name), pod.uid, operation="delete_pod")
         except NotFound:
             return False
         except ApiError as error:

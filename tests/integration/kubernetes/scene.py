@@ -148,7 +148,10 @@ class Scene:
         self._reconciler = Reconciler(self.api, self.settings, reporter or self.reports, self.observer, policy)
 
     def reconcile(self, *expected: Manifest, read_at: float | None = None) -> Reconciled:
-        return self._reconciler.reconcile(expecting(*expected, read_at=read_at))
+        return self.reconcile_with(expecting(*expected, read_at=read_at))
+
+    def reconcile_with(self, expectation: Expectation) -> Reconciled:
+        return self._reconciler.reconcile(expectation)
 
     def close(self) -> None:
         self.api.close()

@@ -63,7 +63,7 @@ def test_what_sql_does_not_expect_goes_unless_it_is_young_or_not_ours(
     scene = make_scene()
     # Times of the API have no fractions: a second later nothing is young.
     done = scene.reconcile(kept, read_at=time.time() + 1)
-    assert (done.seen, done.reported, done.deleted) == (5, 0, 2)
+    assert (done.seen, done.reported, done.deleted) == (4, 0, 2)
     assert _names(namespace) == {name_of(one) for one in (kept, foreign, unlabelled, of_another_system)}
     assert scene.reports.all == []
     assert scene.observer.runnings == [1]

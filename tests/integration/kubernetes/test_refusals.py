@@ -145,9 +145,14 @@ def test_a_used_up_quota_frees_up_again(make_executor: MakeExecutor, namespace: 
     namespace.create({"apiVersion": "v1", **quota})
     executor = make_executor(namespace.admin_kubeconfig())
     wait_until(lambda: namespace.items("resourcequotas")[0].get("status", {}).get("used"), 60, "the quota is counted")
-    executor.execute(parked())
-    with pytest.raises(TransientLaunchError, match="exceeded quota: few"):
+    launch = parked()
+    uid = executor.execute(launch).details["uid"]
+    with pytest.raises(TransientLaunchError, match="exceeded quota: few") as caught:
         executor.execute(parked())
+    assert caught.value.reason == "queued_timeout"
+    # The attempt's own pod is what fills it: a second delivery is asked for more, and is launched all the same.
+    again = executor.execute(launch)
+    assert (again.already, again.details["uid"]) == (True, uid)
 
 
 def test_a_server_that_is_not_there(

@@ -31,6 +31,7 @@ def pod(
     init: dict[str, Any] | None = None,
     age: float = AGE,
     attempt: AttemptId | None = ATTEMPT,
+    system: str = "",
     deleted: float | None = None,
     node: str = "node-1",
     conditions: tuple[dict[str, str], ...] = (),
@@ -47,6 +48,8 @@ def pod(
             "leoflow.io/try-number": str(attempt.try_number),
             "leoflow.io/launch": str(attempt.launch),
         }
+    if system:
+        metadata["labels"] = {"leoflow.io/system": system}
     if deleted is not None:
         metadata["deletionTimestamp"] = stamp(deleted)
     task = {"name": "task", "image": "example/etl:1", **(container or {})}

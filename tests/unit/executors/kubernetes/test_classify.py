@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.reasons import FailureReason as Reason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.executors.kubernetes.classify import (
@@ -211,6 +212,33 @@ def test_others_pods_and_pods_on_their_way_out_are_left_alone() -> None:
     assert decide(state=running(), expected=False, attempt=None) == KEEP
     assert decide(state=running(), expected=False, deleted=NOW + 10) == KEEP
     assert decide("Failed", state=terminated(1, ago=9_000), expected=False, age=10**4, deleted=NOW) == KEEP
+
+
+@pytest.mark.parametrize(
+    "whose", [{"system": "another"}, {"attempt": None}, {"attempt": AttemptId("ti-1", 2, 4)}], ids=str
+)
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"phase": "Pending", "state": waiting("InvalidImageName")},
+        {"phase": "Pending", "age": 10**6},
+        {"phase": "Unknown"},
+        {"phase": "Failed", "state": terminated(1)},
+        {"phase": "Running", "state": running(), "deleted": NOW - 60},
+    ],
+    ids=lambda status: str(status["phase"]),
+)
+def test_a_pod_that_is_not_ours_is_left_alone_even_under_a_name_that_is_expected(
+    whose: dict[str, Any], status: dict[str, Any]
+) -> None:
+    assert decide(**status) != KEEP
+    assert decide(**status, **whose) == KEEP
+
+
+def test_what_another_system_does_not_expect_is_its_own_business() -> None:
+    assert decide(state=running(), expected=False, system="another") == KEEP
+    ours = replace(POLICY, system="another")
+    assert decide_pod(observed(state=running(), system="another"), None, NOW, NOW, ours).delete
 
 
 # -- no pod ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from leoflow_celery.executors.kubernetes.errors import (
     ApiError,
     Expired,
     NotFound,
+    QuotaExceeded,
     Unreachable,
     api_error,
     to_launch_error,
@@ -47,9 +48,12 @@ def test_what_only_the_request_can_change_is_not(status: int) -> None:
 
 def test_a_used_up_quota_frees_up_again() -> None:
     message = 'pods "a" is forbidden: exceeded quota: few, requested: pods=1, used: pods=5, limited: pods=5'
-    launch_error = to_launch_error(answer(403, "Forbidden", message))
+    error = answer(403, "Forbidden", message)
+    assert isinstance(error, QuotaExceeded)
+    launch_error = to_launch_error(error)
     assert isinstance(launch_error, TransientLaunchError)
     assert message in launch_error.message
+    assert launch_error.reason == FailureReason.QUEUED_TIMEOUT  # it waits in line, should it be given up
 
 
 def test_a_plugin_without_a_token_makes_us_nobody_for_a_while() -> None:
