@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import sqlalchemy as sa
 
@@ -24,20 +24,19 @@ class SweepStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def silent(self, heartbeat_timeout_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
+    def silent(self, heartbeat_timeout_seconds: float, page: int = 500) -> Iterator[TaskInstanceView]:
         """Claimed attempts whose last heartbeat is older than the timeout."""
-        return self._live(
-            _TI.c.holder.is_not(None), _TI.c.last_heartbeat_at < time.time() - heartbeat_timeout_seconds, limit=limit
-        )
+        before = time.time() - heartbeat_timeout_seconds
+        return self._live(_TI.c.holder.is_not(None), _TI.c.last_heartbeat_at < before, page=page)
 
-    def waiting(self, at_least_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
+    def waiting(self, at_least_seconds: float, page: int = 500) -> Iterator[TaskInstanceView]:
         """Sent but unclaimed attempts, queued at least that long."""
         before = time.time() - at_least_seconds
-        return self._live(_TI.c.holder.is_(None), _TI.c.sent_at < before, limit=limit)
+        return self._live(_TI.c.holder.is_(None), _TI.c.sent_at < before, page=page)
 
-    def cancelled(self, grace_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
+    def cancelled(self, grace_seconds: float, page: int = 500) -> Iterator[TaskInstanceView]:
         """Attempts asked to stop that have not stopped within the grace."""
-        return self._live(_TI.c.cancel_requested_at < time.time() - grace_seconds, limit=limit)
+        return self._live(_TI.c.cancel_requested_at < time.time() - grace_seconds, page=page)
 
     def expectations(self, executors: Collection[str]) -> dict[str, Expectation]:
         """What must exist outside, per executor: every live attempt of it, in one query for all of them."""
@@ -64,10 +63,33 @@ class SweepStore:
             rows = connection.execute(query.group_by(_TI.c.executor, _TI.c.queue_name)).all()
         return {name or QUEUE_OF[ExecutorType(executor)]: float(at) for executor, name, at in rows}
 
-    def _live(self, *conditions: sa.ColumnElement[bool], limit: int) -> list[TaskInstanceView]:
-        query = sa.select(_TI).where(is_live(), *conditions).order_by(_TI.c.queued_at).limit(limit)
-        with self._database.reading() as connection:
-            return [TaskInstanceView.from_row(row) for row in connection.execute(query).mappings()]
+    def _live(self, *conditions: sa.ColumnElement[bool], page: int) -> Iterator[TaskInstanceView]:
+        """All that fit, the longest queued first, page by page: many that are in order must not hide one that is not.
+
+        What changes between two pages was in order a moment ago, or is looked at by the next sweep.
+        """
+        order = (_TI.c.queued_at, _TI.c.task_instance_id, _TI.c.try_number)
+        query = sa.select(_TI).where(is_live(), *conditions).order_by(*order).limit(page)
+        following = query
+        while True:
+            with self._database.reading() as connection:
+                views = [TaskInstanceView.from_row(row) for row in connection.execute(following).mappings()]
+            yield from views
+            if len(views) < page:
+                return
+            last = views[-1]
+            following = query.where(_after(last.queued_at, last.task_instance_id, last.try_number))
+
+
+def _after(queued_at: float, task_instance_id: str, try_number: int) -> sa.ColumnElement[bool]:
+    """Later in the order of ``_live``."""
+    same_time = _TI.c.queued_at == queued_at
+    same_task = sa.and_(same_time, _TI.c.task_instance_id == task_instance_id)
+    return sa.or_(
+        _TI.c.queued_at > queued_at,
+        sa.and_(same_time, _TI.c.task_instance_id > task_instance_id),
+        sa.and_(same_task, _TI.c.try_number > try_number),
+    )
 
 
 def _host(back_end: str) -> str:

@@ -22,8 +22,9 @@ from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.reporting import report_staging_deleted
 
 log = logging.getLogger(__name__)
-#: A reconcile that takes longer lets the next one in; both are harmless.
-_LOCK_SECONDS = 300
+#: Three messages of beat: a worker that died in a reconcile is replaced soon. One that takes longer lets the next in,
+#: and both are harmless.
+_LOCK_SECONDS = 45
 #: A cancellation is tried again for so long; after that the reconcile stops what is no longer expected.
 _STOP_RETRIES = 3
 

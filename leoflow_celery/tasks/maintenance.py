@@ -24,7 +24,7 @@ from leoflow_celery.domain.reap import (
     unplaced_verdict,
 )
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.routing import ExecutorType, host_queue
+from leoflow_celery.domain.routing import RESULTS_QUEUE, ExecutorType, host_queue
 from leoflow_celery.errors import BrokerUnavailable, Unsealable
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.leases import GATEWAY_GAP_SECONDS, GATEWAY_PRESENCE, REAPER_PRESENCE
@@ -114,6 +114,7 @@ def _listeners(task: LeoflowTask, policy: ReapPolicy) -> dict[bool, bool]:
 
 def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
     count, depths = 0, {}
+    told = _depth(task, RESULTS_QUEUE) == 0
     youngest = min(policy.lost_message_seconds, policy.launch_timeout_seconds)
     for view in task.runtime.store.sweeps.waiting(youngest):
         if view.queue not in depths:
@@ -122,9 +123,9 @@ def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
         launched = None if view.launched_at is None else now - view.launched_at
         waited = now - (view.sent_at or view.queued_at)
         patience = _patience(task, view, policy)
-        verdict = reap_queued(
-            waited, view.queue, depths[view.queue], launched, patience, _bound_to(view), _started_as(view)
-        )
+        # While reports wait, a launch that nobody told of may be among them.
+        depth = depths[view.queue] if told else None
+        verdict = reap_queued(waited, view.queue, depth, launched, patience, _bound_to(view), _started_as(view))
         if verdict is not None:
             count += _give_up(task, view, verdict, Guard(unclaimed=True))
     return count

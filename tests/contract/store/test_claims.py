@@ -58,7 +58,7 @@ def test_a_claim_is_no_heartbeat(store: Store) -> None:
     """An agent that never sends one must not be taken for one that fell silent."""
     attempt = submit(store)
     assert store.attempts.claim(attempt, "h1", "host", LEASE_SECONDS).last_heartbeat_at is None
-    assert store.sweeps.silent(heartbeat_timeout_seconds=-60) == []
+    assert list(store.sweeps.silent(heartbeat_timeout_seconds=-60)) == []
     store.attempts.heartbeat([Beat(attempt, "h1")], -1)
     beaten = store.attempts.get("ti-1").last_heartbeat_at
     assert beaten is not None

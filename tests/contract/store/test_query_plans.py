@@ -83,9 +83,9 @@ def full_scans(lines: list[str]) -> list[str]:
 
 Call = Callable[[Store], object]
 CALLS: dict[str, Call] = {
-    "silent": lambda store: store.sweeps.silent(90),
-    "waiting": lambda store: store.sweeps.waiting(60),
-    "cancelled": lambda store: store.sweeps.cancelled(60),
+    "silent": lambda store: list(store.sweeps.silent(90)),
+    "waiting": lambda store: list(store.sweeps.waiting(60)),
+    "cancelled": lambda store: list(store.sweeps.cancelled(60)),
     "unsent": lambda store: store.submissions.unsent(30),
     "place": lambda store: store.submissions.place(),
     "unplaced": lambda store: store.submissions.unplaced(60),
