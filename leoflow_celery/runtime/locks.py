@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from leoflow_celery.errors import BrokerUnavailable
 
+log = logging.getLogger(__name__)
+
 
 class BrokerLocks:
     """Named locks that end with their holder's block, or ``ttl_seconds`` after a holder that died in it.
 
-    A broker that is not Redis has none: then everybody is let in, and what they do must be harmless twice.
+    A broker that is not Redis has none: then everybody is let in, and what they do must be harmless twice. So must it
+    be with Redis: a holder that the broker does not hear of in time is taken for dead.
     """
 
     def __init__(self, client: Any, key_prefix: str) -> None:
@@ -21,7 +26,7 @@ class BrokerLocks:
 
     @contextmanager
     def single_flight(self, name: str, ttl_seconds: float) -> Iterator[bool]:
-        """True inside for the one who holds the lock.
+        """True inside for the one who holds the lock, which is renewed for as long as the block takes.
 
         Raises:
             BrokerUnavailable: the broker did not answer.
@@ -31,18 +36,49 @@ class BrokerLocks:
             return
         from redis.exceptions import LockError, RedisError
 
-        lock = self._client.lock(f"{self._prefix}lock:{name}", timeout=ttl_seconds, blocking=False)
+        key = f"{self._prefix}lock:{name}"
+        # Another thread renews it than takes it.
+        lock = self._client.lock(key, timeout=ttl_seconds, blocking=False, thread_local=False)
         try:
             held = bool(lock.acquire())
         except RedisError as error:
             raise BrokerUnavailable(f"lock {name!r}: the broker did not answer: {error}") from error
+        if not held:
+            yield False
+            return
         try:
-            yield held
+            with _renewed(lock, name, ttl_seconds / 3):
+                yield True
         finally:
-            if held:
-                try:
-                    lock.release()
-                except LockError:
-                    pass  # it ran out: somebody else may hold it by now
-                except RedisError as error:
-                    raise BrokerUnavailable(f"lock {name!r}: the broker did not answer: {error}") from error
+            try:
+                lock.release()
+            except LockError:
+                pass  # it ran out: somebody else may hold it by now
+            except RedisError as error:
+                raise BrokerUnavailable(f"lock {name!r}: the broker did not answer: {error}") from error
+
+
+@contextmanager
+def _renewed(lock: Any, name: str, interval_seconds: float) -> Iterator[None]:
+    """The lock starts anew every so often, by a thread that ends with the block and with the process."""
+    from redis.exceptions import LockError, RedisError
+
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(interval_seconds):
+            try:
+                lock.reacquire()
+            except LockError:
+                log.warning("lock.lost", extra={"lock": name})
+                return
+            except RedisError as error:  # there is another third of its life
+                log.warning("lock.not_renewed", extra={"lock": name, "error": str(error)})
+
+    thread = threading.Thread(target=renew, name=f"leoflow-lock-{name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

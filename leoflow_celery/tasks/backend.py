@@ -22,9 +22,8 @@ from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.reporting import report_staging_deleted
 
 log = logging.getLogger(__name__)
-#: Three messages of beat: a worker that died in a reconcile is replaced soon. One that takes longer lets the next in,
-#: and both are harmless.
-_LOCK_SECONDS = 45
+#: Two messages of beat: a worker that died in a reconcile is replaced by the next but one. A live one renews its lock.
+_LOCK_SECONDS = 30
 #: A cancellation is tried again for so long; after that the reconcile stops what is no longer expected.
 _STOP_RETRIES = 3
 
