@@ -7,11 +7,12 @@ when the attempt ends, so the task leaves with ``Ignore`` and stays open for the
 from __future__ import annotations
 
 import logging
+import math
+import random
 import time
 from typing import Any
 
 from celery.exceptions import Ignore
-from celery.utils.time import get_exponential_backoff_interval
 
 from leoflow_celery import metrics
 from leoflow_celery.domain.attempt import AttemptId
@@ -27,17 +28,20 @@ from leoflow_celery.tasks.executors import executor_of
 from leoflow_celery.tasks.reporting import report_launched, report_outcome
 
 log = logging.getLogger(__name__)
-#: Attempts to start before the launch counts as failed; with the backoff about five minutes.
-MAX_LAUNCH_RETRIES = 8
+#: For so long a server may be away; then the launch counts as failed, and spends a relaunch.
+OUTAGE_SECONDS = 300.0
+_MAX_BACKOFF_SECONDS = 60.0
 
 
-def launch(self: LeoflowTask, attempt: dict[str, Any], sealed: str, **_summary: Any) -> None:
-    """Start one attempt. A second delivery finds it started."""
+def launch(
+    self: LeoflowTask, attempt: dict[str, Any], sealed: str, tried_since: float | None = None, **_summary: Any
+) -> None:
+    """Start one attempt. A second delivery finds it started; ``tried_since`` is when its first try failed."""
     identity = AttemptId.from_json(attempt)
     try:
         launched = _start(self, identity, sealed)
     except TransientLaunchError as error:
-        _retry_or_give_up(self, identity, error)
+        _retry_or_give_up(self, identity, error, time.time() if tried_since is None else tried_since)
     except PermanentLaunchError as error:
         outcome = Outcome.failed(parse_reason(error.reason, FailureReason.INVALID_SPEC), error.message)
         report_outcome(self, identity, outcome, unclaimed=True)
@@ -77,17 +81,37 @@ def _execute(task: LeoflowTask, launch_spec: LaunchSpec) -> Launched:
     return launched
 
 
-def _retry_or_give_up(task: LeoflowTask, attempt: AttemptId, error: TransientLaunchError) -> None:
-    retries = task.request.retries
-    if retries >= MAX_LAUNCH_RETRIES:
+def _retry_or_give_up(task: LeoflowTask, attempt: AttemptId, error: TransientLaunchError, tried_since: float) -> None:
+    tried = time.time() - tried_since
+    delay = next_try_seconds(task.request.retries, tried, _patience_seconds(task, error), error.retry_after_seconds)
+    if delay is None:
         reason = parse_reason(error.reason, FailureReason.LAUNCH_FAILED)
-        message = f"{error.message} (given up after {retries + 1} attempts to start)"
+        message = f"{error.message} (given up after {task.request.retries + 1} attempts to start in {tried:.0f} s)"
         report_outcome(task, attempt, Outcome.failed(reason, message), unclaimed=True)
         return
-    backoff = get_exponential_backoff_interval(factor=1, retries=retries, maximum=60, full_jitter=True)
-    delay = max(error.retry_after_seconds or 0, backoff)
     log.warning("launch.retry", extra={"attempt": str(attempt), "error": error.message, "delay_seconds": delay})
-    raise task.retry(countdown=delay, exc=error)
+    raise task.retry(countdown=delay, exc=error, kwargs={**(task.request.kwargs or {}), "tried_since": tried_since})
+
+
+def _patience_seconds(task: LeoflowTask, error: TransientLaunchError) -> float:
+    """A back end that has no room (its reason is queued_timeout) is no outage: the attempt waits as in its queue."""
+    if error.reason != FailureReason.QUEUED_TIMEOUT:
+        return OUTAGE_SECONDS
+    return task.runtime.settings.maintenance.queued_timeout_seconds or math.inf
+
+
+def next_try_seconds(
+    retries: int, tried_seconds: float, patience_seconds: float, asked_seconds: float | None = None
+) -> float | None:
+    """How long to wait after a try that failed, or None when patience is over.
+
+    A doubling delay, of which a random half is left out so that what failed together does not come back together; at
+    least what the server asked for.
+    """
+    if tried_seconds >= patience_seconds:
+        return None
+    backoff = _MAX_BACKOFF_SECONDS if retries > 10 else min(2.0**retries, _MAX_BACKOFF_SECONDS)
+    return max(asked_seconds or 0.0, random.uniform(backoff / 2, backoff))  # noqa: S311 - no secret
 
 
 kubernetes = leoflow_task(task_name(ExecutorType.KUBERNETES))(launch)
