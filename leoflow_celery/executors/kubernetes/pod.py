@@ -20,12 +20,20 @@ from leoflow_celery.executors.kubernetes.environment import (
     agent_entries,
     request_entries,
 )
-from leoflow_celery.executors.kubernetes.identity import TASK_CONTAINER, attempt_labels
+from leoflow_celery.executors.kubernetes.identity import SYSTEM_LABEL, TASK_CONTAINER, attempt_labels
 from leoflow_celery.executors.kubernetes.merge import Json, MergeError, merge
 from leoflow_celery.settings import KubernetesSettings
 
 #: The group of the task image's user; a staging volume is made writable for it.
 _STAGING_GROUP = 10_001
+#: What we read of a pod that others may have written. The server checks the rest.
+_SHAPES: dict[tuple[str, str], tuple[type, str]] = {
+    ("metadata", "labels"): (dict, "an object"),
+    ("metadata", "annotations"): (dict, "an object"),
+    ("spec", "securityContext"): (dict, "an object"),
+    ("spec", "tolerations"): (list, "a list"),
+    ("spec", "terminationGracePeriodSeconds"): (int, "a number"),
+}
 
 
 def pod_base(settings: KubernetesSettings, template: Json | None = None) -> Json:
@@ -43,10 +51,13 @@ def build_pod(launch: LaunchSpec, settings: KubernetesSettings, base: Json | Non
     ``secret`` is the name of the Secret to take token and request env from; without one they are in the pod.
 
     Raises:
-        PermanentLaunchError: the request's override cannot be merged.
+        PermanentLaunchError: what the request asks for, or its override, cannot be merged.
     """
     base = pod_base(settings) if base is None else base
-    pod = merge(base, _request_layer(launch, settings, base, secret))
+    try:
+        pod = merge(base, request_layer(launch, settings, base, secret))
+    except MergeError as error:
+        raise PermanentLaunchError(FailureReason.INVALID_SPEC, f"the request does not fit the pod: {error}") from error
     if launch.request.pod_override:
         pod = _overridden(pod, launch.request)
     return _identified(pod, launch, settings.system, secret)
@@ -76,7 +87,7 @@ def _defaults(settings: KubernetesSettings) -> Json:
     return {"metadata": {"labels": {}, "annotations": {}}, "spec": spec}
 
 
-def _request_layer(launch: LaunchSpec, settings: KubernetesSettings, base: Json, secret: str) -> Json:
+def request_layer(launch: LaunchSpec, settings: KubernetesSettings, base: Json, secret: str) -> Json:
     """What the request itself asks for. Its tolerations are added to the queue's, which a plain merge would replace."""
     request, execution = launch.request, launch.request.execution
     volumes, mounts = _volumes(request)
@@ -150,9 +161,21 @@ def _overridden(pod: Json, request: TaskRequest) -> Json:
         merged = merge(pod, request.pod_override)
     except MergeError as error:
         raise PermanentLaunchError(FailureReason.INVALID_SPEC, f"pod_override: {error}") from error
-    if not isinstance(merged.get("spec"), dict) or not isinstance(merged.get("metadata"), dict):
-        raise PermanentLaunchError(FailureReason.INVALID_SPEC, "pod_override: spec and metadata cannot be deleted")
+    if problem := shape_problem(merged):
+        raise PermanentLaunchError(FailureReason.INVALID_SPEC, f"pod_override: {problem}")
     return merged
+
+
+def shape_problem(pod: Json) -> str:
+    """Why a pod that others had a hand in cannot be ours: a sentence, or nothing."""
+    if not all(isinstance(pod.get(name), dict) for name in ("metadata", "spec")):
+        return "spec and metadata cannot be deleted"
+    if not any(one["name"] == TASK_CONTAINER for one in pod["spec"].get("containers") or ()):
+        return f"the container {TASK_CONTAINER!r} cannot be removed"
+    for (part, name), (kind, words) in _SHAPES.items():
+        if not isinstance(pod[part].get(name, kind()), kind):
+            return f"{part}.{name}: {words} belongs here"
+    return ""
 
 
 def _identified(pod: Json, launch: LaunchSpec, system: str, secret: str) -> Json:
@@ -160,15 +183,11 @@ def _identified(pod: Json, launch: LaunchSpec, system: str, secret: str) -> Json
     metadata = {name: value for name, value in pod["metadata"].items() if name not in ("namespace", "generateName")}
     spec = {**pod["spec"], "restartPolicy": "Never"}
     spec.setdefault("automountServiceAccountToken", bool(spec.get("serviceAccountName")))
-    containers = spec.get("containers") or []
-    if not any(one["name"] == TASK_CONTAINER for one in containers):
-        raise PermanentLaunchError(
-            FailureReason.INVALID_SPEC, f"pod_override: the container {TASK_CONTAINER!r} cannot be removed"
-        )
     ours = agent_entries(launch, spec, secret)
-    spec["containers"] = [_task(one, ours) if one["name"] == TASK_CONTAINER else one for one in containers]
+    spec["containers"] = [_task(one, ours) if one["name"] == TASK_CONTAINER else one for one in spec["containers"]]
     metadata["name"] = launch.name
-    metadata["labels"] = {**metadata.get("labels", {}), **attempt_labels(launch, system)}
+    labels = {name: value for name, value in metadata.get("labels", {}).items() if name != SYSTEM_LABEL}
+    metadata["labels"] = {**labels, **attempt_labels(launch, system)}
     metadata["annotations"] = {**metadata.get("annotations", {}), **raw_ids(launch)}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 

@@ -258,4 +258,7 @@ def test_a_system_with_a_name_says_so_on_everything() -> None:
     named = build(settings=KubernetesSettings(system="blue"))
     assert named["metadata"]["labels"]["leoflow.io/system"] == "blue"
     assert "leoflow.io/system" not in build()["metadata"]["labels"]
+    assert build_secret(launch(), "s", "uid", "blue")["metadata"]["labels"]["leoflow.io/system"] == "blue"
+    others = {"metadata": {"labels": {"leoflow.io/system": "green"}}}
+    assert "leoflow.io/system" not in build(others)["metadata"]["labels"]  # or its own reconcile would not see it
     assert claim_metadata(launch(staging_claim="c").request, "blue")["labels"]["leoflow.io/system"] == "blue"

@@ -119,11 +119,23 @@ def test_nothing_goes_over_what_identifies_the_attempt() -> None:
         ({"spec": None}, "spec and metadata cannot be deleted"),
         ({"metadata": {"$patch": "delete"}}, "spec and metadata cannot be deleted"),
         ({"metadata": {"labels": "all"}}, r"pod_override: metadata\.labels: an object belongs here"),
+        ({"metadata": {"$patch": "replace", "labels": "x"}}, r"pod_override: metadata\.labels: an object belongs here"),
+        ({"metadata": {"$patch": "replace", "annotations": []}}, r"pod_override: metadata\.annotations: an object"),
+        ({"spec": {"terminationGracePeriodSeconds": "soon"}}, r"terminationGracePeriodSeconds: a number belongs here"),
+        ({"spec": {"affinity": {"nodeAffinity": {"$patch": "bogus"}}}}, r"nodeAffinity: \$patch is 'bogus'"),
     ],
 )
 def test_an_override_that_cannot_work_is_refused(override: dict[str, Any], text: str) -> None:
     with pytest.raises(PermanentLaunchError, match=text) as caught:
         build(pod_override=override)
+    assert caught.value.reason == "invalid_spec"
+
+
+def test_a_directive_in_the_request_itself_is_refused_too() -> None:
+    with pytest.raises(
+        PermanentLaunchError, match=r"does not fit the pod: .*nodeAffinity: \$patch is 'bogus'"
+    ) as caught:
+        build(execution={"affinity": {"nodeAffinity": {"$patch": "bogus"}}})
     assert caught.value.reason == "invalid_spec"
 
 
