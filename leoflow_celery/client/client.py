@@ -25,7 +25,7 @@ from leoflow_celery.domain.routing import (
     host_queue,
 )
 from leoflow_celery.domain.states import RunState, TaskState
-from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, parse_value
+from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.settings import Settings
@@ -229,7 +229,7 @@ class Client:
     def xcom(
         self, dag_id: str, run_id: str, task_id: str, key: str = RETURN_VALUE, tenant_id: str = _STANDARD_TENANT
     ) -> Any:
-        """A value, parsed from its JSON; one of another content type as text.
+        """A value, parsed from its JSON; what is no JSON as text.
 
         Raises:
             NotFound: never pushed, or expired.
@@ -237,12 +237,12 @@ class Client:
         value = self.runtime.store.xcom.get(XComKey(tenant_id, dag_id, run_id, task_id, key))
         if value is None:
             raise NotFound(f"task {task_id!r} of run {run_id!r} has no XCom {key!r} (never pushed, or expired)")
-        return parse_value(value)
+        return shown_value(value)
 
     def xcoms(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[tuple[str, str, Any, float]]:
         """Every value of a run as (task_id, key, parsed value, created_at)."""
         found = self.runtime.store.xcom.of_run(tenant_id, dag_id, run_id)
-        return [(key.task_id, key.key, parse_value(value), value.created_at) for key, value in found]
+        return [(key.task_id, key.key, shown_value(value), value.created_at) for key, value in found]
 
     def logs(
         self,

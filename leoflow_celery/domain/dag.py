@@ -14,22 +14,20 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from leoflow_celery.domain.attempt import staging_claim_name
 from leoflow_celery.domain.dag_text import parse_dag_text
+from leoflow_celery.domain.fields import Environment, JsonObject, JsonSchema, Name, Quantity, VariableName
 from leoflow_celery.domain.plan import Retries, TriggerRule
 from leoflow_celery.domain.request import (
-    Environment,
     Execution,
     Frozen,
     HttpRequest,
     Operator,
-    Quantity,
     Resources,
     SecretReference,
     TaskRequest,
-    XComSchema,
     invalid_request,
 )
 from leoflow_celery.errors import InvalidDag, InvalidRequest
@@ -73,13 +71,13 @@ class TaskSpec(Frozen):
     entrypoint: str = ""
     http_request: HttpRequest | None = None
     env: Environment = Field(default_factory=dict)
-    call_args: dict[str, JsonValue] = Field(default_factory=dict)
+    call_args: JsonObject = Field(default_factory=dict)
     secrets: tuple[SecretReference, ...] = ()
     resources: Resources = Resources()
     execution: Execution = Execution()
     #: parameter name → upstream task id
-    xcom_input: dict[str, Id] = Field(default_factory=dict)
-    xcom_schema: XComSchema | None = None
+    xcom_input: dict[VariableName, Id] = Field(default_factory=dict)
+    xcom_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
     def _fields_of_type(self) -> TaskSpec:
@@ -112,7 +110,7 @@ class Dag(Frozen):
 
     schema_version: Literal["1.0"]
     dag_id: Id
-    dag_version: Annotated[str, Field(min_length=1, max_length=255)]
+    dag_version: Annotated[Name, Field(min_length=1)]
     image: str
     tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1)]
     description: str = ""

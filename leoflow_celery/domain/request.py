@@ -6,28 +6,37 @@ wiring, result callback). Unknown keys are errors; every error names the field, 
 
 from __future__ import annotations
 
-import json
-import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.quantity import parse_quantity
-from leoflow_celery.domain.xcom import check_schema
+from leoflow_celery.domain.fields import (
+    MAX_NAME_CHARACTERS,
+    ClaimName,
+    Environment,
+    Identifier,
+    Json,
+    JsonObject,
+    JsonSchema,
+    MountPath,
+    Name,
+    OptionalQuantity,
+    PlainIdentifier,
+    PodPart,
+    Quantity,
+    Text,
+    Url,
+    VariableName,
+    is_storable,
+)
+from leoflow_celery.domain.outcome import storable
 from leoflow_celery.errors import InvalidRequest, RequestTooLarge
 
-#: Of UTF-8. Five ids of this size are the largest key that a PostgreSQL index takes.
-MAX_ID_BYTES = 512
 #: 1 MiB: a request travels through the broker; anything bigger belongs in the image or in /staging.
 MAX_REQUEST_BYTES = 1_048_576
-
-
-#: A DNS subdomain, as the Kubernetes API wants it; Docker takes any of these too.
-MAX_CLAIM_CHARACTERS = 253
-_CLAIM_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 
 
 class Operator(StrEnum):
@@ -38,106 +47,9 @@ class Operator(StrEnum):
     HTTP_API = "http_api"
 
 
-def _identifier(value: str) -> str:
-    if not value or len(value.encode()) > MAX_ID_BYTES:
-        raise ValueError(f"must have 1 to {MAX_ID_BYTES} bytes")
-    if value in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", value):
-        raise ValueError("is used in file names: no slash, backslash, control character, '.' or '..'")
-    return value
-
-
-def _plain_identifier(value: str) -> str:
-    if ":" in value:
-        raise ValueError("is used in keys that colons separate: no colon")
-    return _identifier(value)
-
-
-def _text(value: str) -> str:
-    value.encode()  # a lone surrogate is no text that anybody could store
-    if "\x00" in value:
-        raise ValueError("holds a NUL character, which no database, process or API takes; remove it")
-    return value
-
-
-def _claim_name(value: str) -> str:
-    if value and (len(value) > MAX_CLAIM_CHARACTERS or not _CLAIM_NAME.fullmatch(value)):
-        raise ValueError(
-            f"names a volume: at most {MAX_CLAIM_CHARACTERS} lower-case letters, digits, '-' and '.', with a letter or "
-            "digit at both ends"
-        )
-    return value
-
-
-def _quantity(value: str) -> str:
-    parse_quantity(value)
-    return value
-
-
-def _env_names(value: dict[str, str]) -> dict[str, str]:
-    for name, text in value.items():
-        name.encode(), text.encode()  # as for any text
-        if not name or "=" in name or "\x00" in name or "\x00" in text:
-            head, equals, _ = name.partition("=")
-            shown = f"{head}=…" if equals else name  # what follows may well be the value
-            raise ValueError(f"variable {shown!r}: a name may hold no '=' or NUL and not be empty, a value no NUL")
-    return value
-
-
-def _parameters(value: dict[str, str]) -> dict[str, str]:
-    for name in value:
-        if not name or re.search(r"[=\x00]", _text(name)):
-            raise ValueError(f"parameter {name!r}: a name may hold no '=' or NUL and not be empty")
-    return value
-
-
-def _plain_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError as error:
-        raise ValueError("holds a number that JSON does not know (NaN, Infinity) or no program reads") from error
-    return value
-
-
-def _xcom_schema(value: dict[str, Any]) -> dict[str, Any]:
-    check_schema(value)
-    return value
-
-
-#: Of a Pod object; the API server would drop any other key, and say nothing.
-_POD_KEYS = frozenset({"apiVersion", "kind", "metadata", "spec"})
-
-
-def _pod_part(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    if unknown := sorted(value.keys() - _POD_KEYS - {"$patch"}):
-        raise ValueError(
-            f"has the key {unknown[0]!r}; a Pod has metadata and spec: write spec.{unknown[0]}, or the like"
-        )
-    return value
-
-
-def _mount_path(value: str) -> str:
-    if value and (not value.startswith("/") or ":" in value):
-        raise ValueError("is a directory in the container: an absolute path without a colon, e.g. /secrets")
-    return _text(value)
-
-
 def _wrong(field: str, text: str) -> PydanticCustomError:
     """A rule between fields is broken: pydantic knows no place for it, so the error names its field itself."""
     return PydanticCustomError("rule", "{text}", {"field": field, "text": text})
-
-
-Identifier = Annotated[str, AfterValidator(_identifier)]
-PlainIdentifier = Annotated[str, AfterValidator(_plain_identifier)]
-Text = Annotated[str, AfterValidator(_text)]
-ClaimName = Annotated[str, AfterValidator(_claim_name)]
-MountPath = Annotated[str, AfterValidator(_mount_path)]
-PodPart = Annotated[dict[str, JsonValue], AfterValidator(_pod_part)]
-Quantity = Annotated[str, AfterValidator(_quantity)]
-OptionalQuantity = Annotated[str, AfterValidator(lambda value: value and _quantity(value))]
-XComSchema = Annotated[dict[str, Any], AfterValidator(_xcom_schema)]
-Parameters = Annotated[dict[str, PlainIdentifier], AfterValidator(_parameters)]
-Arguments = Annotated[dict[str, JsonValue], AfterValidator(_plain_json)]
-Environment = Annotated[dict[str, str], AfterValidator(_env_names)]
 
 
 class Frozen(BaseModel):
@@ -163,11 +75,11 @@ class Resources(Frozen):
 class Toleration(Frozen):
     """A Kubernetes toleration; the field names are the API's."""
 
-    key: str | None = None
+    key: Text | None = None
     operator: Literal["Exists", "Equal"] | None = None
-    value: str | None = None
+    value: Text | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    tolerationSeconds: int | None = None  # noqa: N815 - the Kubernetes API's own name
+    tolerationSeconds: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # noqa: N815 - the Kubernetes API's own name
 
 
 PullPolicy = Literal["Always", "IfNotPresent", "Never"]
@@ -181,7 +93,7 @@ class Execution(Frozen):
     service_account: Text | None = None
     image_pull_policy: PullPolicy | None = None
     #: A Kubernetes Affinity object, as the API has it.
-    affinity: dict[str, JsonValue] = Field(default_factory=dict)
+    affinity: JsonObject = Field(default_factory=dict)
     #: Names of Secrets, added to those of the queue.
     image_pull_secrets: tuple[Text, ...] = ()
     #: Between SIGTERM and SIGKILL; None is the queue's.
@@ -192,9 +104,9 @@ class HttpRequest(Frozen):
     """The call of an http_api task. ``body`` is any JSON; ``timeout_seconds`` bounds one attempt of the call."""
 
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
-    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$", max_length=8_192)]
-    headers: dict[str, str] = Field(default_factory=dict)
-    body: JsonValue = None
+    url: Url
+    headers: dict[Text, Text] = Field(default_factory=dict)
+    body: Json = None
     timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60
     success_status_codes: Annotated[tuple[Annotated[int, Field(ge=100, le=599)], ...], Field(min_length=1)] = (
         200,
@@ -207,7 +119,7 @@ class HttpRequest(Frozen):
 class SecretReference(Frozen):
     """A secret of the task: environment variable ``name``, taken from ``source`` under ``reference`` (or name)."""
 
-    name: Text
+    name: VariableName
     source: Literal["env", "vault", "k8s_secret"]
     reference: Text | None = None
 
@@ -258,9 +170,9 @@ class TaskRequest(Frozen):
     execution_mode: Literal["inline", "pod"] | None = None
     executor: Literal["kubernetes", "docker", "subprocess", "inline"] | None = None
     #: parameter name → upstream task id
-    xcom_input: Parameters = Field(default_factory=dict)
-    xcom_schema: XComSchema | None = None
-    call_args: Arguments = Field(default_factory=dict)
+    xcom_input: dict[VariableName, PlainIdentifier] = Field(default_factory=dict)
+    xcom_schema: JsonSchema | None = None
+    call_args: JsonObject = Field(default_factory=dict)
     secrets: tuple[SecretReference, ...] = ()
     result_callback: ResultCallback | None = None
     #: Part of a Pod object, merged over the pod of this request (strategic merge); for the kubernetes executor.
@@ -307,6 +219,15 @@ class TaskRequest(Frozen):
         return self.model_copy(update=changes)
 
 
+class NewRun(Frozen):
+    """A run as it is recorded."""
+
+    tenant_id: PlainIdentifier
+    dag_id: PlainIdentifier
+    run_id: Identifier
+    dag_version: Name = ""
+
+
 def parse_request(data: Any) -> TaskRequest:
     """A request from JSON-like data or JSON text.
 
@@ -323,6 +244,32 @@ def parse_request(data: Any) -> TaskRequest:
         return TaskRequest.model_validate(data)
     except ValidationError as error:
         raise invalid_request(error) from error
+
+
+def new_run(tenant_id: str, dag_id: str, run_id: str, dag_version: str = "") -> NewRun:
+    """A run to record.
+
+    Raises:
+        InvalidRequest: names the first wrong field, its value and the fix.
+    """
+    try:
+        return NewRun(tenant_id=tenant_id, dag_id=dag_id, run_id=run_id, dag_version=dag_version)
+    except ValidationError as error:
+        raise invalid_request(error) from error
+
+
+def check_celery_id(celery_id: str) -> None:
+    """Refuse the id of a message that could never be recorded as waiting for a try.
+
+    Raises:
+        InvalidRequest: too long, or text that no database keeps.
+    """
+    if not 0 < len(celery_id) <= MAX_NAME_CHARACTERS or not is_storable(celery_id):
+        raise InvalidRequest(
+            f"id: a Celery id has 1 to {MAX_NAME_CHARACTERS} characters, no NUL and no half a surrogate pair; send the "
+            f"message with another one, or with none{_shown(celery_id)}",
+            "id",
+        )
 
 
 def check_size(size_bytes: int) -> None:
@@ -342,19 +289,17 @@ def check_size(size_bytes: int) -> None:
 _SECRET_FIELDS = frozenset({"env", "pod_override", "headers", "body", "agent_token", "call_args", "source", "url"})
 #: Text where an object or a list belongs is that object's content, quoted once too often.
 _SHAPE_ERRORS = frozenset({"model_type", "dict_type", "tuple_type", "list_type"})
+_PATH_CHARACTERS = 200
+_VALUE_CHARACTERS = 80
 
 
 def invalid_request(error: ValidationError, kind: type[InvalidRequest] = InvalidRequest) -> InvalidRequest:
     """The first failures of a pydantic error as one sentence of ours each."""
     parts, first = [], ""
     for item in error.errors(include_url=False)[:3]:
-        path = ".".join(str(part) for part in item["loc"]) or str(item.get("ctx", {}).get("field", ""))
+        path = _path(item["loc"]) or str(item.get("ctx", {}).get("field", ""))
         first = first or path
-        value = item.get("input")
-        shown = ""
-        if isinstance(value, str | int | float | bool) and not _SECRET_FIELDS.intersection(str(p) for p in item["loc"]):
-            text = repr(value)
-            shown = f" (got {text if len(text) <= 80 else text[:77] + '...'})"
+        shown = "" if _SECRET_FIELDS.intersection(map(str, item["loc"])) else _shown(item.get("input"))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message, shown = "is not a known key; remove it or check its spelling", ""
@@ -362,6 +307,25 @@ def invalid_request(error: ValidationError, kind: type[InvalidRequest] = Invalid
             shown = ""
         parts.append(f"{path}: {message}{shown}" if path else message)
     return kind("; ".join(parts), first)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """Where a value is, as text that can be stored; a key that is wrong is named like its value."""
+    return _cut(storable(".".join(str(part) for part in location if part != "[key]")), _PATH_CHARACTERS)
+
+
+def _shown(value: Any) -> str:
+    """A value that is short enough to repeat, in brackets; nothing for one that is no scalar."""
+    if not isinstance(value, str | int | float | bool):
+        return ""
+    try:
+        return f" (got {_cut(repr(value), _VALUE_CHARACTERS)})"
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        return " (got an integer of thousands of digits)"
+
+
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else f"{text[: characters - 3]}..."
 
 
 def request_json_schema() -> dict[str, Any]:

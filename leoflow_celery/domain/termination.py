@@ -15,6 +15,8 @@ from leoflow_celery.domain.reasons import parse_reason
 from leoflow_celery.domain.states import TERMINAL, TaskState
 
 MAX_BYTES = 4_096
+#: What is text in a record of ours.
+_TEXTS = ("attempt", "reason", "message", "return_value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +82,19 @@ def decode(text: str | bytes) -> TerminationRecord | None:
         text = text.decode("utf-8", "replace")
     try:
         data = json.loads(text)
+        if not all(isinstance(data.get(name), str | None) for name in _TEXTS):
+            return None
         return TerminationRecord(
             attempt=str(data["attempt"]),
             state=TaskState(data["state"]),
             exit_code=exit_code_of(data.get("exit_code")),
             reason=data.get("reason"),
-            message=str(data.get("message") or ""),
+            message=data.get("message") or "",
             reported=data.get("reported") is True,
-            return_value=None if data.get("return_value") is None else str(data["return_value"]),
+            return_value=data.get("return_value"),
             claimed=data.get("claimed") is not False,
         )
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from leoflow_celery import metrics
-from leoflow_celery.domain.xcom import JSON_CONTENT_TYPE, RETURN_VALUE, XComKey, XComValue, check_value
+from leoflow_celery.domain.xcom import JSON_CONTENT_TYPE, RETURN_VALUE, XComKey, XComValue, check_value, is_json
 from leoflow_celery.errors import Fenced, NotFound, XComRejected
 from leoflow_celery.gateway.callers import Caller
 from leoflow_celery.gateway.claims import Claims
@@ -64,7 +64,7 @@ class XComMethods:
     def _put(
         self, caller: Caller, key: XComKey, value: bytes, content_type: str, schema: dict[str, Any] | None
     ) -> None:
-        if key.key == RETURN_VALUE and content_type != JSON_CONTENT_TYPE:
+        if key.key == RETURN_VALUE and not is_json(content_type):
             raise XComRejected("invalid_xcom", f"a return value is {JSON_CONTENT_TYPE}, not {content_type!r}")
         check_value(value, content_type, schema, self._settings.max_bytes)
         item = (key, XComValue(value, content_type, time.time()))

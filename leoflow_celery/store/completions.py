@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.store import statements
 from leoflow_celery.store.database import Database
 from leoflow_celery.store.models import TaskCompletion, table_of
@@ -40,7 +41,12 @@ class CompletionStore:
         self._database = database
 
     def register(self, celery_task_id: str, task_instance_id: str, try_number: int, context: dict[str, Any]) -> None:
-        """Let another Celery id wait for a try (a dispatch message, say); again is fine."""
+        """Let another Celery id wait for a try (a dispatch message, say); again is fine.
+
+        Raises:
+            InvalidRequest: the id is none that a database keeps.
+        """
+        check_celery_id(celery_task_id)
         row = {
             "celery_task_id": celery_task_id,
             "task_instance_id": task_instance_id,

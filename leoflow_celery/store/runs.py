@@ -6,6 +6,7 @@ import time
 
 import sqlalchemy as sa
 
+from leoflow_celery.domain.request import new_run
 from leoflow_celery.domain.states import TERMINAL_RUN, RunState
 from leoflow_celery.errors import NotFound
 from leoflow_celery.store.database import Database
@@ -23,12 +24,13 @@ class RunStore:
         self._database = database
 
     def create(self, tenant_id: str, dag_id: str, run_id: str, dag_version: str = "") -> RunView:
-        """The run, created as running unless it exists. One that ended is opened again (clear and re-run)."""
+        """The run, created as running unless it exists. One that ended is opened again (clear and re-run).
+
+        Raises:
+            InvalidRequest: an id or the version breaks a rule; names it.
+        """
         row = {
-            "tenant_id": tenant_id,
-            "dag_id": dag_id,
-            "run_id": run_id,
-            "dag_version": dag_version,
+            **new_run(tenant_id, dag_id, run_id, dag_version).model_dump(),
             "state": RunState.RUNNING.value,
             "started_at": time.time(),
         }

@@ -12,7 +12,7 @@ import json
 import logging
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from celery import Celery
@@ -26,7 +26,7 @@ from leoflow_celery import metrics
 from leoflow_celery.domain.outcome import FinalEvent
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, parse_value
-from leoflow_celery.errors import TaskFailed, Unavailable
+from leoflow_celery.errors import TaskFailed, Unavailable, XComRejected
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.store.completions import Waiting
 from leoflow_celery.store.views import TaskInstanceView
@@ -90,8 +90,19 @@ def _completed(app: Celery, runtime: Runtime, item: Waiting, ended: Ended | None
 
 
 def _read(runtime: Runtime, item: Waiting) -> Ended:
-    view = runtime.store.attempts.get(item.task_instance_id, item.try_number)
-    return Ended(view, return_value(runtime, view) if view.state is TaskState.SUCCESS else None)
+    return _with_value(runtime, runtime.store.attempts.get(item.task_instance_id, item.try_number))
+
+
+def _with_value(runtime: Runtime, view: TaskInstanceView) -> Ended:
+    """A try that has ended, with its value. One that nobody can read is told as a failure: who waits must hear it."""
+    if view.state is not TaskState.SUCCESS:
+        return Ended(view)
+    try:
+        return Ended(view, return_value(runtime, view))
+    except XComRejected as error:
+        log.warning("completion.unreadable_value", extra={"attempt": str(view.attempt), "error": str(error)})
+        message = f"the task succeeded, but its return value cannot be read: {error}"
+        return Ended(replace(view, state=TaskState.FAILED, reason=error.reason, message=message))
 
 
 def complete(app: Celery, item: Waiting, ended: Ended) -> None:
@@ -130,10 +141,11 @@ def _own_context(item: Waiting) -> dict[str, Any]:
 
 def store_result(app: Celery, runtime: Runtime, view: TaskInstanceView) -> None:
     """Write only the result of a try's own Celery id: no callback, no event."""
-    if view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
-        app.backend.store_result(view.celery_task_id, return_value(runtime, view), SUCCESS)
+    ended = _with_value(runtime, view)
+    if ended.view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
+        app.backend.store_result(view.celery_task_id, ended.value, SUCCESS)
     else:
-        app.backend.store_result(view.celery_task_id, _failure(view), FAILURE)
+        app.backend.store_result(view.celery_task_id, _failure(ended.view), FAILURE)
 
 
 def _failure(view: TaskInstanceView) -> TaskFailed:
@@ -141,7 +153,11 @@ def _failure(view: TaskInstanceView) -> TaskFailed:
 
 
 def return_value(runtime: Runtime, view: TaskInstanceView) -> Any:
-    """The return_value XCom of a try, parsed; None when it has none."""
+    """The return_value XCom of a try, parsed; None when it has none.
+
+    Raises:
+        XComRejected: ``invalid_xcom``, nobody can parse it.
+    """
     found = runtime.store.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
     return None if found is None else parse_value(found)
 

@@ -17,6 +17,7 @@ from celery.worker.request import Request as CeleryRequest
 from leoflow_celery.client import Client, Handle
 from leoflow_celery.client.measuring import refusals_counted
 from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, Unavailable
 from leoflow_celery.tasks.completion import saved_context
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
@@ -84,7 +85,9 @@ def _await(task: DispatchTask, attempt: AttemptId) -> None:
 
 
 def _opened(task: DispatchTask, request: Any) -> Any:
-    if isinstance(request, dict) and set(request) == {"sealed"}:
-        with refusals_counted():
+    """The request that a message carries; refused at once when its id could never be recorded as waiting for it."""
+    with refusals_counted():
+        check_celery_id(str(task.request.id))
+        if isinstance(request, dict) and set(request) == {"sealed"}:
             return task.runtime.sealer.open(str(request["sealed"]))
     return request

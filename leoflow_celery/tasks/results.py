@@ -17,7 +17,7 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
-from leoflow_celery.errors import NotFound, Unavailable, XComRejected
+from leoflow_celery.errors import NotFound, Unavailable, Unsealable, XComRejected
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.views import TaskInstanceView
@@ -70,20 +70,36 @@ def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
 
 
 def _with_value(
-    task: LeoflowTask, view: TaskInstanceView, outcome: Outcome, text: str | None
+    task: LeoflowTask, view: TaskInstanceView, outcome: Outcome, text: Any
 ) -> tuple[Outcome, list[tuple[XComKey, XComValue]]]:
     """The outcome with the value that the attempt left behind, which passes the same checks as a pushed one."""
     if text is None or outcome.state is not TaskState.SUCCESS:
         return outcome, []
-    value = text.encode(errors="surrogatepass")
     try:
-        schema = open_request(task.runtime, view.sealed_request).xcom_schema
-        check_value(value, schema=schema, max_bytes=task.runtime.settings.xcom.max_bytes)
+        value = _checked(task, view, text)
     except XComRejected as error:
         metrics.record_xcom_rejected(error.reason)
-        return Outcome.failed(FailureReason(error.reason), f"the return value was refused: {error.message}", 0), []
+        message = f"the return value was refused: {error.message}"
+        return Outcome.failed(FailureReason(error.reason), message, outcome.exit_code), []
     key = XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id)
     return outcome, [(key, XComValue(value))]
+
+
+def _checked(task: LeoflowTask, view: TaskInstanceView, text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise XComRejected("invalid_xcom", f"it is no JSON text but {type(text).__name__}")
+    value = text.encode(errors="surrogatepass")
+    check_value(value, schema=_schema_of(task, view), max_bytes=task.runtime.settings.xcom.max_bytes)
+    return value
+
+
+def _schema_of(task: LeoflowTask, view: TaskInstanceView) -> dict[str, Any] | None:
+    try:
+        return open_request(task.runtime, view.sealed_request).xcom_schema
+    except Unsealable as error:
+        # The task did its work: a key that was taken away since then must not turn that into a failure.
+        log.warning("record.schema_unknown", extra={"attempt": str(view.attempt), "error": str(error)})
+        return None
 
 
 @leoflow_task("leoflow.results.settle", autoretry_for=(Unavailable,))

@@ -8,6 +8,7 @@ import pytest
 
 from leoflow_celery.domain.attempt import celery_task_id
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store import Store
 from leoflow_celery.store.completions import Waiting
 from tests.contract.store.rows import EVICTED, race, submit
@@ -107,3 +108,11 @@ def test_one_that_cannot_be_completed_waits_longer_each_time_up_to_an_hour(
     assert store.completions.failed(taken) == 3600
     now += 4_000
     assert store.completions.take(60) == []
+
+
+@pytest.mark.parametrize("waiting_id", ["x" * 256, "a\0b", "\ud800", ""])
+def test_an_id_that_no_database_keeps_is_refused(store: Store, waiting_id: str) -> None:
+    finished(store, "a")
+    with pytest.raises(InvalidRequest, match=r"^id: "):
+        store.completions.register(waiting_id, "a", 1, {})
+    store.completions.register("x" * 255, "a", 1, {})

@@ -8,7 +8,7 @@ import pytest
 
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.states import RunState, TaskState
-from leoflow_celery.errors import NotFound
+from leoflow_celery.errors import InvalidRequest, NotFound
 from leoflow_celery.store import Store
 from tests.contract.store.rows import race, submit
 
@@ -51,6 +51,22 @@ def test_the_lease_ends_with_an_error_too(store: Store) -> None:
 
 
 # -- runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("run_id", value) for value in ("r\0", "\ud800", "../../etc", "", "x" * 513)),
+        *(("dag_version", value) for value in ("v" * 256, "v\0", "\ud800")),
+        ("tenant_id", "a:b"),
+        ("dag_id", ".."),
+    ],
+)
+def test_a_run_that_cannot_be_stored_is_refused_by_its_field(store: Store, field: str, value: str) -> None:
+    run = {"tenant_id": "default", "dag_id": "sales", "run_id": "r1", "dag_version": "v1", field: value}
+    with pytest.raises(InvalidRequest) as caught:
+        store.runs.create(**run)
+    assert caught.value.field == field
 
 
 def test_a_run_is_created_once_ends_once_and_is_opened_again_by_a_clear(store: Store) -> None:

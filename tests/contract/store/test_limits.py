@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from leoflow_celery.domain.fields import MAX_ID_BYTES
 from leoflow_celery.domain.outcome import Outcome
-from leoflow_celery.domain.request import MAX_ID_BYTES, parse_request
+from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store import Store

@@ -188,8 +188,10 @@ class TestXComs:
     def test_a_return_value_is_json_whatever_its_writer_says(self, sqlite_world: World) -> None:
         agent = sqlite_world.agent(sqlite_world.submit())
         agent.run()
-        answer = agent.push(b"hello", "return_value", "text/plain")
-        assert (answer.accepted, answer.rejection_reason) == (False, "invalid_xcom")
+        for content_type in ("text/plain", "application/json; charset=utf-8"):
+            answer = agent.push(b"hello", "return_value", content_type)
+            assert (answer.accepted, answer.rejection_reason) == (False, "invalid_xcom")
+        assert agent.push(b'"hello"', "return_value", "application/json; charset=utf-8").accepted
 
     @pytest.mark.parametrize("key", ["a:b", "x" * 513])
     def test_a_key_that_cannot_be_stored(self, sqlite_world: World, key: str) -> None:

@@ -64,6 +64,16 @@ def test_something_else_than_a_request_is_refused(client: Client, argument: Any)
         sent.get(timeout=20)
 
 
+@pytest.mark.parametrize("celery_id", ["x" * 256, "a\0b"])
+def test_a_message_whose_id_cannot_be_recorded_is_refused_before_its_request_is(client: Client, celery_id: str) -> None:
+    request = http_task(URL)
+    sent = client.app.send_task("leoflow.dispatch", (request,), queue="dispatch", task_id=celery_id)
+    with pytest.raises(InvalidRequest, match="a Celery id has 1 to 255 characters"):
+        sent.get(timeout=20)
+    with pytest.raises(NotFound):
+        client.task_instance(request["task_instance_id"])
+
+
 def test_a_request_of_ten_megabytes_is_refused(client: Client) -> None:
     request = http_task(URL, env={"A": "x" * 10_000_000})
     with pytest.raises(RequestTooLarge, match="the limit is 1048576"):

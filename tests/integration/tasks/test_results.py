@@ -11,9 +11,13 @@ from celery import Celery, signature
 from celery.result import AsyncResult
 
 from leoflow_celery.client import Client, Handle
+from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.request import parse_request
+from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import TaskFailed
+from leoflow_celery.store.submissions import NewTry
 from tests.integration.tasks.conftest import UserCalls
 from tests.support.http_target import HttpTarget
 from tests.support.system import System, http_task
@@ -141,9 +145,16 @@ def record(client: Client, handle: Handle, return_value: object, exit_code: obje
 @pytest.mark.usefixtures("nothing_waits")
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [("[1, 2]", "schema_mismatch"), ("{", "invalid_xcom"), ('{"a": "' + "x" * 300_000 + '"}', "payload_too_large")],
+    [
+        ("[1, 2]", "schema_mismatch"),
+        *(("{", "invalid_xcom"), ('"\ud800"', "invalid_xcom"), (5, "invalid_xcom")),
+        ('{"a": "' + "x" * 300_000 + '"}', "payload_too_large"),
+    ],
+    ids=lambda value: str(value)[:12].encode(errors="replace").decode(),
 )
-def test_a_value_that_was_found_passes_the_same_checks_as_a_pushed_one(client: Client, value: str, reason: str) -> None:
+def test_a_value_that_was_found_passes_the_same_checks_as_a_pushed_one(
+    client: Client, value: object, reason: str
+) -> None:
     handle = waiting_pod(client, xcom_schema={"type": "object"})
     record(client, handle, value)
     with pytest.raises(TaskFailed) as caught:
@@ -157,6 +168,26 @@ def test_a_value_that_was_found_is_the_result(client: Client) -> None:
     record(client, handle, '{"a": 1}', exit_code=2**40)
     assert handle.get(timeout=20) == {"a": 1}
     assert handle.task_instance().exit_code is None
+
+
+@pytest.mark.usefixtures("nothing_waits")
+def test_the_end_of_a_try_whose_request_cannot_be_opened_is_recorded_all_the_same(client: Client) -> None:
+    """A sealing key may be taken away while a task runs; the task did its work."""
+    identity = secrets.token_hex(8)
+    ids = {"task_instance_id": identity, "dag_id": "d", "run_id": identity, "task_id": "t"}
+    request = parse_request({**ids, "operator": "bash", "entrypoint": "true"})
+    [submitted] = client.runtime.store.submissions.record([NewTry(request, ExecutorType.KUBERNETES, "unsealable")])
+    record(client, Handle(client, submitted.attempt, submitted.celery_task_id, True), "1")
+    assert client.app.AsyncResult(submitted.celery_task_id).get(timeout=20) == 1
+
+
+def test_the_end_of_an_attempt_that_nobody_knows_is_left_alone(system: System, client: Client) -> None:
+    before = len(system.output())
+    stranger = Handle(client, AttemptId(secrets.token_hex(8)), "no-id", False)
+    record(client, stranger, "1")
+    known = f"record.unknown attempt={stranger.attempt}"
+    wait_until(lambda: known in system.output(), 20, "a line about it")
+    assert "Traceback" not in system.output()[before:]
 
 
 @pytest.mark.usefixtures("nothing_waits")

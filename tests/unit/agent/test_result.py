@@ -42,9 +42,11 @@ def test_a_return_value_is_stripped_and_none_when_empty(tmp_path):
     assert read_return_value(path) == b'{"a": 1}'
 
 
-@pytest.mark.parametrize("text", ["{oops", "NaN", "[Infinity]"])
-def test_what_is_not_json_is_refused(tmp_path, text):
-    (tmp_path / "value").write_text(text)
+@pytest.mark.parametrize(
+    "value", [b"{oops", b"NaN", b"[Infinity]", b'"\xed\xa0\x80"', '"a"'.encode("utf-16"), b'"\\ud800"', b"1e999"]
+)
+def test_what_is_not_json_is_refused(tmp_path, value):
+    (tmp_path / "value").write_bytes(value)
     with pytest.raises(XComRejected) as caught:
         read_return_value(tmp_path / "value")
     assert caught.value.reason == "invalid_xcom"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from leoflow_celery.agent.report import TerminationLog
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
@@ -24,6 +26,23 @@ def test_a_long_message_is_cut_and_the_record_stays_json():
 def test_what_is_no_record_decodes_to_none():
     for text in ("", "killed", "[]", "{}", '{"attempt": "x", "state": "nonsense"}', '{"attempt": "x", "sta', b"\xff"):
         assert decode(text) is None
+
+
+@pytest.mark.parametrize(
+    "field", [{"return_value": 5}, {"return_value": [1]}, {"reason": ["x"]}, {"message": 1}, {"attempt": 5}]
+)
+def test_a_record_with_something_else_where_text_belongs_is_none(field):
+    assert decode(json.dumps({"attempt": "ti", "state": "success", **field})) is None
+
+
+def test_a_text_that_is_nested_without_end_is_no_record():
+    assert decode("[" * MAX_BYTES) is None
+
+
+@pytest.mark.parametrize("exit_code", [2**40, -(2**31) - 1, "abc", True, 1.5, [1]])
+def test_an_exit_code_that_no_process_has_is_left_out(exit_code):
+    record = decode(json.dumps({"attempt": "ti", "state": "failed", "exit_code": exit_code}))
+    assert (record.state, record.exit_code, record.outcome().exit_code) == (TaskState.FAILED, None, None)
 
 
 def test_only_ends_have_ended():

@@ -53,6 +53,20 @@ def client(settings: Settings) -> Iterator[Client]:
         yield client
 
 
+def test_xcom_prints_values_of_any_type(cli: Cli, client: Client) -> None:
+    """One that is no JSON, or says so wrongly, must not hide the others."""
+    store = client.runtime.store
+    values = {"blob": XComValue(b"\xff\x00", "application/octet-stream"), "note": XComValue(b"hi", "text/plain")}
+    with store.database.transaction() as connection:
+        items = [*values.items(), ("broken", XComValue(b"{"))]
+        store.xcom.put([(XComKey("default", "sales", "r1", "load", key), value) for key, value in items], connection)
+    assert client.xcom("sales", "r1", "load", "note") == "hi"
+    result = cli("xcom", "sales", "r1", "--json")
+    assert result.code == 0
+    found = {item["key"]: item["value"] for item in json.loads(result.out)}
+    assert found == {"return_value": {"rows": 3}, "blob": "\ufffd\0", "note": "hi", "broken": "{"}
+
+
 def test_status_of_a_run_shows_every_task(cli: Cli, client: Client) -> None:
     result = cli("status", "sales", "r1")
     assert result.code == 0

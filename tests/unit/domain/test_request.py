@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.fields import is_storable
 from leoflow_celery.domain.request import (
     MAX_REQUEST_BYTES,
-    TaskRequest,
+    check_celery_id,
     parse_request,
     request_json_schema,
 )
@@ -106,6 +107,12 @@ def test_a_request_cannot_be_changed_but_evolved() -> None:
 FILE_NAMES = "is used in file names: no slash, backslash, control character, '.' or '..'"
 NO_QUANTITY = "is not a Kubernetes quantity; write for example 500m, 2, 128Mi or 1Gi"
 
+NO_NAME = "a name may hold no '=', NUL or half a surrogate pair and not be empty"
+NO_NUMBER = "NaN, Infinity and integers of thousands of digits are no numbers that JSON or its readers know"
+HALF = "\ud800"
+HUGE = 10**5000
+DEEP: Any = json.loads("[" * 120 + "]" * 120)
+
 BAD = [
     # operator and what it needs
     ({**BASH, "operator": "spark"}, "operator", "Input should be 'python', 'bash' or 'http_api' (got 'spark')"),
@@ -129,9 +136,38 @@ BAD = [
     ({**BASH, "dag_id": None}, "dag_id", "Input should be a valid string"),
     ({key: value for key, value in BASH.items() if key != "run_id"}, "run_id", "Field required"),
     ({**BASH, "xcom_input": {"x": "a/b"}}, "xcom_input.x", FILE_NAMES),
-    ({**BASH, "xcom_input": {"x=y": "a"}}, "xcom_input", "parameter 'x=y': a name may hold no '=' or NUL"),
+    # names
+    ({**BASH, "xcom_input": {"x=y": "a"}}, "xcom_input.x=y", f"{NO_NAME} (got 'x=y')"),
+    ({**BASH, "xcom_input": {"": "a"}}, "xcom_input.", NO_NAME),
+    ({**BASH, "xcom_input": {"x\0": "a"}}, "xcom_input.x\ufffd", NO_NAME),
+    ({**BASH, "xcom_input": {HALF: "a"}}, "xcom_input.\ufffd\ufffd\ufffd", f"{NO_NAME} (got '\\ud800')"),
+    ({**BASH, "secrets": [{"name": "A=B", "source": "env"}]}, "secrets.0.name", f"{NO_NAME} (got 'A=B')"),
+    ({**BASH, "secrets": [{"name": "", "source": "env"}]}, "secrets.0.name", NO_NAME),
+    # schemas
     ({**BASH, "xcom_schema": {"type": "number-ish"}}, "xcom_schema", "is not a JSON Schema"),
-    ({**BASH, "call_args": {"n": [float("nan")]}}, "call_args", "holds a number that JSON does not know"),
+    ({**BASH, "xcom_schema": {"$ref": "#/definitions/x"}}, "xcom_schema", "refers to '#/definitions/x'"),
+    ({**BASH, "xcom_schema": {"$ref": "http://h/x"}}, "xcom_schema", "nothing is fetched; put that below $defs"),
+    ({**BASH, "xcom_schema": {"$schema": 5}}, "xcom_schema", "is not a JSON Schema"),
+    ({**BASH, "xcom_schema": {"enum": {1}}}, "xcom_schema.enum", "not a valid JSON value"),
+    ({**BASH, "xcom_schema": {"minimum": float("inf")}}, "xcom_schema", NO_NUMBER),
+    # JSON that not every reader takes
+    ({**BASH, "call_args": {"n": [float("nan")]}}, "call_args", NO_NUMBER),
+    ({**BASH, "call_args": {"n": HUGE}}, "call_args", NO_NUMBER),
+    ({**BASH, "call_args": {"n": {HALF: 1}}}, "call_args", "half a surrogate pair is no character; remove it"),
+    ({**BASH, "call_args": {"n": DEEP}}, "call_args", "nested deeper than 100 levels; flatten them"),
+    ({**BASH, "pod_override": {"spec": {"a": float("nan")}}}, "pod_override", NO_NUMBER),
+    ({**BASH, "execution": {"affinity": {"a": HALF}}}, "execution.affinity", "half a surrogate pair"),
+    (call(body={"n": float("inf")}), "http_request.body", NO_NUMBER),
+    (call(body=HALF), "http_request.body", "half a surrogate pair"),
+    # integers that Python itself refuses to write
+    ({**BASH, "try_number": HUGE}, "try_number", "equal to 1000000 (got an integer of thousands of digits)"),
+    ({**BASH, "image": HUGE}, "image", "valid string (got an integer of thousands of digits)"),
+    (call(timeout_seconds=HUGE), "http_request.timeout_seconds", "valid number"),
+    (
+        {**BASH, "execution": {"tolerations": [{"tolerationSeconds": HUGE}]}},
+        "execution.tolerations.0.tolerationSeconds",
+        "less than 9223372036854775808",
+    ),
     # numbers
     ({**BASH, "try_number": 0}, "try_number", "greater than or equal to 1 (got 0)"),
     ({**BASH, "timeout_seconds": -1}, "timeout_seconds", "greater than or equal to 0 (got -1)"),
@@ -142,8 +178,11 @@ BAD = [
     ({**BASH, "resources": {"limits": {"memory": "1GB"}}}, "resources.limits.memory", f"'1GB' {NO_QUANTITY}"),
     ({**BASH, "resources": {"requests": {"cpu": "-1"}}}, "resources.requests.cpu", f"'-1' {NO_QUANTITY}"),
     ({**BASH, "staging_size": "big"}, "staging_size", f"'big' {NO_QUANTITY}"),
+    ({**BASH, "staging_size": "0" * 64 + "1"}, "staging_size", "must have at most 64 characters; write for example"),
     # environment
-    ({**BASH, "env": {"A=B": CANARY}}, "env", "variable 'A=…': a name may hold no '=' or NUL and not be empty"),
+    ({**BASH, "env": {"A=B": CANARY}}, "env", f"variable 'A=…': {NO_NAME}"),
+    ({**BASH, "env": {"A": CANARY + HALF}}, "env", "variable 'A': a name may hold no '='"),
+    ({**BASH, "env": {HALF: CANARY}}, "env", "variable '\\ud800'"),
     ({**BASH, "env": {"": CANARY}}, "env", "variable ''"),
     ({**BASH, "env": {"A": f"{CANARY}\0"}}, "env", "a value no NUL"),
     ({**BASH, "env": {"A": 1}}, "env.A", "Input should be a valid string"),
@@ -164,6 +203,15 @@ BAD = [
     ({**BASH, "image": "a\x00b"}, "image", "holds a NUL character"),
     ({**BASH, "entrypoint": "echo \x00"}, "entrypoint", "holds a NUL character"),
     ({**BASH, "source": f"{CANARY}\x00"}, "source", "holds a NUL character"),
+    (
+        {**BASH, "source": CANARY + HALF},
+        "source",
+        "or half a surrogate pair, which no database or process takes; remove",
+    ),
+    ({**BASH, "dag_id": HALF}, "dag_id", "or half a surrogate pair"),
+    ({**BASH, "execution": {"tolerations": [{"key": HALF}]}}, "execution.tolerations.0.key", "half a surrogate pair"),
+    (call(headers={"A": CANARY + HALF}), "http_request.headers.A", "half a surrogate pair"),
+    (call(url="http://h/\0"), "http_request.url", "holds a NUL character"),
     ({**BASH, "staging_claim": "Sales/1"}, "staging_claim", "names a volume: at most 253 lower-case letters"),
     ({**BASH, "staging_claim": "a" * 254}, "staging_claim", "at most 253"),
     # pods
@@ -192,6 +240,21 @@ def test_bad_input_is_refused_by_its_field_with_its_value_and_the_fix(
     assert str(caught.value).startswith(f"{field}: ")
     assert text in str(caught.value)
     assert CANARY not in str(caught.value)
+
+
+def test_every_message_can_be_stored_and_sent() -> None:
+    for data, _, _ in BAD:
+        with pytest.raises(InvalidRequest) as caught:
+            parse_request(data)
+        assert is_storable(str(caught.value))
+        assert len(str(caught.value)) < 1_000
+
+
+@pytest.mark.parametrize("celery_id", ["", "x" * 256, "a\0", HALF])
+def test_a_celery_id_that_no_database_keeps_is_refused(celery_id: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^id: a Celery id has 1 to 255 characters, no NUL .* \(got '"):
+        check_celery_id(celery_id)
+    check_celery_id("x" * 255)
 
 
 @pytest.mark.parametrize("data", ["", "{", "[1]", "5", b"\xff", None, 5, [], '{"dag_id": "\\ud800"}'])
@@ -237,12 +300,20 @@ def test_a_request_too_large_for_the_broker_is_refused_unread(text: str | bytes)
         parse_request(text)
 
 
-scalars = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5)
-anything = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner))
+#: Half surrogate pairs too.
+texts = st.text(st.characters(), max_size=5)
+scalars = (
+    st.none() | st.booleans() | st.floats() | st.integers() | st.just(5_000).map(lambda digits: 10**digits) | texts
+)
+anything = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(texts, inner))
 
 
 @given(anything)
 def test_anything_at_all_is_a_request_or_an_error_of_ours(data: Any) -> None:
-    for candidate in (data, {**BASH, "call_args": data}, {**BASH, "env": data}, {**BASH, "dag_id": data}):
+    fields = ("call_args", "env", "dag_id", "xcom_schema", "xcom_input", "execution", "timeout_seconds")
+    for candidate in (data, *({**BASH, field: data} for field in fields), call(headers=data), call(body=data)):
         with contextlib.suppress(InvalidRequest):
-            assert isinstance(parse_request(candidate), TaskRequest)
+            request = parse_request(candidate)
+            # What is accepted can be sealed and opened again, and told to an agent.
+            again = json.dumps(request.model_dump(mode="json"), ensure_ascii=False, allow_nan=False).encode()
+            assert parse_request(json.loads(again)) == request

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from leoflow_celery.domain.request import MAX_ID_BYTES
+from leoflow_celery.domain.fields import MAX_ID_BYTES
 from leoflow_celery.store.logs import LogKey, LogRecord, LogStore, LogWriter, refine_level, safe_component
 
 HOSTILE_IDS = (

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.xcom import XComValue
 from leoflow_celery.store.completions import Waiting
 from leoflow_celery.tasks import completion
 
@@ -53,3 +57,70 @@ def test_a_backend_that_is_away_stops_the_round_and_keeps_what_is_done(monkeypat
     with pytest.raises(RedisConnectionError):
         run(monkeypatch, store, RedisConnectionError("away"))
     assert (store.finished, store.put_off) == (["a"], [])
+
+
+class Backend:
+    def __init__(self) -> None:
+        self.results: dict[str, tuple[str, Any]] = {}
+
+    def mark_as_done(self, task_id: str, value: Any, **_: Any) -> None:
+        self.results[task_id] = ("SUCCESS", value)
+
+    def mark_as_failure(self, task_id: str, error: Exception, **_: Any) -> None:
+        self.results[task_id] = ("FAILURE", error)
+
+    def store_result(self, task_id: str, value: Any, state: str) -> None:
+        self.results[task_id] = (state, value)
+
+
+ATTEMPT = AttemptId("ti")
+
+
+@dataclass
+class View:
+    """As much of a try as completion reads."""
+
+    celery_task_id: str = "a"
+    state: TaskState = TaskState.SUCCESS
+    reason: str | None = None
+    message: str = ""
+    exit_code: int | None = 0
+    attempt: AttemptId = ATTEMPT
+    tenant_id: str = "default"
+    dag_id: str = "d"
+    run_id: str = "r"
+    task_id: str = "t"
+    operator: str = "bash"
+    try_number: int = 1
+    started_at: float | None = None
+    ended_at: float | None = None
+
+
+def world(value: XComValue) -> tuple[Any, Any]:
+    """A runtime with one try that succeeded and left this value, and its app."""
+    completions = Completions("a")
+    attempts = SimpleNamespace(get=lambda *_: View())
+    store = SimpleNamespace(completions=completions, attempts=attempts, xcom=SimpleNamespace(get=lambda _: value))
+    return SimpleNamespace(store=store), SimpleNamespace(backend=Backend())
+
+
+@pytest.mark.parametrize("value", [b"hello", b"[" * 985 + b"]" * 985, b"[" * 5_000, b"\xff", b"1e999"])
+def test_a_value_that_nobody_can_read_ends_as_a_failure_and_is_not_tried_for_ever(monkeypatch, value):
+    monkeypatch.setattr(completion, "send_failed", lambda *_: None)
+    runtime, app = world(XComValue(value))
+    assert completion.complete_due(app, runtime) == 1
+    assert (runtime.store.completions.finished, runtime.store.completions.put_off) == (["a"], [])
+    state, error = app.backend.results["a"]
+    assert (state, error.reason) == ("FAILURE", "invalid_xcom")
+    assert error.message.startswith("the task succeeded, but its return value cannot be read: ")
+
+    app.backend.results.clear()
+    completion.store_result(app, runtime, View())
+    assert app.backend.results["a"][0] == "FAILURE"
+
+
+def test_a_value_that_its_writer_called_text_is_the_result(monkeypatch):
+    monkeypatch.setattr(completion, "send_succeeded", lambda *_: None)
+    runtime, app = world(XComValue(b"hello", "text/plain"))
+    assert completion.complete_due(app, runtime) == 1
+    assert app.backend.results["a"] == ("SUCCESS", "hello")

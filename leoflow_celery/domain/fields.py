@@ -1,0 +1,134 @@
+"""The kinds of values that a request or a DAG holds, each with the rule that keeps it from breaking something later.
+
+Text without what no database keeps, JSON that every reader takes, names that fit a file, an environment or a key.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, JsonValue
+
+from leoflow_celery.domain import strict_json
+from leoflow_celery.domain.quantity import parse_quantity
+from leoflow_celery.domain.schema import check_schema
+
+#: Of UTF-8. Five ids of this size are the largest key that a PostgreSQL index takes.
+MAX_ID_BYTES = 512
+#: A DNS subdomain, as the Kubernetes API wants it; Docker takes any of these too.
+MAX_CLAIM_CHARACTERS = 253
+#: More than any number needs, with its unit.
+MAX_QUANTITY_CHARACTERS = 64
+#: What the column of a name or of a Celery id takes.
+MAX_NAME_CHARACTERS = 255
+
+_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
+_CLAIM_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
+#: Of a Pod object; the API server would drop any other key, and say nothing.
+_POD_KEYS = frozenset({"apiVersion", "kind", "metadata", "spec"})
+_NAME_RULE = "a name may hold no '=', NUL or half a surrogate pair and not be empty"
+
+
+def is_storable(text: str) -> bool:
+    """Whether every database, process and API takes the text: no NUL, no half of a surrogate pair."""
+    return _UNSTORABLE.search(text) is None
+
+
+def _text(value: str) -> str:
+    if not is_storable(value):
+        raise ValueError(
+            "holds a NUL character or half a surrogate pair, which no database or process takes; remove it"
+        )
+    return value
+
+
+def _identifier(value: str) -> str:
+    if value in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", value):
+        raise ValueError("is used in file names: no slash, backslash, control character, '.' or '..'")
+    if not value or len(_text(value).encode()) > MAX_ID_BYTES:
+        raise ValueError(f"must have 1 to {MAX_ID_BYTES} bytes")
+    return value
+
+
+def _plain_identifier(value: str) -> str:
+    if ":" in value:
+        raise ValueError("is used in keys that colons separate: no colon")
+    return _identifier(value)
+
+
+def _claim_name(value: str) -> str:
+    if value and (len(value) > MAX_CLAIM_CHARACTERS or not _CLAIM_NAME.fullmatch(value)):
+        raise ValueError(
+            f"names a volume: at most {MAX_CLAIM_CHARACTERS} lower-case letters, digits, '-' and '.', with a letter or "
+            "digit at both ends"
+        )
+    return value
+
+
+def _quantity(value: str) -> str:
+    if len(value) > MAX_QUANTITY_CHARACTERS:
+        raise ValueError(f"must have at most {MAX_QUANTITY_CHARACTERS} characters; write for example 500m or 128Mi")
+    parse_quantity(value)
+    return value
+
+
+def _is_variable_name(name: str) -> bool:
+    return bool(name) and "=" not in name and is_storable(name)
+
+
+def _variable_name(value: str) -> str:
+    if not _is_variable_name(value):
+        raise ValueError(_NAME_RULE)
+    return value
+
+
+def _environment(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not _is_variable_name(name) or not is_storable(text):
+            head, equals, _ = name.partition("=")
+            shown = f"{head}=…" if equals else name  # what follows may well be the value
+            raise ValueError(f"variable {shown!r}: {_NAME_RULE}, a value no NUL or half a surrogate pair")
+    return value
+
+
+def _plain_json(value: JsonValue) -> JsonValue:
+    strict_json.check(value)
+    return value
+
+
+def _pod_part(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if unknown := sorted(value.keys() - _POD_KEYS - {"$patch"}):
+        raise ValueError(
+            f"has the key {unknown[0]!r}; a Pod has metadata and spec: write spec.{unknown[0]}, or the like"
+        )
+    return value
+
+
+def _schema(value: dict[str, Any]) -> dict[str, Any]:
+    check_schema(value)
+    return value
+
+
+def _mount_path(value: str) -> str:
+    if value and (not value.startswith("/") or ":" in value):
+        raise ValueError("is a directory in the container: an absolute path without a colon, e.g. /secrets")
+    return _text(value)
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Name = Annotated[Text, Field(max_length=MAX_NAME_CHARACTERS)]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$", max_length=8_192), AfterValidator(_text)]
+Identifier = Annotated[str, AfterValidator(_identifier)]
+PlainIdentifier = Annotated[str, AfterValidator(_plain_identifier)]
+ClaimName = Annotated[str, AfterValidator(_claim_name)]
+MountPath = Annotated[str, AfterValidator(_mount_path)]
+Quantity = Annotated[str, AfterValidator(_quantity)]
+OptionalQuantity = Annotated[str, AfterValidator(lambda value: value and _quantity(value))]
+#: Of an environment variable, or of an argument that an agent makes one of.
+VariableName = Annotated[str, AfterValidator(_variable_name)]
+Environment = Annotated[dict[str, str], AfterValidator(_environment)]
+Json = Annotated[JsonValue, AfterValidator(_plain_json)]
+JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_plain_json)]
+PodPart = Annotated[JsonObject, AfterValidator(_pod_part)]
+JsonSchema = Annotated[dict[str, JsonValue], AfterValidator(_schema)]
