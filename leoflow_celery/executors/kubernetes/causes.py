@@ -84,6 +84,13 @@ def _past_deadline(pod: PodState) -> Outcome:
         cause = cause_of_stall(pod, pod.deadline_seconds or 0, 0)
         message = f"the pod's deadline{limit} passed before {_node(pod)} had started its container"
         return cause or Outcome.failed(Reason.CONTAINER_CREATE_FAILED, message)
+    left = pod.deadline_left_seconds
+    if left is not None and left < pod.timeout_seconds <= (pod.deadline_seconds or 0):
+        message = (
+            f"the pod's deadline{limit} left its container {left:.0f} s, and its task may take {pod.timeout_seconds} s:"
+            f" pulls and init containers on {_node(pod)} took the rest"
+        )
+        return Outcome.failed(Reason.CONTAINER_CREATE_FAILED, message)
     return Outcome.failed(Reason.TIMEOUT, f"the pod ran longer than its deadline{limit}, and its agent did not act")
 
 
@@ -142,8 +149,8 @@ def describe_exit(container: ContainerState) -> str:
 def cause_of_stall(pod: PodState, age_seconds: float, patience_seconds: float) -> Outcome | None:
     """Why a pod that has not ended never will start, or None while it may.
 
-    ``age_seconds`` is how long the kubelet has had it. What the kubelet tries again by itself (a registry that is away,
-    a Secret that comes late) is given ``patience_seconds``: two or three tries.
+    ``age_seconds`` is for how long that may have been so. What the kubelet tries again by itself (a registry that is
+    away, a Secret that comes late) is given ``patience_seconds``: two or three tries.
     """
     stalled = pod.troubled_init if pod.troubled_init is not None and pod.troubled_init.waiting else pod.task
     if stalled is None or not stalled.waiting:

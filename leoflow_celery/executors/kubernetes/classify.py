@@ -71,13 +71,20 @@ class PodDecision:
 
 
 KEEP = PodDecision()
+NEVER_STARTED = "never_started"
 
 
 def decide_pod(
-    pod: PodState, expected: ExpectedAttempt | None, read_at: float, now: float, policy: ReconcilePolicy
+    pod: PodState,
+    expected: ExpectedAttempt | None,
+    read_at: float,
+    now: float,
+    policy: ReconcilePolicy,
+    failing_since: float | None = None,
 ) -> PodDecision:
     """``expected`` is the live attempt of the pod's name, as SQL had it at ``read_at``.
 
+    ``failing_since`` is when its kubelet failed to start it for the first time, where the pod's events were asked.
     Another system's pod is left alone even under a name that is expected: the same DAG may run in both. So is one of
     that name that is no attempt's.
     """
@@ -94,7 +101,7 @@ def decide_pod(
         return PodDecision(PodReport(overdue_deletion(pod, overdue))) if overdue > policy.margin_seconds else KEEP
     if pod.phase == "Unknown":
         return PodDecision(PodReport(cause_of_end(pod)))
-    return _starting(pod, expected, now, policy)
+    return _starting(pod, expected, now, policy, failing_since)
 
 
 def _unexpected(pod: PodState, read_at: float, now: float, policy: ReconcilePolicy) -> PodDecision:
@@ -108,17 +115,20 @@ def _unexpected(pod: PodState, read_at: float, now: float, policy: ReconcilePoli
     return PodDecision(delete=True, why="finished") if now - ended_at >= policy.finished_grace_seconds else KEEP
 
 
-def _starting(pod: PodState, expected: ExpectedAttempt, now: float, policy: ReconcilePolicy) -> PodDecision:
+def _starting(
+    pod: PodState, expected: ExpectedAttempt, now: float, policy: ReconcilePolicy, failing_since: float | None
+) -> PodDecision:
     """A pod that does not start is deleted with the report: it must not start beside the next launch."""
     # A launch that a second delivery finished (the pod's Secret) has only been complete since then; one that nobody
     # reported yet may wait for that delivery.
     complete_at = now if expected.launched_at is None else max(pod.started_at or pod.created_at, expected.launched_at)
-    age, pending = now - complete_at, now - pod.created_at
+    # A pull may take minutes before it fails for the first time.
+    age, pending = now - max(complete_at, failing_since or 0.0), now - pod.created_at
     cause = cause_of_stall(pod, age, policy.patience_seconds)
     if cause is None and pod.phase == "Pending" and 0 < policy.pending_timeout_seconds <= pending:
         # Whatever patience is left: a pod that waits for its image is given up because of its image.
         cause = cause_of_stall(pod, age, 0) or cause_of_pending(pod, pending)
-    return PodDecision(PodReport(cause), delete=True, why="never_started") if cause else KEEP
+    return PodDecision(PodReport(cause), delete=True, why=NEVER_STARTED) if cause else KEEP
 
 
 def _end(

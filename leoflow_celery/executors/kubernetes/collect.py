@@ -16,7 +16,7 @@ from leoflow_celery.domain.staging import StagingPlan, StagingReason
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
 from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, STAGING_SELECTOR, of_system
-from leoflow_celery.executors.kubernetes.observe import Json, PodState, observe, seconds
+from leoflow_celery.executors.kubernetes.observe import Json, PodState, claims_of, observe, seconds
 from leoflow_celery.settings import KubernetesSettings
 
 log = logging.getLogger(__name__)
@@ -115,15 +115,10 @@ class StagingCollector:
             label_selector=selector,
             limit=self._settings.page_size,
         )
-        return [observe(pod) for page in pages for pod in page["items"] if _mounts(pod, claim.name)]
+        return [observe(pod) for page in pages for pod in page["items"] if claim.name in claims_of(pod["spec"])]
 
     def _delete(self, resource: str, thing: _Claim | PodState, operation: str) -> None:
         try:
             self._api.delete(self._api.path(resource, thing.name), thing.uid, operation=operation)
         except NotFound:
             return
-
-
-def _mounts(pod: Json, claim_name: str) -> bool:
-    volumes = (pod.get("spec") or {}).get("volumes") or ()
-    return any((one.get("persistentVolumeClaim") or {}).get("claimName") == claim_name for one in volumes)

@@ -13,11 +13,14 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason as Reason
 from leoflow_celery.executors.kubernetes.causes import missing_secret, unknown_secret
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
+from leoflow_celery.executors.kubernetes.observe import seconds
 
 #: Every pod has these; they explain nothing.
 _ROUTINE = frozenset(
     {"Scheduled", "Pulling", "Pulled", "Created", "Started", "MissingClusterDNS", "SuccessfulAttachVolume"}
 )
+#: What the kubelet says each time it cannot start a container.
+_FAILED_STARTS = frozenset({"Failed", "InspectFailed", "ErrImageNeverPull", "BackOff"})
 #: Who deletes pods says so in an event of the pod: reason → ours. The first that matches explains best.
 _DELETERS = {
     "Preempted": (Reason.PREEMPTED, "preempted"),
@@ -40,24 +43,25 @@ _LIMIT = 500
 
 @dataclass(frozen=True, slots=True)
 class PodEvent:
-    """One event, ``at`` its last occurrence as the API writes it (sorts as text)."""
+    """One event, ``at`` its last occurrence as the API writes it (sorts as text), ``since`` its first in seconds."""
 
     reason: str
     message: str
     warning: bool = False
     at: str = ""
+    since: float | None = None
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"
 
 
-def fetch_events(api: KubernetesApi, name: str, uid: str = "") -> list[PodEvent]:
-    """The events of a pod, oldest first; with ``uid``, without those of another pod that had its name.
+def fetch_events(api: KubernetesApi, name: str, uid: str = "", kind: str = "Pod") -> list[PodEvent]:
+    """The events of a pod, or of its claim, oldest first; with ``uid``, without those of another that had its name.
 
     Raises:
         ApiError: the API server did not answer or refused.
     """
-    selector = f"involvedObject.kind=Pod,involvedObject.name={name}"
+    selector = f"involvedObject.kind={kind},involvedObject.name={name}"
     answer = api.get(api.path("events"), operation="list_events", fieldSelector=selector, limit=_LIMIT)
     return read_events(answer.get("items") or (), uid)
 
@@ -74,15 +78,20 @@ def _is_of(event: dict[str, Any], uid: str) -> bool:
 
 
 def _event(event: dict[str, Any]) -> PodEvent:
-    series = event.get("series") or {}
-    times = (
-        series.get("lastObservedTime"),
-        event.get("lastTimestamp"),
-        event.get("eventTime"),
-        event.get("metadata", {}).get("creationTimestamp"),
+    last = ((event.get("series") or {}).get("lastObservedTime"), event.get("lastTimestamp"))
+    made = (event.get("eventTime"), event.get("metadata", {}).get("creationTimestamp"))
+    return PodEvent(
+        event.get("reason", ""),
+        event.get("message", "").strip(),
+        event.get("type") == "Warning",
+        at=next(filter(None, (*last, *made)), ""),
+        since=seconds(next(filter(None, (event.get("firstTimestamp"), *made)), None)),
     )
-    at = next((one for one in times if one), "")
-    return PodEvent(event.get("reason", ""), event.get("message", "").strip(), event.get("type") == "Warning", at)
+
+
+def failing_since(events: list[PodEvent]) -> float | None:
+    """When the kubelet could not start a container for the first time; None when the events do not say."""
+    return min((one.since for one in events if one.reason in _FAILED_STARTS and one.since is not None), default=None)
 
 
 def explain(outcome: Outcome, events: list[PodEvent]) -> Outcome:
@@ -105,6 +114,14 @@ def _who_deleted(outcome: Outcome, events: list[PodEvent]) -> Outcome:
         if found:
             return outcome.evolve(reason=reason, message=f"the pod was {verb}: {found[-1].message}")
     return outcome
+
+
+def explain_claim(outcome: Outcome, claim: str, events: list[PodEvent]) -> Outcome:
+    """The outcome of a pod that no node took, with what kept its claim from being bound."""
+    last = last_word(events)
+    if last is None or any(one.reason == "ProvisioningSucceeded" for one in events):
+        return outcome
+    return outcome.evolve(message=f"{outcome.message}; claim {claim!r}: {last}")
 
 
 def last_word(events: list[PodEvent]) -> PodEvent | None:

@@ -13,7 +13,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.identity import PREFIX, attempt_in
+from leoflow_celery.executors.identity import PREFIX, attempt_in, raw_ids
 
 #: Every pod and Secret of an attempt has this label, and nothing else has.
 MANAGED_SELECTOR = f"{PREFIX}run-id"
@@ -21,6 +21,8 @@ STAGING_LABEL = f"{PREFIX}staging"
 STAGING_SELECTOR = f"{STAGING_LABEL}=true"
 #: Whose it is, where several systems share a namespace: none may delete what another one runs.
 SYSTEM_LABEL = f"{PREFIX}system"
+#: What the request gives its task, less than the pod's deadline; absent without a limit.
+TIMEOUT_ANNOTATION = f"{PREFIX}timeout-seconds"
 #: The container of the user's code.
 TASK_CONTAINER = "task"
 _MANAGED_BY = {"app.kubernetes.io/managed-by": "leoflow-celery"}
@@ -66,6 +68,18 @@ def attempt_labels(launch: LaunchSpec, system: str = "") -> dict[str, str]:
 def attempt_of(metadata: dict[str, Any]) -> AttemptId | None:
     """The attempt whose annotations an object carries, or None when they are not those of an attempt."""
     return attempt_in(metadata.get("annotations") or {})
+
+
+def attempt_annotations(launch: LaunchSpec) -> dict[str, str]:
+    """Of the pod: the raw ids, and what a reconcile needs to know of the request."""
+    timeout = launch.request.timeout_seconds
+    return {**raw_ids(launch), **({TIMEOUT_ANNOTATION: str(timeout)} if timeout else {})}
+
+
+def timeout_of(metadata: dict[str, Any]) -> int:
+    """Seconds that the task of a pod may take; 0 for ever."""
+    text = (metadata.get("annotations") or {}).get(TIMEOUT_ANNOTATION, "")
+    return int(text) if text.isdecimal() else 0
 
 
 def claim_metadata(request: TaskRequest, system: str = "") -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError
@@ -11,6 +13,8 @@ from leoflow_celery.executors.kubernetes.observe import PodState
 log = logging.getLogger(__name__)
 #: Lines may be of any length; an outcome travels through the broker.
 _MAX_BYTES = 32_768
+#: Of one answer. A kubelet that is asked for lines and bytes cuts off the last of the lines.
+_READ_BYTES = 1_048_576
 #: What a kubelet answers, with status 200, when the container is removed already.
 _NO_LOG = "unable to retrieve container logs for "
 
@@ -20,13 +24,24 @@ def fetch_log_tail(api: KubernetesApi, pod: PodState, lines: int) -> tuple[str, 
     if pod.task is None or lines <= 0:
         return ()
     try:
-        path = api.pods_path(pod.name, "log")
-        text = api.get_text(path, operation="get_log", container=pod.task.name, tailLines=lines)
+        text = _read(partial(_ask, api, pod.name, pod.task.name), lines)
     except ApiError as error:
         # The pod, its container or its node may be gone: an outcome without a log is better than none.
         log.info("kubernetes.no_log", extra={"attempt_name": pod.name, "error": str(error)})
         return ()
     return () if text.startswith(_NO_LOG) else tail_of(text, lines)
+
+
+def _ask(api: KubernetesApi, pod: str, container: str, lines: int) -> str:
+    path = api.pods_path(pod, "log")
+    return api.get_text(path, operation="get_log", container=container, tailLines=lines, limitBytes=_READ_BYTES)
+
+
+def _read(ask: Callable[[int], str], lines: int) -> str:
+    """The last lines, fewer of them when they are too long to come whole."""
+    while len((text := ask(lines)).encode()) >= _READ_BYTES and lines > 1:
+        lines = max(1, lines // 8)
+    return text
 
 
 def tail_of(text: str, lines: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.executors.kubernetes.identity import TASK_CONTAINER, attempt_of, system_of
+from leoflow_celery.executors.kubernetes.identity import TASK_CONTAINER, attempt_of, system_of, timeout_of
 
 Json = dict[str, Any]
 _ENDED_PHASES = frozenset({"Succeeded", "Failed"})
@@ -73,6 +73,8 @@ class PodState:
     image: str = ""
     memory_limit: str = ""
     deadline_seconds: int | None = None
+    timeout_seconds: int = 0
+    claims: tuple[str, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -83,6 +85,13 @@ class PodState:
     def finished_at(self) -> float | None:
         """When the task's container ended, where the server knows."""
         return self.task.finished_at if self.task is not None else None
+
+    @property
+    def deadline_left_seconds(self) -> float | None:
+        """What the pod's deadline left its container when that started; None when one of these is not known."""
+        if self.started_at is None or self.deadline_seconds is None or self.task is None or not self.task.started_at:
+            return None
+        return self.started_at + self.deadline_seconds - self.task.started_at
 
     @property
     def has_run(self) -> bool:
@@ -116,7 +125,15 @@ def observe(pod: Json) -> PodState:
         image=container.get("image", ""),
         memory_limit=str(((container.get("resources") or {}).get("limits") or {}).get("memory", "")),
         deadline_seconds=spec.get("activeDeadlineSeconds"),
+        timeout_seconds=timeout_of(metadata),
+        claims=claims_of(spec),
     )
+
+
+def claims_of(spec: Json) -> tuple[str, ...]:
+    """The claims that a pod mounts."""
+    sources = (one.get("persistentVolumeClaim") for one in spec.get("volumes") or ())
+    return tuple(source["claimName"] for source in sources if source)
 
 
 def _named(items: list[Json] | None, name: str) -> Json:

@@ -12,7 +12,6 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import Resources, TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.identity import raw_ids
 from leoflow_celery.executors.kubernetes.environment import (
     CA_DIR,
     STAGING_DIR,
@@ -20,7 +19,12 @@ from leoflow_celery.executors.kubernetes.environment import (
     agent_entries,
     request_entries,
 )
-from leoflow_celery.executors.kubernetes.identity import SYSTEM_LABEL, TASK_CONTAINER, attempt_labels
+from leoflow_celery.executors.kubernetes.identity import (
+    SYSTEM_LABEL,
+    TASK_CONTAINER,
+    attempt_annotations,
+    attempt_labels,
+)
 from leoflow_celery.executors.kubernetes.merge import Json, MergeError, merge
 from leoflow_celery.settings import KubernetesSettings
 
@@ -188,7 +192,7 @@ def _identified(pod: Json, launch: LaunchSpec, system: str, secret: str) -> Json
     metadata["name"] = launch.name
     labels = {name: value for name, value in metadata.get("labels", {}).items() if name != SYSTEM_LABEL}
     metadata["labels"] = {**labels, **attempt_labels(launch, system)}
-    metadata["annotations"] = {**metadata.get("annotations", {}), **raw_ids(launch)}
+    metadata["annotations"] = {**metadata.get("annotations", {}), **attempt_annotations(launch)}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 

@@ -15,8 +15,11 @@ from functools import partial
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.executors.base import FailureReporter, Observer, Reconciled
 from leoflow_celery.executors.kubernetes.classify import (
+    KEEP,
+    NEVER_STARTED,
     PodDecision,
     PodReport,
     ReconcilePolicy,
@@ -26,7 +29,13 @@ from leoflow_celery.executors.kubernetes.classify import (
 )
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
-from leoflow_celery.executors.kubernetes.events import explain, fetch_events
+from leoflow_celery.executors.kubernetes.events import (
+    PodEvent,
+    explain,
+    explain_claim,
+    failing_since,
+    fetch_events,
+)
 from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
 from leoflow_celery.executors.kubernetes.logs import fetch_log_tail
 from leoflow_celery.executors.kubernetes.observe import PodState, observe
@@ -100,9 +109,9 @@ class Reconciler:
         now = time.time()
         for pod in pods.values():
             expected = expectation.attempts.get(pod.name)
-            decision = decide_pod(pod, expected, expectation.read_at, now, self._policy)
-            if decision.report is not None or decision.delete:
-                yield partial(self._act, pod, expected, decision)
+            decide = partial(decide_pod, pod, expected, expectation.read_at, now, self._policy)
+            if (decision := decide()) != KEEP:
+                yield partial(self._act, pod, expected, decision, decide)
 
     def _missing(self, pods: dict[str, PodState], expectation: Expectation) -> Iterable[Callable[[], _Done]]:
         """Only ever called with a complete list: an incomplete one raised before."""
@@ -122,29 +131,39 @@ class Reconciler:
 
     # -- acting -------------------------------------------------------------------------------------------------
 
-    def _act(self, pod: PodState, expected: ExpectedAttempt | None, decision: PodDecision) -> _Done:
+    def _act(
+        self, pod: PodState, expected: ExpectedAttempt | None, decision: PodDecision, decide: Callable[..., PodDecision]
+    ) -> _Done:
         if decision.report is not None and expected is not None:
-            self._report_end(pod, expected.attempt, decision.report)
+            events = self._events(pod.name, pod.uid) if decision.report.outcome.reason else []
+            if decision.why == NEVER_STARTED:
+                decision = decide(failing_since=failing_since(events))
+            if decision.report is not None:
+                self._report_end(pod, expected.attempt, decision.report, events)
         deleted = decision.delete and self._delete(pod, decision)
         return _Done(decision.report is not None, deleted)
 
-    def _report_end(self, pod: PodState, attempt: AttemptId, report: PodReport) -> None:
-        outcome = self._explained(report.outcome, pod.name, pod.uid) if report.outcome.reason else report.outcome
+    def _report_end(self, pod: PodState, attempt: AttemptId, report: PodReport, events: list[PodEvent]) -> None:
+        outcome = explain(report.outcome, events) if report.outcome.reason else report.outcome
+        if outcome.reason is FailureReason.UNSCHEDULABLE and "volume" in pod.unscheduled.lower():
+            for claim in pod.claims:
+                outcome = explain_claim(outcome, claim, self._events(claim, kind="PersistentVolumeClaim"))
         if report.wants_log_tail:
             outcome = outcome.evolve(log_tail=fetch_log_tail(self._api, pod, self._settings.log_tail_lines))
         self._report(pod.name, attempt, outcome, report.return_value)
 
     def _report_missing(self, expected: ExpectedAttempt) -> _Done:
-        outcome = self._explained(missing_outcome(expected), expected.name)
+        outcome = explain(missing_outcome(expected), self._events(expected.name))
         self._report(expected.name, expected.attempt, outcome, None)
         return _Done(reported=True)
 
-    def _explained(self, outcome: Outcome, name: str, uid: str = "") -> Outcome:
+    def _events(self, name: str, uid: str = "", kind: str = "Pod") -> list[PodEvent]:
+        """An end without the words of the cluster is better than none."""
         try:
-            return explain(outcome, fetch_events(self._api, name, uid))
+            return fetch_events(self._api, name, uid, kind)
         except ApiError as error:
-            log.warning("kubernetes.no_events", extra={"attempt_name": name, "error": str(error)})
-            return outcome
+            log.warning("kubernetes.no_events", extra={"kind": kind, "object_name": name, "error": str(error)})
+            return []
 
     def _report(self, name: str, attempt: AttemptId, outcome: Outcome, return_value: str | None) -> None:
         log.warning(

@@ -44,6 +44,7 @@ def _pods() -> dict[str, tuple[Manifest, str]]:
             "Failed",
         ),
         "deadline": (task_pod("echo on; sleep 600", spec={"activeDeadlineSeconds": 4}), "Failed"),
+        "deadline used up": (_late(), "Failed"),
         "deadline before its start": (
             task_pod("true", image=NOBODY_HAS, spec={"activeDeadlineSeconds": 4}),
             "Failed",
@@ -90,6 +91,14 @@ def _pods() -> dict[str, tuple[Manifest, str]]:
         "refused": (leaving(task_pod(), TaskState.NONE, reported=True), "Succeeded"),
         "agent died": (leaving(task_pod(), TaskState.RUNNING, 9), "Failed"),
     }
+
+
+def _late() -> Manifest:
+    """Ended at its deadline before its task had had its time, which an init container took."""
+    slow = {**task_pod("sleep 6")["spec"]["containers"][0], "name": "slow"}
+    pod = task_pod("echo on; sleep 600", spec={"activeDeadlineSeconds": 40, "initContainers": [slow]})
+    pod["metadata"]["annotations"]["leoflow.io/timeout-seconds"] = "38"
+    return pod
 
 
 def _state(pod: Manifest | None) -> set[str]:
@@ -156,6 +165,7 @@ def all_cases(module_namespace: Namespace) -> Iterator[Reconciledes]:
         ("oom", Reason.OOM_KILLED, "it used more memory than it may (limit 40Mi)"),
         ("evicted", Reason.EVICTED, 'Usage of EmptyDir volume "scratch" exceeds the limit "20Mi"'),
         ("deadline", Reason.TIMEOUT, "longer than its deadline of 4 s"),
+        ("deadline used up", Reason.CONTAINER_CREATE_FAILED, "and its task may take 38 s: pulls and init containers"),
         ("deadline before its start", Reason.IMAGE_PULL_FAILED, "for 4 s"),
         ("no image", Reason.IMAGE_PULL_FAILED, f'Failed to pull image "{NOBODY_HAS}"'),
         ("bad image", Reason.INVALID_IMAGE, "image 'UPPER:::' is no valid name"),

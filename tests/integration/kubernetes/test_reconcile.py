@@ -184,6 +184,55 @@ def test_nothing_is_concluded_from_a_part_of_the_list(
     assert len(_names(namespace)) == 12
 
 
+def test_a_pull_that_fails_after_a_long_start_has_its_patience(namespace: Namespace, make_scene: MakeScene) -> None:
+    slow = {**task_pod("sleep 8")["spec"]["containers"][0], "name": "slow"}
+    pod = task_pod("true", image="nobody-has.invalid/this-image:1", spec={"initContainers": [slow]})
+    namespace.create(pod)
+    waits = "Error: ErrImagePull"
+    wait_until(lambda: any(waits in one for one in namespace.events(name_of(pod))), 120, "the pull fails", 0.1)
+    failed_at = time.time()
+    scene = make_scene(policy=replace(AT_ONCE, patience_seconds=6))
+    assert scene.reconcile(pod).reported == 0
+    assert _names(namespace) == {name_of(pod)}
+    wait_until(lambda: scene.reconcile(pod).reported, 60, "patience ends", 0.2)
+    assert 4 < time.time() - failed_at < 30
+    outcome = scene.reports.outcome(pod)
+    assert outcome.reason is Reason.IMAGE_PULL_FAILED
+    namespace.wait_for_no_pod(name_of(pod))
+
+
+def test_a_claim_that_nothing_provides_is_named_with_the_provisioner_s_words(
+    namespace: Namespace, make_scene: MakeScene
+) -> None:
+    """The worker may not read storage classes, so nothing refused it before."""
+    classes, name = "/apis/storage.k8s.io/v1/storageclasses", f"{namespace.name}-broken"
+    broken = {"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": name}}
+    namespace.api.call("POST", classes, {**broken, "provisioner": "kubernetes.io/aws-ebs"})
+    try:
+        spec = {
+            "accessModes": ["ReadWriteOnce"],
+            "resources": {"requests": {"storage": "1Mi"}},
+            "storageClassName": name,
+        }
+        metadata = {"name": "unbound"}
+        namespace.create({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec})
+        source = {"persistentVolumeClaim": {"claimName": "unbound"}}
+        pod = task_pod("true", spec={"volumes": [{"name": "staging", **source}]})
+        namespace.create(pod)
+        wait_until(lambda: namespace.events("unbound"), 60, "the provisioner's words", 0.2)
+        namespace.wait_for_pod(name_of(pod), lambda one: "PersistentVolume" in str(one["status"].get("conditions")))
+        scene = make_scene(policy=replace(AT_ONCE, pending_timeout_seconds=0.1))
+        assert scene.reconcile(pod).reported == 1
+        outcome = scene.reports.outcome(pod)
+        assert outcome.reason is Reason.UNSCHEDULABLE
+        # In the tree of 1.20, outside of it since 1.23.
+        assert any(
+            f"; claim 'unbound': {one}: " in outcome.message for one in ("ProvisioningFailed", "ExternalProvisioning")
+        )
+    finally:
+        namespace.api.call("DELETE", f"{classes}/{name}")
+
+
 def test_a_report_that_cannot_be_sent_keeps_its_pod_for_the_next_pass(
     namespace: Namespace, make_scene: MakeScene
 ) -> None:

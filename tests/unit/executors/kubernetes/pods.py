@@ -32,6 +32,7 @@ def pod(
     age: float = AGE,
     attempt: AttemptId | None = ATTEMPT,
     system: str = "",
+    timeout: int = 0,
     deleted: float | None = None,
     node: str = "node-1",
     conditions: tuple[dict[str, str], ...] = (),
@@ -48,6 +49,8 @@ def pod(
             "leoflow.io/try-number": str(attempt.try_number),
             "leoflow.io/launch": str(attempt.launch),
         }
+    if timeout:
+        metadata.setdefault("annotations", {})["leoflow.io/timeout-seconds"] = str(timeout)
     if system:
         metadata["labels"] = {"leoflow.io/system": system}
     if deleted is not None:

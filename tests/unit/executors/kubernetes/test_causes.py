@@ -13,7 +13,7 @@ from leoflow_celery.executors.kubernetes.causes import (
     cause_of_pending,
     cause_of_stall,
 )
-from tests.unit.executors.kubernetes.pods import NOW, observed, running, terminated, waiting
+from tests.unit.executors.kubernetes.pods import AGE, NOW, observed, running, stamp, terminated, waiting
 
 _RUNC = "OCI runtime create failed: runc create failed: unable to start container process: exec: "
 
@@ -120,6 +120,37 @@ def test_why_a_pod_ended(pod: dict[str, Any], reason: Reason, words: str) -> Non
     cause = cause_of_end(observed("Failed", **pod))
     assert cause.reason is reason
     assert words in cause.message
+
+
+@pytest.mark.parametrize("state", [running(), terminated(143)], ids=["running", "terminated"])
+@pytest.mark.parametrize(
+    ("started_after", "timeout", "deadline", "reason"),
+    [
+        (110, 60, 120, Reason.CONTAINER_CREATE_FAILED),
+        (61, 60, 120, Reason.CONTAINER_CREATE_FAILED),
+        (60, 60, 120, Reason.TIMEOUT),  # it had its time, and its agent did not act
+        (5, 60, 120, Reason.TIMEOUT),
+        (110, 0, 120, Reason.TIMEOUT),  # a deadline of an override's, for the pod as a whole
+        (5, 60, 30, Reason.TIMEOUT),  # an override's, shorter than the task may take
+    ],
+)
+def test_a_deadline_that_pulls_used_up_is_not_the_task_s(
+    state: dict[str, Any], started_after: int, timeout: int, deadline: int, reason: Reason
+) -> None:
+    (kind,) = state
+    late = {kind: {**state[kind], "startedAt": stamp(NOW - AGE + 1 + started_after)}}
+    pod = observed(
+        "Failed",
+        reason="DeadlineExceeded",
+        state=late,
+        timeout=timeout,
+        spec={"activeDeadlineSeconds": deadline},
+    )
+    for cause in (cause_of_end(pod), cause_of_agent_death(pod)):
+        assert cause.reason is reason
+        if reason is Reason.CONTAINER_CREATE_FAILED:
+            words = f"deadline of 120 s left its container {deadline - started_after} s, and its task may take 60 s"
+            assert words in cause.message
 
 
 def test_a_container_that_ended_well_without_an_agent_names_the_image() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason as Reason
-from leoflow_celery.executors.kubernetes.events import explain, read_events
+from leoflow_celery.executors.kubernetes.events import explain, explain_claim, failing_since, read_events
 
 DELETED = Outcome.failed(Reason.POD_DELETED, "pod x was deleted")
 
@@ -74,6 +74,34 @@ def test_the_last_word_is_the_last_warning_that_is_not_routine() -> None:
     assert explain(DELETED, read_events(events[1:3])).last_event == "Killing: stop"
     assert explain(DELETED, read_events(events[2:3])).last_event == ""
     assert explain(DELETED, []) == DELETED
+
+
+def test_since_when_a_kubelet_fails_to_start_a_container() -> None:
+    first, later = "2026-01-01T00:00:01Z", "2026-01-01T00:05:00Z"
+    events = [
+        event("Pulling", firstTimestamp="2025-12-31T23:55:00Z", lastTimestamp=later),
+        event("BackOff", firstTimestamp=later, lastTimestamp=later),
+        event("Failed", "Error: ErrImagePull", "Warning", firstTimestamp=first, lastTimestamp=later),
+        event("Failed", "of the events API", eventTime="2026-01-01T00:00:09.000000Z", firstTimestamp=None),
+    ]
+    assert failing_since(read_events(events)) == 1_767_225_601.0
+    assert failing_since(read_events(events[3:])) == 1_767_225_609.0
+    assert failing_since(read_events(events[:1])) is None
+    assert failing_since(read_events([event("Failed")])) is None
+
+
+def test_what_keeps_a_claim_unbound_is_said_of_a_pod_that_no_node_took() -> None:
+    outcome = Outcome.failed(Reason.UNSCHEDULABLE, "no node took the pod")
+    waits = event("ExternalProvisioning", "waiting for a volume", lastTimestamp="2026-01-01T00:00:02Z")
+    failed = event("ProvisioningFailed", "no quota", "Warning", lastTimestamp="2026-01-01T00:00:01Z")
+    done = event("ProvisioningSucceeded", "done", lastTimestamp="2026-01-01T00:00:03Z")
+
+    def said(*events: dict[str, Any]) -> str:
+        return explain_claim(outcome, "c", read_events(events)).message
+
+    assert said(failed, waits) == "no node took the pod; claim 'c': ProvisioningFailed: no quota"
+    assert said(waits) == "no node took the pod; claim 'c': ExternalProvisioning: waiting for a volume"
+    assert said(failed, done) == said() == outcome.message
 
 
 def test_events_of_another_pod_of_that_name_are_left_out() -> None:

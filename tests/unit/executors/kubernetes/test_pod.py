@@ -10,7 +10,7 @@ import pytest
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.kubernetes.environment import secret_of, secret_variables
-from leoflow_celery.executors.kubernetes.identity import attempt_of, claim_metadata
+from leoflow_celery.executors.kubernetes.identity import attempt_of, claim_metadata, timeout_of
 from leoflow_celery.executors.kubernetes.secret import build_secret
 from leoflow_celery.settings import KubernetesSettings
 from tests.unit.executors.kubernetes.built import PLAIN, build, env, launch, task
@@ -132,6 +132,12 @@ def test_the_deadline_leaves_the_agent_time_to_end_the_task_itself() -> None:
         ]
         == 95
     )
+
+
+def test_a_pod_says_what_its_task_may_take_whatever_its_deadline_is() -> None:
+    pod = build(timeout_seconds=90, pod_override={"spec": {"activeDeadlineSeconds": 7}})
+    assert (pod["spec"]["activeDeadlineSeconds"], timeout_of(pod["metadata"])) == (7, 90)
+    assert timeout_of(build()["metadata"]) == timeout_of({"annotations": {"leoflow.io/timeout-seconds": "x"}}) == 0
 
 
 def test_staging_is_mounted_and_writable_for_the_images_group() -> None:
