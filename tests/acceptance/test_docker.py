@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from leoflow_celery.client import Client, Handle
+from leoflow_celery.client import Client
 from leoflow_celery.domain.states import RunState, TaskState
-from leoflow_celery.errors import TaskFailed
+from tests.support.docker_system import DockerSystem, failure_of, wait_until_running
 from tests.support.engine import TestEngine, engine_of_tests
 from tests.support.host import host_address
-from tests.support.images import task_image
-from tests.support.ports import free_port
+from tests.support.http_target import HttpTarget
+from tests.support.kubernetes_system import call
 from tests.support.redis_server import RedisServer
-from tests.support.system import System
 from tests.support.waiting import wait_until
 
-#: For people to look at ended containers: none here, so that what is left over is a mistake.
-OVERRIDES = {
-    "EXECUTOR_TYPE": "docker",
-    "DOCKER_FINISHED_GRACE_SECONDS": 0,
-    "DOCKER_TERMINATION_GRACE_SECONDS": 5,
-    "MAINTENANCE_INTERVAL_SECONDS": 2,
-    "MAINTENANCE_STAGING_INTERVAL_SECONDS": 2,
-    "MAINTENANCE_RELAUNCH_BACKOFF_SECONDS": 0.1,
-}
+OUTAGE_SECONDS = 10
+#: An agent that gives up reporting soon, so that its container ends while the gateway is away.
+IMPATIENT = {"LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -39,69 +32,47 @@ def engine() -> Iterator[TestEngine]:
 @pytest.fixture(scope="module")
 def deployed(
     tmp_path_factory: pytest.TempPathFactory, shared_redis: RedisServer, engine: TestEngine
-) -> Iterator[System]:
-    image = task_image()
-    address = f"{host_address()}:{free_port(host_address())}"
-    name = f"test-{secrets.token_hex(4)}"
-    places = {"GATEWAY_LISTEN": address, "CONTROL_PLANE_ADDR": address, "DOCKER_SYSTEM": name}
-    with System(tmp_path_factory.mktemp("docker"), shared_redis.url(), **OVERRIDES, **places) as system:
-        system.env["LEOFLOW_TEST_IMAGE"] = image
-        system.start_gateway()
-        system.start_workers("workers.docker", "workers.control")
-        system.start_beat()
+) -> Iterator[DockerSystem]:
+    directory = tmp_path_factory.mktemp("docker")
+    with DockerSystem(directory, shared_redis.url(), engine, BROKER_VISIBILITY_TIMEOUT_SECONDS=10) as system:
+        system.start_all()
         yield system
-        wait_until(lambda: not engine.containers(name), 120, "containers to be removed by the reconcile")
-    engine.remove_all(name)
 
 
 @pytest.fixture
-def system(deployed: System) -> System:
+def system(deployed: DockerSystem) -> Iterator[DockerSystem]:
     deployed.shown_on_failure()
-    return deployed
+    yield deployed
+    deployed.nothing_is_left()
 
 
 @pytest.fixture
-def client(system: System) -> Client:
+def client(system: DockerSystem) -> Client:
     return system.client
 
 
-def submit(system: System, name: str, command: str, run_id: str = "", **fields: Any) -> Handle:
-    identity = f"{name}-{secrets.token_hex(4)}"
-    request = {
-        "task_instance_id": identity,
-        "dag_id": "d",
-        "run_id": run_id or identity,
-        "task_id": name,
-        "operator": "bash",
-        "entrypoint": command,
-        "image": system.env["LEOFLOW_TEST_IMAGE"],
-        "image_pull_policy": "Never",
-        **fields,
-    }
-    return system.client.submit(request)
-
-
-def wait_until_running(handle: Handle) -> str:
-    """The container's name, once user code runs in it."""
-    wait_until(lambda: handle.state() is TaskState.RUNNING, 120, lambda: str(handle.task_instance()))
-    return handle.task_instance().external_name
+@pytest.fixture
+def witness(deployed: DockerSystem) -> Iterator[HttpTarget]:
+    """Counts the starts of user code, and holds them until the test lets them go on."""
+    with HttpTarget(host_address()) as target:
+        yield target
 
 
 def test_the_tasks_of_a_run_share_a_volume_that_goes_with_its_success(
-    system: System, client: Client, engine: TestEngine
+    system: DockerSystem, client: Client, engine: TestEngine
 ) -> None:
     run_id = secrets.token_hex(4)
     claim = f"leoflow-staging-d-{run_id}"
     client.create_run("d", run_id)
-    submit(system, "writes", "echo shared > /staging/file", run_id, staging_claim=claim).get(timeout=180)
-    reader = submit(system, "reads", "grep shared /staging/file", run_id, staging_claim=claim)
+    system.submit_bash("writes", "echo shared > /staging/file", run_id, staging_claim=claim).get(timeout=180)
+    reader = system.submit_bash("reads", "grep shared /staging/file", run_id, staging_claim=claim)
     reader.get(timeout=180)
     [volume] = [one for one in client.runtime.store.staging.list_active() if one.claim_name == claim]
     assert volume.backend == reader.task_instance().back_end
-    assert claim in engine.volumes(system.settings.docker.system)
+    assert claim in engine.volumes(system.name)
 
     client.finish_run("d", run_id, RunState.SUCCESS)
-    wait_until(lambda: claim not in engine.volumes(system.settings.docker.system), 120, "the volume to go")
+    wait_until(lambda: claim not in engine.volumes(system.name), 120, "the volume to go")
 
     def reason() -> str | None:
         deleted = client.runtime.store.staging.list_deleted()
@@ -110,33 +81,108 @@ def test_the_tasks_of_a_run_share_a_volume_that_goes_with_its_success(
     assert wait_until(reason, 60, "the record") == "run_succeeded"
 
 
-def test_a_cancelled_task_stops_at_once(system: System, engine: TestEngine) -> None:
-    handle = submit(system, "long", "sleep 600")
+def test_a_cancelled_task_stops_at_once(system: DockerSystem, engine: TestEngine) -> None:
+    handle = system.submit_bash("long", "sleep 600")
     name = wait_until_running(handle)
     assert handle.cancel()
-    with pytest.raises(TaskFailed) as caught:
-        handle.get(timeout=60)
-    assert caught.value.reason == "cancelled"
+    assert failure_of(handle).reason == "cancelled"
     wait_until(lambda: engine.status(name) != "running", 60, lambda: engine.story(name))
     assert handle.task_instance().launch == 1
 
 
-def test_a_container_that_somebody_removed_is_started_again(system: System, engine: TestEngine) -> None:
-    handle = submit(system, "removed", "sleep 5")
-    name = wait_until_running(handle)
-    engine.api.remove_container(name, force=True)
+def test_a_container_that_somebody_removed_is_started_again(system: DockerSystem, engine: TestEngine) -> None:
+    handle = system.submit_bash("removed", "sleep 5")
+    engine.api.remove_container(wait_until_running(handle), force=True)
     handle.get(timeout=180)
     view = handle.task_instance()
     assert (view.launch, view.try_number, view.state) == (2, 1, TaskState.SUCCESS)
-    [relaunched] = [one for one in system.client.events(view.task_instance_id) if one.event == "relaunched"]
-    assert relaunched.details["reason"] == "container_lost"
+    assert system.relaunch_of(handle)["reason"] == "container_lost"
 
 
-def test_a_task_killed_for_its_memory_succeeds_with_more(system: System) -> None:
+def test_a_container_that_somebody_killed_is_started_again(system: DockerSystem, engine: TestEngine) -> None:
+    handle = system.submit_bash("killed", "sleep 5")
+    engine.api.kill(wait_until_running(handle))
+    handle.get(timeout=180)
+    assert (handle.task_instance().launch, handle.task_instance().try_number) == (2, 1)
+    assert system.relaunch_of(handle)["reason"] == "container_lost"
+
+
+def test_a_task_killed_for_its_memory_succeeds_with_more(system: DockerSystem) -> None:
     eats = "python3 -c 'data = bytearray(150 * 1024 * 1024); print(len(data))'"
-    handle = submit(system, "hungry", eats, resources={"limits": {"memory": "128Mi"}}, oom_memory_factor=3)
+    handle = system.submit_bash("hungry", eats, resources={"limits": {"memory": "128Mi"}}, oom_memory_factor=3)
     handle.get(timeout=240)
     view = handle.task_instance()
     assert (view.launch, view.oom_relaunches) == (2, 1)
-    [relaunched] = [one for one in system.client.events(view.task_instance_id) if one.event == "relaunched"]
-    assert (relaunched.details["reason"], relaunched.details["memory_limit"]) == ("oom_killed", "128Mi → 384Mi")
+    relaunched = system.relaunch_of(handle)
+    assert (relaunched["reason"], relaunched["memory_limit"]) == ("oom_killed", "128Mi → 384Mi")
+
+
+def test_the_users_own_failures_are_final_and_say_why(system: DockerSystem) -> None:
+    exits = system.submit_bash("exits", "echo last words; exit 3")
+    sleeps = system.submit_bash("sleeps", "sleep 600", timeout_seconds=1)
+    failed = failure_of(exits)
+    assert (failed.reason, failed.exit_code) == ("non_zero_exit", 3)
+    assert any("last words" in line for line in exits.task_instance().log_tail)
+    assert failure_of(sleeps).reason == "timeout"
+    assert (exits.task_instance().launch, sleeps.task_instance().launch) == (1, 1)
+
+
+def test_an_image_that_nobody_has_is_named(system: DockerSystem) -> None:
+    failed = failure_of(system.submit_bash("imageless", "true", image="nobody-has:this"), 180)
+    assert failed.reason == "image_pull_failed"
+    assert "nobody-has:this" in failed.message
+
+
+def test_a_worker_killed_between_the_container_and_its_acknowledgement_leaves_one_that_runs_once(
+    system: DockerSystem, engine: TestEngine, witness: HttpTarget
+) -> None:
+    worker = system.process("workers.docker")
+    system.engine_proxy.hold_answers()
+    try:
+        handle = system.submit_bash("half", call(witness.url("half")))
+        made = wait_until(lambda: _container_of(engine, system, handle.attempt.task_instance_id), 60, "a container")
+        worker.kill()
+    finally:
+        system.engine_proxy.pass_answers()
+    assert engine.status(made) == "created"
+    system.restart("workers.docker")
+    handle.get(timeout=150)
+    assert witness.calls["half"] == 1
+    view = handle.task_instance()
+    assert (view.launch, view.external_name) == (1, made)
+
+
+def _container_of(engine: TestEngine, system: DockerSystem, task_instance_id: str) -> str | None:
+    label = "leoflow.io/task-instance-id"
+    found = (one for one in engine.containers(system.name) if one["Labels"][label] == task_instance_id)
+    return next((str(one["Names"][0]).removeprefix("/") for one in found), None)
+
+
+def test_a_success_is_a_success_although_the_gateway_was_away_at_the_end(
+    system: DockerSystem, witness: HttpTarget
+) -> None:
+    command = f'{call(witness.hold("away"))} && echo 42 >"$LEOFLOW_RETURN_VALUE_PATH"'
+    handle = system.submit_bash("away", command, env=IMPATIENT)
+    wait_until(lambda: witness.calls["away"] == 1, 60, "user code runs")
+    system.process("gateway").kill()
+    witness.release("away")
+    assert handle.get(timeout=150) == 42
+    system.restart("gateway").wait_for_line("gateway listening on")
+    view = handle.task_instance()
+    assert (view.state.value, view.launch, witness.calls["away"]) == ("success", 1, 1)
+
+
+def test_tasks_survive_an_engine_that_does_not_answer_for_a_while(system: DockerSystem, witness: HttpTarget) -> None:
+    running = system.submit_bash("before", call(witness.hold("before")))
+    wait_until(lambda: witness.calls["before"] == 1, 60, "user code runs")
+    system.engine_proxy.stop()
+    waiting = system.submit_bash("during", call(witness.url("during")))
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > OUTAGE_SECONDS, OUTAGE_SECONDS + 5)
+    assert not waiting.task_instance().is_terminal
+    system.engine_proxy.resume()
+    witness.release("before")
+    for handle in (running, waiting):
+        handle.get(timeout=150)
+        assert handle.task_instance().launch == 1
+    assert witness.calls["before"] == witness.calls["during"] == 1

@@ -13,10 +13,13 @@ _CHUNK = 65_536
 
 
 class TcpProxy:
-    """Passes bytes between ``listen`` and ``target``, host and port each, in a thread of its own; port 0 picks one."""
+    """Passes bytes between ``listen`` and ``target``, host and port each, in a thread of its own; port 0 picks one.
+
+    A target without a port is the path of a Unix socket.
+    """
 
     def __init__(
-        self, target: tuple[str, int], listen: tuple[str, int] = ("127.0.0.1", 0), is_tls: bool = False
+        self, target: tuple[str, int] | str, listen: tuple[str, int] = ("127.0.0.1", 0), is_tls: bool = False
     ) -> None:
         self.target, self._listen, self._is_tls = target, listen, is_tls
         self.connections = 0
@@ -92,7 +95,10 @@ class TcpProxy:
             writer.transport.abort()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection(*self.target)
+        if isinstance(self.target, str):
+            far_reader, far_writer = await asyncio.open_unix_connection(self.target)
+        else:
+            far_reader, far_writer = await asyncio.open_connection(*self.target)
         try:
             requests = _Direction(reader, far_writer)
             await asyncio.gather(requests.run(), _Direction(far_reader, writer, self._gate(requests)).run())
