@@ -46,13 +46,13 @@ def reap_silent(seconds_since_heartbeat: float | None, policy: ReapPolicy) -> Ve
     )
 
 
-def may_judge_silence(listening_seconds: float | None, policy: ReapPolicy) -> bool:
+def may_judge_silence(listening_seconds: float | None, timeout_seconds: float) -> bool:
     """Whether silence means anything: who hears heartbeats has listened long enough to hear one of each holder.
 
     ``listening_seconds`` is None while nobody listens. After an outage of the listener everybody seems silent; a third
-    of the timeout is two heartbeats.
+    of the timeout, and of the lease, is two heartbeats.
     """
-    return listening_seconds is not None and listening_seconds >= policy.heartbeat_timeout_seconds / 3
+    return listening_seconds is not None and listening_seconds >= timeout_seconds / 3
 
 
 def reap_queued(

@@ -18,6 +18,7 @@ from leoflow_celery.store.events import EventStore
 from leoflow_celery.store.history import HistoryStore
 from leoflow_celery.store.holders import HolderStore
 from leoflow_celery.store.leases import LeaseStore
+from leoflow_celery.store.listeners import Listeners
 from leoflow_celery.store.logs import LogStore
 from leoflow_celery.store.runs import RunStore
 from leoflow_celery.store.staging import StagingStore
@@ -39,7 +40,7 @@ class Store:
 
     @cached_property
     def attempts(self) -> AttemptStore:
-        return AttemptStore(self.database, self.xcom, self.relaunch_policy)
+        return AttemptStore(self.database, self.xcom, self.listeners, self.relaunch_policy)
 
     @cached_property
     def relaunch_policy(self) -> RelaunchPolicy:
@@ -87,6 +88,10 @@ class Store:
     @cached_property
     def leases(self) -> LeaseStore:
         return LeaseStore(self.database)
+
+    @cached_property
+    def listeners(self) -> Listeners:
+        return Listeners(self.database, self.leases, self._settings.maintenance.interval_seconds)
 
     @cached_property
     def sweeps(self) -> SweepStore:

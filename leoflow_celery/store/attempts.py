@@ -23,6 +23,7 @@ from leoflow_celery.store import statements
 from leoflow_celery.store.database import Database, batched
 from leoflow_celery.store.events import append_event
 from leoflow_celery.store.heartbeats import Beat, BeatVerdicts, record_heartbeats
+from leoflow_celery.store.listeners import Listeners
 from leoflow_celery.store.models import TaskInstance, is_live, table_of
 from leoflow_celery.store.statements import Free
 from leoflow_celery.store.views import Finished, TaskInstanceView
@@ -67,9 +68,10 @@ ANY = Guard()
 class AttemptStore:
     """The life of attempts after they were recorded (see ``submissions`` for before)."""
 
-    def __init__(self, database: Database, xcom: XComStore, policy: RelaunchPolicy | None = None) -> None:
-        self._database = database
-        self._xcom = xcom
+    def __init__(
+        self, database: Database, xcom: XComStore, listeners: Listeners, policy: RelaunchPolicy | None = None
+    ) -> None:
+        self._database, self._xcom, self._listeners = database, xcom, listeners
         self._policy = policy or RelaunchPolicy()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -101,7 +103,8 @@ class AttemptStore:
         With ``start`` the attempt is running at once (inline tasks, which have no agent to report it).
 
         Raises:
-            ClaimRefused: why is unknown, terminal, superseded (a later launch or try exists) or held (a live holder).
+            ClaimRefused: why is unknown, terminal, superseded (a later launch or try exists) or held (by a live holder,
+                or by one whose heartbeats nobody could hear).
         """
         now = time.time()
         parameters = {
@@ -117,6 +120,9 @@ class AttemptStore:
             view = again or _claim(connection, Free.EXPIRED, start, parameters)
             if view is None:
                 raise self._refusal(connection, attempt)
+            if not again and not self._listeners.may_judge(view.executor, lease_seconds, connection):
+                # This takes the claim back: after an outage a holder that lives has an old lease too.
+                raise ClaimRefused("held", f"attempt {attempt} is held, and its holder's heartbeats may come late")
             # The same holder asking again begins nothing: what it pushed meanwhile stays.
             if free or not again:
                 self._begin(connection, view, now, replaces=not free)

@@ -69,16 +69,21 @@ class LeaseStore:
 
     def present_seconds(self, name: str, gap_seconds: float) -> float | None:
         """For how long somebody has been present without a gap until now; None when nobody is."""
-        now = time.time()
-        query = sa.select(_TABLE.c.holder).where(_TABLE.c.name == name, _TABLE.c.until >= now - gap_seconds)
         with self._database.reading() as connection:
-            since = connection.execute(query).scalar()
-        return None if since is None else now - float(since)
+            return present_seconds(connection, name, gap_seconds)
 
     def present(self, prefix: str, gap_seconds: float) -> list[str]:
         """Who of those whose names start with ``prefix`` has been present within the gap; without the prefix."""
         with self._database.reading() as connection:
             return present(connection, prefix, gap_seconds)
+
+
+def present_seconds(connection: sa.Connection, name: str, gap_seconds: float) -> float | None:
+    """``LeaseStore.present_seconds`` inside the caller's transaction."""
+    now = time.time()
+    query = sa.select(_TABLE.c.holder).where(_TABLE.c.name == name, _TABLE.c.until >= now - gap_seconds)
+    since = connection.execute(query).scalar()
+    return None if since is None else now - float(since)
 
 
 def present(connection: sa.Connection, prefix: str, gap_seconds: float) -> list[str]:

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from dataclasses import replace
+from functools import cache
 
 from leoflow_celery import metrics
 from leoflow_celery.client.messages import MessageSender, requested_grace
@@ -18,7 +19,6 @@ from leoflow_celery.domain.reap import (
     ReapPolicy,
     Verdict,
     cancel_overdue,
-    may_judge_silence,
     reap_queued,
     reap_silent,
     unplaced_verdict,
@@ -27,7 +27,6 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.routing import RESULTS_QUEUE, ExecutorType, host_queue
 from leoflow_celery.errors import BrokerUnavailable, Unsealable
 from leoflow_celery.store.attempts import Guard
-from leoflow_celery.store.leases import GATEWAY_GAP_SECONDS, GATEWAY_PRESENCE, REAPER_PRESENCE
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.completion import complete_due
 from leoflow_celery.tasks.context import LeoflowTask
@@ -37,8 +36,6 @@ from leoflow_celery.tasks.single_flight import maintenance_task
 log = logging.getLogger(__name__)
 #: A submit that is under way sends its own message; only what is older was left behind.
 _UNSENT_GRACE_SECONDS = 5
-#: Reaps missed in a row until the reaper counts as having been away (with it, perhaps, the database).
-_REAPER_GAPS = 4
 
 
 @maintenance_task("send_due")
@@ -91,25 +88,16 @@ def _policy(task: LeoflowTask) -> ReapPolicy:
 
 
 def _reap_silent(task: LeoflowTask, policy: ReapPolicy) -> int:
-    can_judge = _listeners(task, policy)
-    count = 0
-    for view in task.runtime.store.sweeps.silent(policy.heartbeat_timeout_seconds):
+    store, count = task.runtime.store, 0
+    store.listeners.keep_reaper_present()
+    may_judge = cache(lambda executor: store.listeners.may_judge(executor, policy.heartbeat_timeout_seconds))
+    for view in store.sweeps.silent(policy.heartbeat_timeout_seconds):
         last = view.last_heartbeat_at
         verdict = reap_silent(None if last is None else time.time() - last, policy)
-        if verdict is not None and can_judge[view.executor == ExecutorType.INLINE]:
+        if verdict is not None and may_judge(view.executor):
             # It may have woken up since it was read: only silence since then ends it.
             count += _give_up(task, view, verdict, Guard(silent_since=last))
     return count
-
-
-def _listeners(task: LeoflowTask, policy: ReapPolicy) -> dict[bool, bool]:
-    """Whether silence can be judged, of inline holders (True: they write themselves) and of agents (False)."""
-    leases = task.runtime.store.leases
-    gap = _REAPER_GAPS * task.runtime.settings.maintenance.interval_seconds
-    leases.keep_present(REAPER_PRESENCE, gap)
-    database = may_judge_silence(leases.present_seconds(REAPER_PRESENCE, gap), policy)
-    gateway = may_judge_silence(leases.present_seconds(GATEWAY_PRESENCE, GATEWAY_GAP_SECONDS), policy)
-    return {True: database, False: database and gateway}
 
 
 def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:

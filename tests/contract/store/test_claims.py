@@ -11,11 +11,13 @@ import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, Fenced
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat, Guard
 from tests.contract.store.rows import EVICTED, EXIT_1, EXPIRED, LEASE_SECONDS, claim, event_names, race, submit
+from tests.support.listening import listened
 
 _CLAIM = """
 import sys
@@ -57,6 +59,7 @@ def test_the_claim_names_holder_host_and_lease(store: Store) -> None:
 def test_a_claim_is_no_heartbeat(store: Store) -> None:
     """An agent that never sends one must not be taken for one that fell silent."""
     attempt = submit(store)
+    listened(store)
     assert store.attempts.claim(attempt, "h1", "host", LEASE_SECONDS).last_heartbeat_at is None
     assert list(store.sweeps.silent(heartbeat_timeout_seconds=-60)) == []
     store.attempts.heartbeat([Beat(attempt, "h1")], -1)
@@ -97,6 +100,7 @@ def test_why_a_claim_is_refused(store: Store) -> None:
 
 def test_a_silent_holder_is_replaced_and_fenced_everywhere(store: Store) -> None:
     attempt = submit(store)
+    listened(store)
     old = claim(store, attempt, "old", EXPIRED)
     store.attempts.start(attempt, "old")
     claim(store, attempt, "new")
@@ -111,6 +115,37 @@ def test_a_silent_holder_is_replaced_and_fenced_everywhere(store: Store) -> None
     assert (view.holder, view.state) == ("new", TaskState.RUNNING)
     assert store.attempts.finish(attempt, EXIT_1, Guard(holder="new")).recorded
     assert store.attempts.get("ti-1").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("executor", "reaper_seconds", "gateway_seconds", "replaced"),
+    [
+        (ExecutorType.INLINE, 21, None, True),
+        (ExecutorType.INLINE, 19, 3_600, False),
+        (ExecutorType.INLINE, None, 3_600, False),
+        (ExecutorType.SUBPROCESS, 21, 21, True),
+        (ExecutorType.SUBPROCESS, 3_600, 19, False),
+        (ExecutorType.SUBPROCESS, 3_600, None, False),
+        (ExecutorType.SUBPROCESS, 19, 3_600, False),
+    ],
+)
+def test_after_an_outage_an_old_lease_is_no_silence(
+    store: Store, executor: ExecutorType, reaper_seconds: float | None, gateway_seconds: float | None, replaced: bool
+) -> None:
+    """Who hears heartbeats must have listened for a third of the lease: a live holder could not renew it before."""
+    attempt = submit(store, on=executor)
+    guard = claim(store, attempt, "h1", EXPIRED)
+    before = store.attempts.get("ti-1")
+    listened(store, reaper_seconds, gateway_seconds)
+    if replaced:
+        claim(store, attempt, "h2")
+        assert store.attempts.get("ti-1").holder == "h2"
+        return
+    assert refusal(store, attempt) == "held"
+    assert store.attempts.get("ti-1") == before
+    assert event_names(store) == ["submitted", "claimed"]
+    assert store.attempts.heartbeat([Beat(attempt, "h1")], LEASE_SECONDS).fenced == frozenset()
+    assert store.attempts.finish(attempt, Outcome.success(), guard).recorded
 
 
 def test_a_silent_holder_that_nobody_replaced_goes_on(store: Store) -> None:
@@ -138,6 +173,7 @@ def test_only_the_holder_starts_and_starting_again_keeps_the_first_time(store: S
 
 def test_one_flush_renews_many_claims_and_names_who_must_stop(store: Store) -> None:
     attempts = [submit(store, f"ti-{n}") for n in range(1_200)]
+    listened(store)
     for attempt in attempts[:4]:
         claim(store, attempt, f"h-{attempt.task_instance_id}", EXPIRED)
     ended, cancelled, lost, alive = attempts[:4]
@@ -192,6 +228,7 @@ def test_twenty_threads_race_for_each_attempt_and_one_wins(store: Store) -> None
 
 def test_twenty_threads_race_for_an_expired_claim_and_one_replaces_it(store: Store) -> None:
     attempt = submit(store)
+    listened(store)
     claim(store, attempt, "silent", EXPIRED)
     results = race(20, lambda number: store.attempts.claim(attempt, f"h{number}", "host", LEASE_SECONDS))
     refused = [result for result in results if isinstance(result, ClaimRefused)]

@@ -13,6 +13,7 @@ from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.models import TaskInstance, table_of
 from leoflow_celery.store.xcom import XComStore
 from tests.contract.store.rows import EVICTED, EXIT_1, EXPIRED, claim, submit
+from tests.support.listening import listened
 
 KEY = XComKey("default", "sales", "r1", "ti-1")
 VALUE = [(KEY, XComValue(b"42"))]
@@ -99,6 +100,7 @@ def test_the_next_try_starts_without_the_values_of_the_last(store: Store) -> Non
 
 def test_who_replaces_a_silent_holder_starts_without_its_values(store: Store) -> None:
     attempt = submit(store)
+    listened(store)
     claim(store, attempt, "silent", EXPIRED)
     _push(store.xcom)
     claim(store, attempt, "h2")
@@ -117,6 +119,7 @@ def test_a_holder_that_registers_again_keeps_what_it_pushed(store: Store, try_nu
 
 def test_a_fenced_holder_pushes_nothing(store: Store) -> None:
     attempt = submit(store)
+    listened(store)
     claim(store, attempt, "silent", EXPIRED)
     claim(store, attempt, "h2")
     with pytest.raises(Fenced):

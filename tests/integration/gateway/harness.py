@@ -34,6 +34,7 @@ from leoflow_celery.store import Store
 from leoflow_celery.store.logs import LogKey
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.store.views import TaskInstanceView
+from tests.support.listening import listened
 
 JWT_SECRET = "a secret of the tests, thirty-two bytes or more"
 SEAL_KEY = Fernet.generate_key().decode()
@@ -276,9 +277,10 @@ class World:
         return LogKey(request.tenant_id, request.dag_id, request.run_id, request.task_id, request.try_number)
 
     def expire_lease(self, attempt: AttemptId, holder: str) -> None:
-        """The holder was silent for too long."""
+        """The holder was silent for too long, and somebody listened."""
         from leoflow_celery.store.attempts import Beat
 
+        listened(self.store)
         self.store.attempts.heartbeat([Beat(attempt, holder)], lease_seconds=-1)
 
     def close(self) -> None:

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leoflow_celery.domain.reap import ReapPolicy, cancel_overdue, reap_queued, reap_silent, unplaced_verdict
+from leoflow_celery.domain.reap import (
+    ReapPolicy,
+    cancel_overdue,
+    may_judge_silence,
+    reap_queued,
+    reap_silent,
+    unplaced_verdict,
+)
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason, parse_reason
 from leoflow_celery.domain.relaunch import Growth, Memory, Relaunch, RelaunchPolicy, relaunch_decision
 
@@ -84,6 +91,13 @@ def test_a_holder_is_lost_only_when_heartbeats_that_came_stopped_coming(silence:
     if verdict:
         assert verdict.reason is R.AGENT_LOST
         assert "limit 90 s" in verdict.message
+
+
+@pytest.mark.parametrize(("listening", "means_something"), [(None, False), (0.0, False), (29.9, False), (30.0, True)])
+def test_silence_means_something_once_two_heartbeats_could_have_been_heard(
+    listening: float | None, means_something: bool
+) -> None:
+    assert may_judge_silence(listening, timeout_seconds=90) is means_something
 
 
 @pytest.mark.parametrize(
