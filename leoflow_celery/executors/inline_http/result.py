@@ -39,7 +39,8 @@ class HttpResult:
         """The JSON that becomes the XCom: a JSON body as it is, other text as a JSON string, nothing for no body.
 
         Raises:
-            XComRejected: payload_too_large; a body that was cut is not the task's result.
+            XComRejected: payload_too_large for a body that was cut, which is not the task's result. A defect of our own
+                is invalid_xcom: whatever happens after the answer, the call was made and is not made again.
         """
         if self.truncated:
             raise XComRejected(
@@ -47,7 +48,11 @@ class HttpResult:
                 f"{self.target}: the response has more than {len(self.body)} bytes "
                 "(LEOFLOW_INLINE_HTTP_MAX_RESPONSE_BYTES), too many for a return_value",
             )
-        return json_of(self.body, self.content_type)
+        try:
+            return json_of(self.body, self.content_type)
+        except Exception as error:
+            text = f"{self.target}: the response cannot become a return_value ({type(error).__name__})"
+            raise XComRejected("invalid_xcom", text) from error
 
 
 def count_attempts(number: int) -> str:
@@ -74,14 +79,16 @@ def json_of(body: bytes, content_type: str) -> bytes | None:
 
 
 def _decode(body: bytes, content_type: str) -> str:
+    """The body as text that UTF-8 takes, whatever the server calls a charset; one that is none reads as UTF-8."""
     header = Message()
     if "charset" in content_type.lower():
         header["Content-Type"] = content_type
-    charset = header.get_content_charset("utf-8")
     try:
-        return body.decode("utf-8-sig" if charset == "utf-8" else charset, "replace")
-    except (LookupError, UnicodeError):  # a charset nobody knows, or one that is none
-        return body.decode("utf-8-sig", "replace")
+        charset = header.get_content_charset("utf-8")
+        text = body.decode("utf-8-sig" if charset == "utf-8" else charset, "replace")
+    except (LookupError, ValueError):
+        text = body.decode("utf-8-sig", "replace")
+    return text.encode(errors="replace").decode()  # UTF-7 and Python's escapes can say half a surrogate pair
 
 
 def _refuse_constant(name: str) -> NoReturn:

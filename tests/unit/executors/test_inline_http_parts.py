@@ -7,13 +7,14 @@ from ipaddress import ip_address
 
 import pytest
 
-from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason, parse_reason
+from leoflow_celery.errors import ConfigurationError, XComRejected
+from leoflow_celery.executors.inline_http import result
 from leoflow_celery.executors.inline_http.errors import RefusedAddress
 from leoflow_celery.executors.inline_http.failure import FailedAttempt, failed_status, give_up, retry_after_seconds
 from leoflow_celery.executors.inline_http.guard import AddressGuard, embedded_address
 from leoflow_celery.executors.inline_http.prepare import describe
-from leoflow_celery.executors.inline_http.result import json_of
+from leoflow_celery.executors.inline_http.result import HttpResult, json_of
 
 
 @pytest.mark.parametrize(
@@ -82,16 +83,33 @@ def test_loopback_and_unspecified_stand_for_themselves():
         (b"a", "text/plain; charset=no-such", "a"),
         (b"a", "text/plain; charset=hex", "a"),
         (b"a", "text/plain; charset=idna", "a"),
+        (b"+2AA-", "text/plain; charset=utf-7", "?"),
+        (b'["+2AA-"]', "application/json; charset=utf-7", ["?"]),
+        (b"\\ud800", "text/plain; charset=unicode_escape", "?"),
+        (b'"a"', 'application/json; charset="\0"', "a"),
+        (b'"a"', "application/json; charset*=\0'y'%ff", "a"),
+        (b'"a"', 'application/json; charset="\ud800"', "a"),
     ],
 )
 def test_return_values(body, content_type, value):
-    result = json_of(body, content_type)
-    assert (json.loads(result) if result is not None else None) == value
-    assert (result is None) == (body == b"")
+    found = json_of(body, content_type)
+    assert (json.loads(found) if found is not None else None) == value
+    assert (found is None) == (body == b"")
 
 
 def test_a_json_body_keeps_its_bytes():
     assert json_of(b'{ "b":1.0,\n"a": "\\u00fc" }', "application/json") == b'{ "b":1.0,\n"a": "\\u00fc" }'
+
+
+def test_a_defect_after_the_answer_is_no_reason_to_call_again(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(result, "json_of", fail)
+    answer = HttpResult(200, b"secret", "", False, 1, 0.1, "POST http://api.example/x")
+    with pytest.raises(XComRejected, match=r"^POST http://api.example/x: .* \(MemoryError\)$") as caught:
+        answer.return_value()
+    assert CLASS_OF[parse_reason(caught.value.reason)] is FailureClass.USER
 
 
 def test_messages_leave_out_what_may_be_secret():
