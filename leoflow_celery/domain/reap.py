@@ -63,13 +63,16 @@ def reap_queued(
     policy: ReapPolicy,
     bound_to: str = "",
     started_as: str = "",
+    *,
+    all_told: bool = True,
 ) -> Verdict | None:
     """A verdict on an attempt that is queued and unclaimed, or None to leave it alone.
 
     ``depth`` is the number of messages in its queue (waiting or unacknowledged), None when the broker did not answer:
     then nothing is known and nothing is done. ``launched_seconds`` is the time since an executor started it, None
     when none reported that. ``bound_to`` says why nobody but the workers of this queue may take it, ``started_as`` what
-    was started and where.
+    was started and where. ``all_told`` is False while reports of workers wait to be recorded: one of them may be that
+    this attempt was started, so an empty queue does not mean that its message is lost.
     """
     if launched_seconds is not None:
         if launched_seconds <= policy.launch_timeout_seconds:
@@ -81,7 +84,7 @@ def reap_queued(
         )
     if depth is None:
         return None
-    if depth == 0 and queued_seconds > policy.lost_message_seconds:
+    if depth == 0 and all_told and queued_seconds > policy.lost_message_seconds:
         return Verdict(
             FailureReason.LAUNCH_LOST,
             f"queued for {queued_seconds:.0f} s while queue {queue!r} is empty: its message is lost",

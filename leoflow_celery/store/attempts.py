@@ -40,11 +40,13 @@ class Guard:
     """Under which condition a writer may end an attempt; a set field must hold.
 
     ``holder``: the claim is mine. ``unclaimed``: nobody has claimed it (a launch failed before any agent called).
-    ``silent_since``: no heartbeat came after this time (a reaper saw silence and must not kill what woke up).
+    ``unlaunched``: no executor has told that it started it. ``silent_since``: no heartbeat came after this time (a
+    reaper saw silence and must not kill what woke up).
     """
 
     holder: str | None = None
     unclaimed: bool = False
+    unlaunched: bool = False
     silent_since: float | None = None
 
     def names(self) -> frozenset[str]:
@@ -52,6 +54,7 @@ class Guard:
         given = {
             "holder": self.holder is not None,
             "unclaimed": self.unclaimed,
+            "unlaunched": self.unlaunched,
             "silent_since": self.silent_since is not None,
         }
         return frozenset(name for name, is_given in given.items() if is_given)

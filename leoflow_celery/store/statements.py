@@ -130,6 +130,7 @@ def _ending(state: TaskState, guards: frozenset[str], values: dict[str, object])
     conditions = {
         "holder": _T.holder == sa.bindparam("p_holder"),
         "unclaimed": _T.holder.is_(None),
+        "unlaunched": _T.launched_at.is_(None),
         "silent_since": _T.last_heartbeat_at <= sa.bindparam("p_silent_since"),
     }
     return (

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 from leoflow_celery import metrics
 from leoflow_celery.client.messages import MessageSender, requested_grace
@@ -24,7 +24,7 @@ from leoflow_celery.domain.reap import (
     unplaced_verdict,
 )
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.routing import RESULTS_QUEUE, ExecutorType, host_queue
+from leoflow_celery.domain.routing import QUEUE_OF, RESULTS_QUEUE, ExecutorType, host_queue
 from leoflow_celery.errors import BrokerUnavailable, Unsealable
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.views import TaskInstanceView
@@ -101,22 +101,28 @@ def _reap_silent(task: LeoflowTask, policy: ReapPolicy) -> int:
 
 
 def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
-    count, depths = 0, {}
-    told = _depth(task, RESULTS_QUEUE) == 0
+    count, look = 0, cache(partial(_look, task))
     youngest = min(policy.lost_message_seconds, policy.launch_timeout_seconds)
     for view in task.runtime.store.sweeps.waiting(youngest):
-        if view.queue not in depths:
-            depths[view.queue] = _depth(task, view.queue)
+        depth, all_told = look(view.queue)
         now = time.time()
         launched = None if view.launched_at is None else now - view.launched_at
         waited = now - (view.sent_at or view.queued_at)
-        patience = _patience(task, view, policy)
-        # While reports wait, a launch that nobody told of may be among them.
-        depth = depths[view.queue] if told else None
-        verdict = reap_queued(waited, view.queue, depth, launched, patience, _bound_to(view), _started_as(view))
+        patience, bound_to, started_as = _patience(task, view, policy), _bound_to(view), _started_as(view)
+        verdict = reap_queued(waited, view.queue, depth, launched, patience, bound_to, started_as, all_told=all_told)
         if verdict is not None:
-            count += _give_up(task, view, verdict, Guard(unclaimed=True))
+            # What was told since the row was read counts as well.
+            count += _give_up(task, view, verdict, Guard(unclaimed=True, unlaunched=launched is None))
     return count
+
+
+def _look(task: LeoflowTask, queue: str) -> tuple[int | None, bool]:
+    """How many messages a launch queue has, and whether all that its workers told was recorded then.
+
+    In this order: a worker tells that it started an attempt before it acknowledges the message.
+    """
+    depth = _depth(task, queue)
+    return depth, depth != 0 or queue == QUEUE_OF[ExecutorType.INLINE] or _depth(task, RESULTS_QUEUE) == 0
 
 
 def _patience(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> ReapPolicy:

@@ -130,6 +130,14 @@ def test_guard_unclaimed(store: Store) -> None:
     assert store.attempts.finish(free, EXIT_1, Guard(unclaimed=True)).recorded
 
 
+def test_guard_unlaunched(store: Store) -> None:
+    """A launch that was told after the reaper looked is no lost message."""
+    started, waiting = submit(store, "started"), submit(store, "waiting")
+    store.attempts.launched(started, "pod", "node")
+    assert not store.attempts.finish(started, EVICTED, Guard(unclaimed=True, unlaunched=True)).recorded
+    assert store.attempts.finish(waiting, EVICTED, Guard(unclaimed=True, unlaunched=True)).recorded
+
+
 def test_guard_silent_since_spares_what_woke_up_and_what_never_spoke(store: Store) -> None:
     attempt, never = submit(store, "a"), submit(store, "b")
     claim(store, attempt)

@@ -12,6 +12,15 @@ from tests.support.redis_server import RedisServer
 from tests.support.system import System, http_task
 from tests.support.waiting import wait_until
 
+BASH = {
+    "task_instance_id": "ti-1",
+    "dag_id": "d",
+    "run_id": "r",
+    "task_id": "t",
+    "operator": "bash",
+    "entrypoint": "true",
+}
+
 
 def test_a_submit_without_a_broker_is_recorded_and_sent_later(
     own_system: System, redis_server: RedisServer, target: HttpTarget
@@ -85,6 +94,26 @@ def test_the_relaunch_budget_ends_in_a_failure_with_the_reason(own_system: Syste
     assert caught.value.reason == "launch_lost"
     assert "its message is lost" in caught.value.message
     assert (handle.task_instance().launch, target.calls["a"]) == (2, 0)
+
+
+def test_a_launch_whose_report_waits_is_not_taken_for_lost(own_system: System) -> None:
+    """The message is gone and nobody has recorded the start, but the report of it is in queue results."""
+    client, keys = own_system.client, ("leoflow:k8s", "leoflow:k8s\x06\x163")
+    handle = client.submit({**BASH, "executor": "kubernetes"})
+    own_system.redis.delete(*keys)
+    launched = {"attempt": handle.attempt.to_json(), "external_name": "pod", "hostname": "node"}
+    client.app.send_task("leoflow.results.launched", kwargs=launched, queue="results")
+    lost_after = own_system.settings.maintenance.lost_message_seconds
+    wait_until(lambda: list(client.runtime.store.sweeps.waiting(lost_after)), 20, "the reaper to look at it")
+    reaper = own_system.start_worker("workers.control", "-Q", "maintenance")
+    for _ in range(3):
+        own_system.maintain("reap")
+    wait_until(lambda: client.runtime.queues.depth("maintenance") == 0, 20, "the reaper")
+    assert handle.task_instance().launch == 1
+    reaper.stop(20)
+    own_system.start_worker("workers.control", name="all")
+    wait_until(lambda: handle.task_instance().launched_at, 20, "the report to be recorded")
+    assert handle.task_instance().launch == 1
 
 
 def test_a_message_that_waits_its_turn_is_not_taken_for_lost(own_system: System, target: HttpTarget) -> None:

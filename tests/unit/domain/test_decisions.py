@@ -124,6 +124,13 @@ def test_a_queued_attempt_is_given_up_on_a_positive_signal_only(
     assert (verdict.reason if verdict else None) is reason
 
 
+def test_an_empty_queue_is_no_sign_of_a_lost_message_while_reports_wait() -> None:
+    assert reap_queued(100, "k8s", 0, None, POLICY, all_told=False) is None
+    late = reap_queued(3_601, "k8s", 0, None, POLICY, all_told=False)
+    assert late is not None
+    assert late.reason is R.QUEUED_TIMEOUT
+
+
 def test_a_message_says_how_long_where_and_what_to_look_at() -> None:
     behind = reap_queued(4_000, "k8s", 7, None, POLICY)
     assert behind is not None
