@@ -23,6 +23,7 @@ from leoflow_celery.agent.heartbeat import FENCED, Heartbeat
 from leoflow_celery.agent.inputs import InputRefused, fetch_inputs
 from leoflow_celery.agent.logs import LogShipper
 from leoflow_celery.agent.report import TerminationLog, push_return_value, report_end, report_state
+from leoflow_celery.agent.result import outcome_of_defect
 from leoflow_celery.agent.run import TaskRun
 from leoflow_celery.agent.spool import Spool
 from leoflow_celery.agent.stopping import StopRequest
@@ -116,8 +117,9 @@ class Agent:
             return await self._run_task(directory, shipper)
         except Exception as error:
             log.exception("the agent failed")
+            exit_code = self.task_run.exit_code if self.task_run else None
             linux.kill_descendants()
-            return Outcome.failed(FailureReason.AGENT_LOST, f"the agent failed: {type(error).__name__}: {error}"), None
+            return outcome_of_defect(error, exit_code), None
 
     async def _run_task(self, directory: Path, shipper: LogShipper) -> tuple[Outcome, bytes | None]:
         try:

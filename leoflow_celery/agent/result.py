@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import stat
@@ -44,15 +45,20 @@ def read_reason(path: Path) -> tuple[str, str]:
 def _read_regular(path: Path, limit: int) -> bytes | None:
     """Up to ``limit`` bytes. The path is the user's to write: it may be a pipe, a link or a directory by now."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        with open(path, "rb", opener=_open_regular) as file:
+            return file.read(limit)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise XComRejected(FailureReason.INVALID_XCOM, f"{path.name} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise XComRejected(FailureReason.INVALID_XCOM, f"{path.name} is not a regular file")
-        return file.read(limit)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return descriptor
 
 
 def outcome_of_exit(exit_code: int, named: tuple[str, str] = ("", ""), oom_killed: bool = False) -> Outcome:
@@ -67,6 +73,15 @@ def outcome_of_exit(exit_code: int, named: tuple[str, str] = ("", ""), oom_kille
         if shell_exit_code(exit_code) == shell_exit_code(-signal.SIGKILL):
             default = FailureReason.OOM_KILLED
     return Outcome.failed(parse_reason(reason, default), described, shell_exit_code(exit_code))
+
+
+def outcome_of_defect(error: Exception, exit_code: int | None) -> Outcome:
+    """What a defect of the agent means: a process that has ended (``exit_code``) is not run again for our sake."""
+    message = f"the agent failed: {type(error).__name__}: {error}"
+    if exit_code is None:
+        return Outcome.failed(FailureReason.AGENT_LOST, message)
+    reason = FailureReason.NON_ZERO_EXIT if exit_code else FailureReason.INVALID_XCOM
+    return Outcome.failed(reason, f"{describe_exit(exit_code)}; then {message}", shell_exit_code(exit_code))
 
 
 def describe_exit(exit_code: int) -> str:

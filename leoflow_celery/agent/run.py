@@ -38,6 +38,12 @@ class TaskRun:
         if self._process is not None:
             self._process.signal(number)
 
+    @property
+    def exit_code(self) -> int | None:
+        """How the process ended, negative for a signal; None when it did not (yet)."""
+        process = self._process
+        return process.exit_code if process is not None and process.exited.done() else None
+
     def return_value(self, directory: Path) -> bytes | None:
         """The value that the process wrote. Raises XComRejected for one that cannot be stored."""
         return read_return_value(directory / "return_value.json")

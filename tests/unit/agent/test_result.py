@@ -4,8 +4,14 @@ import os
 
 import pytest
 
-from leoflow_celery.agent.result import outcome_of_exit, read_reason, read_return_value
-from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.agent.result import (
+    describe_exit,
+    outcome_of_defect,
+    outcome_of_exit,
+    read_reason,
+    read_return_value,
+)
+from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import XComRejected
 
@@ -61,13 +67,26 @@ def test_a_value_far_too_large_is_refused_without_being_read_whole(tmp_path):
     assert caught.value.reason == "payload_too_large"
 
 
-def test_a_pipe_or_link_in_its_place_neither_hangs_nor_leaks(tmp_path):
+def test_what_is_no_file_in_its_place_neither_hangs_nor_leaks_nor_breaks(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("/etc/passwd")
-    for name in ("fifo", "link"):
-        with pytest.raises(XComRejected):
+    (tmp_path / "directory").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("fifo", "link", "directory"):
+        with pytest.raises(XComRejected, match=f"^{name} cannot be read: ") as caught:
             read_return_value(tmp_path / name)
+        assert caught.value.reason == "invalid_xcom"
         assert read_reason(tmp_path / name) == ("", "")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_defect_after_the_end_of_the_process_is_no_reason_to_run_it_again():
+    error = RuntimeError("oops")
+    assert outcome_of_defect(error, None).reason is FailureReason.AGENT_LOST
+    for exit_code in (0, 3, -15):
+        outcome = outcome_of_defect(error, exit_code)
+        assert CLASS_OF[outcome.reason] is FailureClass.USER
+        assert outcome.message == f"{describe_exit(exit_code)}; then the agent failed: RuntimeError: oops"
 
 
 def test_a_reason_may_carry_a_sentence(tmp_path):
