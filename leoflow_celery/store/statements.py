@@ -189,18 +189,16 @@ def complete() -> sa.Executable:
 
 
 @cache
-def supersede() -> sa.Executable:
-    """End the live tries of the task instances ``p_ids`` that have a newer try, at ``p_now``."""
+def supersede(named: bool) -> sa.Executable:
+    """End the live tries that have a newer try, at ``p_now``: of the task instances ``p_ids``, or of all."""
     newer = TASK_INSTANCE.alias("newer")
     is_older = sa.exists().where(newer.c.task_instance_id == _T.task_instance_id, newer.c.try_number > _T.try_number)
-    return (
-        sa.update(TASK_INSTANCE)
-        .where(_T.task_instance_id.in_(sa.bindparam("p_ids", expanding=True)), is_live(), is_older)
-        .values(
-            state=sa.bindparam("p_state"),
-            reason=sa.bindparam("p_reason"),
-            message=sa.bindparam("p_message"),
-            ended_at=sa.bindparam("p_now"),
-        )
-        .returning(_T.task_instance_id, _T.try_number, _T.launch)
-    )
+    update = sa.update(TASK_INSTANCE).where(is_live(), is_older)
+    if named:
+        update = update.where(_T.task_instance_id.in_(sa.bindparam("p_ids", expanding=True)))
+    return update.values(
+        state=sa.bindparam("p_state"),
+        reason=sa.bindparam("p_reason"),
+        message=sa.bindparam("p_message"),
+        ended_at=sa.bindparam("p_now"),
+    ).returning(_T.task_instance_id, _T.try_number, _T.launch)

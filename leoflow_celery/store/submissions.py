@@ -89,7 +89,8 @@ class SubmissionStore:
             queues: dict[str, str] = {}
             if fresh:
                 queues = self._record_fresh(connection, fresh, state, now)
-                self._supersede(connection, [item.request.task_instance_id for item in fresh], now)
+                for chunk in batched([item.request.task_instance_id for item in fresh], CHUNK_ROWS):
+                    _end_older(connection, statements.supersede(named=True), {"p_ids": chunk}, now)
         return [_submitted(item, created, queues) for item in tries]
 
     def _record_fresh(
@@ -107,14 +108,13 @@ class SubmissionStore:
         _set_queues(connection, [(*_key(item), queues[item.staging_claim]) for item in mounting])
         return queues
 
-    @staticmethod
-    def _supersede(connection: sa.Connection, task_instance_ids: Sequence[str], now: float) -> None:
-        outcome = Outcome.failed(FailureReason.SUPERSEDED, "a newer try was submitted")
-        values = {"p_state": outcome.state, "p_reason": outcome.reason, "p_message": outcome.message, "p_now": now}
-        for chunk in batched(task_instance_ids, CHUNK_ROWS):
-            rows = connection.execute(statements.supersede(), {**values, "p_ids": chunk})
-            ended = [AttemptId(*row) for row in rows]
-            append_events(connection, [event_row(old, "finished", outcome.to_json(), now) for old in ended])
+    def end_superseded(self) -> int:
+        """End older tries that outlived a newer one, which two submits at one moment can leave; how many.
+
+        On PostgreSQL neither of them sees the other's row.
+        """
+        with self._database.transaction() as connection:
+            return _end_older(connection, statements.supersede(named=False), {}, time.time())
 
     def mark_sent(self, attempts: Sequence[AttemptId]) -> None:
         """Record that the broker has the messages of these launches."""
@@ -161,6 +161,17 @@ class SubmissionStore:
         with self._database.reading() as connection:
             rows = connection.execute(query.order_by(_TI.c.queued_at).limit(limit)).mappings()
             return [TaskInstanceView.from_row(row) for row in rows]
+
+
+def _end_older(
+    connection: sa.Connection, statement: sa.Executable, parameters: Mapping[str, object], now: float
+) -> int:
+    """Run ``statements.supersede``; how many tries it ended."""
+    outcome = Outcome.failed(FailureReason.SUPERSEDED, "a newer try was submitted")
+    values = {"p_state": outcome.state, "p_reason": outcome.reason, "p_message": outcome.message, "p_now": now}
+    ended = [AttemptId(*row) for row in connection.execute(statement, {**values, **parameters})]
+    append_events(connection, [event_row(old, "finished", outcome.to_json(), now) for old in ended])
+    return len(ended)
 
 
 def _needs_host() -> sa.ColumnElement[bool]:

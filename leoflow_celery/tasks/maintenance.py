@@ -66,10 +66,11 @@ def complete_all(self: LeoflowTask) -> int:
 
 @maintenance_task("reap")
 def reap(self: LeoflowTask) -> int:
-    """Give up attempts that are silent, lost on the way or asked to stop."""
+    """Give up attempts that are silent, lost on the way, asked to stop or older than a try that was submitted."""
     policy = _policy(self)
     return (
-        _reap_cancelled(self, policy)
+        self.runtime.store.submissions.end_superseded()
+        + _reap_cancelled(self, policy)
         + _reap_silent(self, policy)
         + _reap_queued(self, policy)
         + _reap_unplaced(self, policy)

@@ -96,6 +96,7 @@ CALLS: dict[str, Call] = {
     "take of one": lambda store: store.completions.take(60, "ti-1", 1),
     "done": lambda store: store.completions.done(["some-id"]),
     "record": lambda store: submit(store, "fresh"),
+    "end superseded": lambda store: store.submissions.end_superseded(),
     "record again": lambda store: submit(store, "old-7", 2),
     "mark sent": lambda store: store.submissions.mark_sent([submit(store, "ti-1")]),
     "claim": lambda store: claim(store, submit(store, "ti-1")),

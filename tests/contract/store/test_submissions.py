@@ -145,7 +145,7 @@ def test_many_threads_submit_the_same_tries_in_any_order_and_each_is_created_onc
 
 
 def test_two_tries_that_were_recorded_at_one_moment_still_leave_one_that_can_run(store: Store) -> None:
-    """Neither submit saw the other's row then: the claim decides."""
+    """Neither submit saw the other's row then: the claim decides, and a sweep ends the older one."""
     old = submit(store)
     submit(store, try_number=2)
     with store.database.transaction() as connection:
@@ -153,3 +153,7 @@ def test_two_tries_that_were_recorded_at_one_moment_still_leave_one_that_can_run
     with pytest.raises(ClaimRefused) as refused:
         store.attempts.claim(old, "h1", "host", 60)
     assert refused.value.why == "superseded"
+    assert (store.submissions.end_superseded(), store.submissions.end_superseded()) == (1, 0)
+    ended = store.attempts.get("ti-1", 1)
+    assert (ended.state, ended.reason) == (TaskState.FAILED, FailureReason.SUPERSEDED)
+    assert [waiting.try_number for waiting in store.completions.take(60)] == [1]
