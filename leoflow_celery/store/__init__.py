@@ -63,7 +63,7 @@ class Store:
 
     @cached_property
     def submissions(self) -> SubmissionStore:
-        return SubmissionStore(self.database, self._settings.staging.default_size)
+        return SubmissionStore(self.database, self.xcom, self._settings.staging.default_size)
 
     @cached_property
     def completions(self) -> CompletionStore:

@@ -26,8 +26,10 @@ from leoflow_celery.store.events import append_events, event_row
 from leoflow_celery.store.models import TaskCompletion, TaskInstance, is_live, table_of
 from leoflow_celery.store.placement import Use, claim_of, insert_volume, places_of, queues_of, record_volumes
 from leoflow_celery.store.views import Submitted, TaskInstanceView
+from leoflow_celery.store.xcom.base import XComStore
 
 _TI = table_of(TaskInstance)
+_TASK = ("tenant_id", "dag_id", "run_id", "task_id")
 _MAX_BIGINT = 2**63 - 1
 
 
@@ -57,12 +59,12 @@ class NewTry:
 class SubmissionStore:
     """Records tries; idempotent per (task_instance_id, try_number)."""
 
-    def __init__(self, database: Database, default_staging_size: str = "1Gi") -> None:
-        self._database = database
+    def __init__(self, database: Database, xcom: XComStore, default_staging_size: str = "1Gi") -> None:
+        self._database, self._xcom = database, xcom
         self._default_staging_size = default_staging_size
         # Made once: see ``statements``.
         insert_tries = database.insert(_TI).on_conflict_do_nothing()
-        self._insert_tries = insert_tries.returning(_TI.c.task_instance_id, _TI.c.try_number)
+        self._insert_tries = insert_tries.returning(_TI.c.task_instance_id, _TI.c.try_number, _runs_again())
         self._insert_completions = database.insert(table_of(TaskCompletion)).on_conflict_do_nothing()
         self._insert_volumes = insert_volume(database)
 
@@ -70,7 +72,8 @@ class SubmissionStore:
         """Record tries in one transaction, each with its completion row, its event and its staging volume.
 
         A try that exists is left as it is. The newest try of a task instance is the only one that lives: older live
-        tries end as superseded, also one that is recorded late.
+        tries end as superseded, also one that is recorded late. What an earlier task instance of the same task and run
+        passed on is forgotten: a consumer would take it for the new one's.
 
         Raises:
             InvalidRequest: ``state`` is neither queued nor an end, or a staging volume cannot be shared.
@@ -84,10 +87,14 @@ class SubmissionStore:
         distinct = dict(sorted({_key(item): item for item in reversed(tries)}.items(), key=lambda pair: pair[0]))
         with self._database.transaction() as connection:
             rows = [_row(item, state, now) for item in distinct.values()]
-            created = {(ti, number) for ti, number in connection.execute(self._insert_tries, rows)}
+            inserted = connection.execute(self._insert_tries, rows).all()
+            created = {(ti, number) for ti, number, _ in inserted}
             fresh = [item for key, item in distinct.items() if key in created]
             queues: dict[str, str] = {}
             if fresh:
+                # One that ends here is never claimed, which is when the values of an earlier try go.
+                again = {(ti, number) for ti, number, again in inserted if again or state is not TaskState.QUEUED}
+                self._forget_values(connection, [item.request for item in fresh if _key(item) in again])
                 queues = self._record_fresh(connection, fresh, state, now)
                 for chunk in batched([item.request.task_instance_id for item in fresh], CHUNK_ROWS):
                     _end_older(connection, statements.supersede(named=True), {"p_ids": chunk}, now)
@@ -107,6 +114,10 @@ class SubmissionStore:
         queues = record_volumes(connection, self._insert_volumes, uses, self._default_staging_size, now)
         _set_queues(connection, [(*_key(item), queues[item.staging_claim]) for item in mounting])
         return queues
+
+    def _forget_values(self, connection: sa.Connection, requests: Sequence[TaskRequest]) -> None:
+        for task in sorted({(one.tenant_id, one.dag_id, one.run_id, one.task_id) for one in requests}):
+            self._xcom.delete_task(*task, connection)
 
     def end_superseded(self) -> int:
         """End older tries that outlived a newer one, which two submits at one moment can leave; how many.
@@ -161,6 +172,17 @@ class SubmissionStore:
         with self._database.reading() as connection:
             rows = connection.execute(query.order_by(_TI.c.queued_at).limit(limit)).mappings()
             return [TaskInstanceView.from_row(row) for row in rows]
+
+
+def _runs_again() -> sa.ColumnElement[bool]:
+    """Whether another task instance of the same task and run was there before the inserted row."""
+    other = _TI.alias("other")
+    # As text: what RETURNING asks of the inserted row would become another FROM of the subquery.
+    inserted: dict[str, sa.ColumnElement[str]] = {
+        name: sa.literal_column(f"task_instance.{name}") for name in (*_TASK, "task_instance_id")
+    }
+    same_task = (other.c[name] == inserted[name] for name in _TASK)
+    return sa.exists().where(*same_task, other.c.task_instance_id != inserted["task_instance_id"]).label("runs_again")
 
 
 def _end_older(

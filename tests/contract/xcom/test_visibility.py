@@ -6,13 +6,14 @@ import pytest
 import sqlalchemy as sa
 
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import Fenced
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.models import TaskInstance, table_of
 from leoflow_celery.store.xcom import XComStore
-from tests.contract.store.rows import EVICTED, EXIT_1, EXPIRED, claim, submit
+from tests.contract.store.rows import EVICTED, EXIT_1, EXPIRED, claim, new_try, submit
 from tests.support.listening import listened
 
 KEY = XComKey("default", "sales", "r1", "ti-1")
@@ -95,6 +96,29 @@ def test_the_next_try_starts_without_the_values_of_the_last(store: Store) -> Non
     cleared = submit(store, try_number=2)
     assert store.xcom.get(KEY) is not None
     claim(store, cleared, "h2")
+    assert store.xcom.get(KEY) is None
+
+
+@pytest.mark.parametrize("state", [TaskState.QUEUED, TaskState.SKIPPED])
+def test_a_new_instance_of_a_task_starts_without_the_values_of_an_earlier_one(store: Store, state: TaskState) -> None:
+    """A run that was cleared: the scheduler may give its task instances new ids."""
+    first, sibling = submit(store), submit(store, "sibling")
+    for attempt, task_id in ((first, "ti-1"), (sibling, "sibling")):
+        value = [(XComKey("default", "sales", "r1", task_id), XComValue(b"42"))]
+        store.attempts.finish(attempt, Outcome.success(), claim(store, attempt), value)
+    submit(store, "in another run", task_id="ti-1", run_id="r2")
+    submit(store, "of another dag", task_id="ti-1", dag_id="costs")
+    submit(store)
+    assert store.xcom.get(KEY) is not None
+    store.submissions.record([new_try(f"another-{n}", task_id="ti-1") for n in range(3)], state)
+    assert store.xcom.get(KEY) is None
+    assert store.xcom.get(XComKey("default", "sales", "r1", "sibling")) is not None
+
+
+def test_a_try_that_is_skipped_leaves_no_value_of_the_try_before(store: Store) -> None:
+    attempt = submit(store)
+    store.attempts.finish(attempt, Outcome.success(), claim(store, attempt), VALUE)
+    store.submissions.record([new_try(try_number=2)], TaskState.SKIPPED)
     assert store.xcom.get(KEY) is None
 
 
