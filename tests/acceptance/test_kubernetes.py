@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from leoflow_celery.client import Client
+from leoflow_celery.client import Client, Handle
 from leoflow_celery.domain.attempt import staging_claim_name
 from leoflow_celery.errors import TaskFailed
+from leoflow_celery.store.views import TaskInstanceView
 from tests.support.cluster import Manifest, Namespace
 from tests.support.host import host_address
 from tests.support.http_target import HttpTarget
@@ -94,6 +96,14 @@ def pod_of(namespace: Namespace, task_instance_id: str) -> Manifest | None:
         return bool(pod["metadata"]["annotations"]["leoflow.io/task-instance-id"] == task_instance_id)
 
     return next((pod for pod in namespace.pods() if is_of(pod)), None)
+
+
+def when_running(handle: Handle, namespace: Namespace, witness: HttpTarget, name: str) -> TaskInstanceView:
+    """Once user code runs and the kubelet has noticed: before, it would let a deleted pod go without waiting for it."""
+    wait_until(lambda: witness.calls[name] == 1, 60, "user code runs")
+    view = handle.task_instance()
+    namespace.wait_for_pod(view.external_name, "Running")
+    return view
 
 
 @pytest.mark.timeout(400)
@@ -184,8 +194,7 @@ def test_a_deleted_pod_is_started_again_without_spending_a_try(
     client: Client, module_namespace: Namespace, witness: HttpTarget
 ) -> None:
     handle = client.submit(bash("deleted", call(witness.hold("deleted"))))
-    wait_until(lambda: witness.calls["deleted"] == 1, 60, "user code runs")
-    first = handle.task_instance()
+    first = when_running(handle, module_namespace, witness, "deleted")
     module_namespace.delete("pods", first.external_name)
     module_namespace.wait_for_no_pod(first.external_name)
     witness.release("deleted")
@@ -197,14 +206,42 @@ def test_a_deleted_pod_is_started_again_without_spending_a_try(
     assert [event.details["reason"] for event in relaunches] == ["pod_deleted"]
 
 
-def test_cancel_ends_a_running_pod(client: Client, module_namespace: Namespace, witness: HttpTarget) -> None:
-    handle = client.submit(bash("cancelled", call(witness.hold("cancelled"))))
-    wait_until(lambda: witness.calls["cancelled"] == 1, 60, "user code runs")
-    pod = handle.task_instance().external_name
-    assert handle.cancel()
+def cancel(system: KubernetesSystem, task_instance_id: str) -> None:
+    """As people do it."""
+    command = system.start(
+        f"cancel-{task_instance_id}", sys.executable, "-m", "leoflow_celery.cli", "cancel", task_instance_id
+    )
+    assert command.wait(60) == 0
+
+
+def test_cancel_deletes_a_running_pod_with_the_grace_of_its_request(
+    system: KubernetesSystem, client: Client, module_namespace: Namespace, witness: HttpTarget
+) -> None:
+    """Its task ignores SIGTERM: it lives when the pod is deleted, and SQL expects it until it ends."""
+    stubborn = f"trap '' TERM; {call(witness.hold('cancelled'))}"
+    handle = client.submit(bash("cancelled", stubborn, execution={"termination_grace_seconds": 17}))
+    view = when_running(handle, module_namespace, witness, "cancelled")
+    cancel(system, view.task_instance_id)
+    pod = module_namespace.wait_for_pod(view.external_name, lambda one: "deletionTimestamp" in one["metadata"], 10)
+    assert pod["metadata"]["deletionGracePeriodSeconds"] == 17
+    assert not handle.task_instance().is_terminal, "it was deleted because it was cancelled, and not after its end"
     with pytest.raises(TaskFailed, match="cancelled"):
         handle.get(timeout=60)
-    module_namespace.wait_for_no_pod(pod, 60)
+    module_namespace.wait_for_no_pod(view.external_name, 60)
+    assert handle.task_instance().launch == 1
+
+
+def test_cancel_deletes_a_pod_that_is_still_pending(
+    system: KubernetesSystem, client: Client, module_namespace: Namespace
+) -> None:
+    """It has no agent that a heartbeat could tell, and is too young for a reconcile to delete it."""
+    handle = client.submit(bash("parked", "true", execution={"node_selector": {"leoflow.io/nobody": "has-this"}}))
+    wait_until(lambda: handle.task_instance().launched_at, 60, "the launch is reported")
+    view = handle.task_instance()
+    cancel(system, view.task_instance_id)
+    module_namespace.wait_for_no_pod(view.external_name, 10)
+    with pytest.raises(TaskFailed, match="cancelled"):
+        handle.get(timeout=60)
     assert handle.task_instance().launch == 1
 
 

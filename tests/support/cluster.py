@@ -87,6 +87,11 @@ def _message(text: str) -> str:
         return text
 
 
+def _session() -> str:
+    """The run's name as a label value, which may not end with an underscore as some names do."""
+    return f"{os.environ.get(SESSION_VARIABLE, 'no')}-session"
+
+
 class Cluster:
     """The cluster of ``KUBECONFIG``, with an administrator's rights."""
 
@@ -104,7 +109,7 @@ class Cluster:
     def namespace(self, directory: Path, labels: dict[str, str] | None = None) -> Namespace:
         """A new namespace; ``close`` it. Its kubeconfig files are written to ``directory``."""
         name = f"leoflow-test-{secrets.token_hex(4)}"
-        marked = {_SESSION_LABEL: os.environ.get(SESSION_VARIABLE, "-"), **(labels or {})}
+        marked = {_SESSION_LABEL: _session(), **(labels or {})}
         body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": marked}}
         self.api.call("POST", "/api/v1/namespaces", body)
         self._made.add(name)
@@ -118,7 +123,7 @@ class Cluster:
 
     def leftovers(self) -> list[str]:
         """What the namespaces made here left: themselves, and volumes whose claims were in them."""
-        selector = f"{_SESSION_LABEL}={os.environ.get(SESSION_VARIABLE, '-')}"
+        selector = f"{_SESSION_LABEL}={_session()}"
         namespaces = self.api.call("GET", "/api/v1/namespaces", labelSelector=selector)["items"]
         volumes = self.api.call("GET", "/api/v1/persistentvolumes")["items"]
         claimed = ((one, (one["spec"].get("claimRef") or {}).get("namespace")) for one in volumes)

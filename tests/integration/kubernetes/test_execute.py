@@ -138,6 +138,8 @@ def test_cancel_deletes_a_running_pod_with_grace(
     launch = launch_spec(image=task_image(), control_plane_addr=plane.address)
     executor.execute(launch)
     wait_until(lambda: "ready" in plane.text("stdout"), 120, "the task runs", 0.1)
+    # A kubelet that has not noticed yet that the container runs lets the pod go without waiting for it.
+    module_namespace.wait_for_pod(launch.name, "Running")
     executor.cancel(launch.name, grace_seconds=20)
     module_namespace.wait_for_no_pod(launch.name)
     assert "stopping" in plane.text("stdout")
@@ -193,9 +195,7 @@ def test_a_read_only_root_leaves_tmp_and_the_agents_ca_is_there_to_read(
 ) -> None:
     authority = {"metadata": {"name": "agent-ca"}, "data": {"ca.crt": "a certificate\n"}}
     module_namespace.create({"apiVersion": "v1", "kind": "ConfigMap", **authority})
-    look = (
-        "cat $LEOFLOW_AGENT_TLS_CA; echo $LEOFLOW_AGENT_INSECURE; touch /tmp/x; touch /app/x; touch /etc/leoflow/tls/x"
-    )
+    look = "exec 2>&1; cat $LEOFLOW_AGENT_TLS_CA; echo $LEOFLOW_AGENT_INSECURE; touch /tmp/x /app/x /etc/leoflow/tls/x"
     script = {"name": "task", "command": ["sh", "-c", look]}
     launch = launch_spec(
         image=task_image(), agent_tls_ca_config_map="agent-ca", pod_override={"spec": {"containers": [script]}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +15,7 @@ from leoflow_celery.executors.kubernetes import KubernetesExecutor
 from leoflow_celery.protocol import agent_pb2 as pb
 from tests.integration.agent.control_plane import ControlPlane
 from tests.integration.kubernetes.conftest import MakeExecutor
+from tests.integration.kubernetes.scene import name_of, task_pod
 from tests.support.cluster import Cluster, Namespace
 from tests.support.images import task_image
 from tests.support.launches import launch_spec, parked
@@ -52,6 +54,63 @@ def test_the_tasks_of_a_run_share_what_they_write(
         executor.execute(launch)
         module_namespace.wait_for_pod(launch.name, "Succeeded")
     assert plane.text("stdout") == ["from the first"]
+
+
+@pytest.fixture
+def local_class(cluster: Cluster, module_namespace: Namespace) -> Iterator[str]:
+    """A storage class with one volume: a new directory of a node's that belongs to root."""
+    classes, volumes = "/apis/storage.k8s.io/v1/storageclasses", "/api/v1/persistentvolumes"
+    name = f"{module_namespace.name}-local"
+
+    def on_node(script: str, **spec: Any) -> str:
+        host = {"name": "host", "hostPath": {"path": "/tmp"}}
+        pod = task_pod(
+            script,
+            spec={"volumes": [host], **spec},
+            volumeMounts=[{"name": "host", "mountPath": "/host"}],
+            securityContext={"runAsUser": 0},
+        )
+        module_namespace.create(pod)
+        return str(module_namespace.wait_for_pod(name_of(pod), "Succeeded")["spec"]["nodeName"])
+
+    node = on_node(f"mkdir -m 755 /host/{name}")
+    metadata = {"metadata": {"name": name}}
+    cluster.api.call("POST", classes, {**metadata, "provisioner": "kubernetes.io/no-provisioner"})
+    here = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+    spec = {
+        "capacity": {"storage": "1Mi"},
+        "accessModes": ["ReadWriteMany"],
+        "persistentVolumeReclaimPolicy": "Retain",
+        "storageClassName": name,
+        "local": {"path": f"/tmp/{name}"},
+        "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [here]}]}},
+    }
+    cluster.api.call("POST", volumes, {**metadata, "spec": spec})
+    yield name
+    cluster.api.call("DELETE", f"{classes}/{name}")
+    cluster.api.call("DELETE", f"{volumes}/{name}")
+    on_node(f"rm -r /host/{name}", nodeName=node)
+
+
+def test_storage_that_knows_fs_group_is_writable_without_an_override(
+    executor: KubernetesExecutor, module_namespace: Namespace, plane: ControlPlane, local_class: str
+) -> None:
+    """A volume of kind local, as a CSI driver would: nobody but its group may write, and that is the image's."""
+    script = "echo mine > $LEOFLOW_STAGING_DIR/file && id -u && stat -c '%g %U' $LEOFLOW_STAGING_DIR"
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint=script, try_number=1)
+    launch = launch_spec(
+        image=task_image(),
+        control_plane_addr=plane.address,
+        staging_claim="group",
+        staging_size="1Mi",
+        staging_storage_class=local_class,
+    )
+    executor.execute(launch)
+    module_namespace.wait_for_pod(launch.name, "Succeeded")
+    assert plane.text("stdout") == ["10001", "10001 root"]
+    module_namespace.delete("pods", launch.name)
+    module_namespace.delete("persistentvolumeclaims", "group")
+    wait_until(lambda: module_namespace.get("persistentvolumeclaims", "group") is None, 60, "the claim goes")
 
 
 def test_a_run_has_one_claim_however_many_tasks_start_at_once(
