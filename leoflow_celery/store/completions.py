@@ -40,8 +40,8 @@ class CompletionStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def register(self, celery_task_id: str, task_instance_id: str, try_number: int, context: dict[str, Any]) -> None:
-        """Let another Celery id wait for a try (a dispatch message, say); again is fine.
+    def register(self, celery_task_id: str, task_instance_id: str, try_number: int, context: dict[str, Any]) -> bool:
+        """Let another Celery id wait for a try (a dispatch message, say); False when it waits, or did, already.
 
         Raises:
             InvalidRequest: the id is none that a database keeps.
@@ -55,7 +55,8 @@ class CompletionStore:
             "created_at": time.time(),
         }
         with self._database.transaction() as connection:
-            connection.execute(self._database.insert(_TABLE).values(row).on_conflict_do_nothing())
+            insert = self._database.insert(_TABLE).values(row).on_conflict_do_nothing()
+            return connection.execute(insert.returning(_TABLE.c.celery_task_id)).first() is not None
 
     def is_registered(self, celery_task_id: str) -> bool:
         """Whether an id waits for a try, or did."""

@@ -20,7 +20,7 @@ from celery.app.task import Context
 from celery.canvas import Signature
 from celery.states import FAILURE, SUCCESS
 from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
+from redis import exceptions as redis_errors
 
 from leoflow_celery import metrics
 from leoflow_celery.domain.outcome import FinalEvent
@@ -35,6 +35,12 @@ from leoflow_celery.tasks.monitoring import send_failed, send_succeeded
 log = logging.getLogger(__name__)
 #: A completion takes milliseconds; a worker that died in it is replaced after this.
 LEASE_SECONDS = 30
+#: What one completion meets as well as the next one.
+_AWAY = (
+    *(Unavailable, OperationalError, OSError),
+    *(redis_errors.ConnectionError, redis_errors.TimeoutError),
+    *(redis_errors.ReadOnlyError, redis_errors.OutOfMemoryError),
+)
 #: The parts of a task's request that completion needs.
 CONTEXT_KEYS = ("root_id", "parent_id", "group", "group_index", "chord", "callbacks", "errbacks", "chain")
 
@@ -79,14 +85,21 @@ def _complete(app: Celery, runtime: Runtime, waiting: Sequence[Waiting], ended: 
 def _completed(app: Celery, runtime: Runtime, item: Waiting, ended: Ended | None) -> bool:
     try:
         complete(app, item, ended or _read(runtime, item))
-    except (Unavailable, OperationalError, RedisError, OSError):
-        raise
-    except Exception:
+    except Exception as error:
+        if _is_away(error):
+            raise
         # One that cannot be completed (a callback that is no signature, say) must not keep the others waiting.
         delay = runtime.store.completions.failed(item)
         log.exception("completion.failed", extra={"celery_task_id": item.celery_task_id, "again_in_seconds": delay})
         return False
     return True
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether a server is away, for whatever comes next as well; another error is this completion's own."""
+    # kombu calls everything so, also what Redis says to one message or key.
+    cause = error.__cause__ if isinstance(error, OperationalError) and error.__cause__ else error
+    return isinstance(cause, _AWAY)
 
 
 def _read(runtime: Runtime, item: Waiting) -> Ended:
@@ -135,17 +148,27 @@ def _measure(view: TaskInstanceView) -> None:
 
 
 def _own_context(item: Waiting) -> dict[str, Any]:
+    errbacks = [_identified(item, errback, n) for n, errback in enumerate(item.context.get("errbacks") or [])]
+    chain = list(item.context.get("chain") or [])
     # Celery reads delivery_info on its way to errbacks and takes it for a dict.
-    return {"id": item.celery_task_id, "chain": list(item.context.get("chain") or []), "delivery_info": {}}
+    return {"id": item.celery_task_id, "chain": chain, "errbacks": errbacks, "delivery_info": {}}
 
 
-def store_result(app: Celery, runtime: Runtime, view: TaskInstanceView) -> None:
-    """Write only the result of a try's own Celery id: no callback, no event."""
-    ended = _with_value(runtime, view)
+def _identified(item: Waiting, errback: Any, index: int) -> Any:
+    """An errback with the id that Celery will send it under."""
+    if not isinstance(errback, dict):
+        return errback  # no signature: Celery says so
+    task_id = _derived_id(item.celery_task_id, "link_error", index)
+    return {**errback, "options": {"task_id": task_id, **(errback.get("options") or {})}}
+
+
+def store_result(app: Celery, runtime: Runtime, view: TaskInstanceView, celery_task_id: str = "") -> None:
+    """Write only the result of one Celery id, of the try's own unless another is named: no callback, no event."""
+    ended, celery_task_id = _with_value(runtime, view), celery_task_id or view.celery_task_id
     if ended.view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
-        app.backend.store_result(view.celery_task_id, ended.value, SUCCESS)
+        app.backend.store_result(celery_task_id, ended.value, SUCCESS)
     else:
-        app.backend.store_result(view.celery_task_id, _failure(ended.view), FAILURE)
+        app.backend.store_result(celery_task_id, _failure(ended.view), FAILURE)
 
 
 def _failure(view: TaskInstanceView) -> TaskFailed:

@@ -13,13 +13,15 @@ from typing import Any, ClassVar
 from celery.exceptions import Ignore
 from celery.states import STARTED
 from celery.worker.request import Request as CeleryRequest
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from leoflow_celery.client import Client, Handle
 from leoflow_celery.client.measuring import refusals_counted
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, Unavailable
-from leoflow_celery.tasks.completion import saved_context
+from leoflow_celery.tasks.completion import saved_context, store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.settling import settle_try
 
@@ -50,7 +52,7 @@ class DispatchTask(LeoflowTask):
     Request = f"{__name__}:QuietRequest"
 
 
-@leoflow_task("leoflow.dispatch", DispatchTask, autoretry_for=(Unavailable, AtCapacity))
+@leoflow_task("leoflow.dispatch", DispatchTask, autoretry_for=(Unavailable, AtCapacity, RedisError, OperationalError))
 def dispatch(self: DispatchTask, request: dict[str, Any]) -> None:
     """Record and send a request; the message's own id ends with the try.
 
@@ -73,7 +75,11 @@ def _submit(task: DispatchTask, request: Any) -> Handle:
 
 
 def _await(task: DispatchTask, attempt: AttemptId) -> None:
-    """Let the message's own id wait for the try; STARTED comes before anybody can complete it."""
+    """Let the message's own id wait for the try; STARTED comes before anybody can complete it.
+
+    Another delivery of the same message may have let it wait meanwhile, and STARTED was written over the result, by
+    this one or by one that was killed before it came here: the result is written again.
+    """
     completions, celery_id = task.runtime.store.completions, str(task.request.id)
     if not completions.is_registered(celery_id):
         try:
@@ -81,7 +87,10 @@ def _await(task: DispatchTask, attempt: AttemptId) -> None:
         except Exception as error:  # noqa: BLE001 - a state for onlookers; the task goes on without it
             log.warning("started.not_marked", extra={"celery_task_id": celery_id, "error": repr(error)})
     context = saved_context(task.request, task.name)
-    completions.register(celery_id, attempt.task_instance_id, attempt.try_number, context)
+    if not completions.register(celery_id, attempt.task_instance_id, attempt.try_number, context):
+        view = task.runtime.store.attempts.get(attempt.task_instance_id, attempt.try_number)
+        if view.is_terminal:
+            store_result(task.app, task.runtime, view, celery_id)
 
 
 def _opened(task: DispatchTask, request: Any) -> Any:

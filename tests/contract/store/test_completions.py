@@ -52,8 +52,8 @@ def test_what_is_done_is_never_given_again(store: Store) -> None:
 def test_any_number_of_ids_of_any_shape_wait_for_one_try(store: Store) -> None:
     own = finished(store, "a")
     ours = "x" * 200
-    for _ in range(2):
-        store.completions.register(ours, "a", 1, {"task": "leoflow.dispatch", "callbacks": [{"task": "next"}]})
+    context = {"task": "leoflow.dispatch", "callbacks": [{"task": "next"}]}
+    assert [store.completions.register(ours, "a", 1, context) for _ in range(2)] == [True, False]
     taken = store.completions.take(60, "a", 1)
     assert ids(taken) == {own, ours}
     [extra] = [item for item in taken if item.celery_task_id == ours]

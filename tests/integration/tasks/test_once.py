@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+from celery.result import AsyncResult
 
 from leoflow_celery.client import Client
 from leoflow_celery.client.messages import seal_request
@@ -15,11 +17,13 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
+from leoflow_celery.errors import TaskFailed
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.tasks.completion import complete_try
 from tests.integration.tasks.conftest import UserCalls
 from tests.support.http_target import HttpTarget
+from tests.support.redis_server import RedisServer
 from tests.support.system import System, http_task
 from tests.support.waiting import wait_until
 
@@ -107,6 +111,37 @@ def test_of_two_completions_at_once_one_does_it(client: Client, target: HttpTarg
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(complete, range(8))) == [0] * 7 + [1]
     assert len(user_calls.wait_for("user.note")) == 1
+
+
+def test_a_dispatch_message_that_comes_after_the_end_writes_its_result_again(
+    client: Client, target: HttpTarget
+) -> None:
+    """Two deliveries at once: one wrote STARTED over the result that the other's completion had left, and died."""
+    request = http_task(target.url("a", status=404))
+    sent = client.app.send_task("leoflow.dispatch", (request,), queue="dispatch")
+    with pytest.raises(TaskFailed):
+        sent.get(timeout=20)
+    client.app.backend.store_result(sent.id, {}, "STARTED")
+    client.app.send_task("leoflow.dispatch", (request,), queue="dispatch", task_id=sent.id)
+    fresh = AsyncResult(sent.id, app=client.app)
+    wait_until(lambda: fresh.state == "FAILURE", 20, lambda: f"FAILURE, not {fresh.state}")
+    assert target.calls["a"] == 1
+
+
+def test_a_log_disk_that_refuses_makes_no_call_twice(
+    tmp_path: Path, shared_redis: RedisServer, target: HttpTarget
+) -> None:
+    (tmp_path / "full").touch()
+    with System(tmp_path, shared_redis.url(), LOGS_ROOT=tmp_path / "full") as system:
+        system.start_workers("workers.inline", "workers.control")
+        good = system.client.submit(http_task(target.url("good"), method="POST"))
+        bad = system.client.submit(http_task(target.url("bad", status=400), method="POST"))
+        assert good.get(timeout=20)["call"] == 1
+        with pytest.raises(TaskFailed) as caught:
+            bad.get(timeout=20)
+        assert (caught.value.reason, bad.task_instance().launch) == ("http_status", 1)
+        assert "log.not_written" in system.output()
+    assert (target.calls["good"], target.calls["bad"]) == (1, 1)
 
 
 def test_a_dispatch_message_that_fails_leaves_nothing_behind(client: Client, target: HttpTarget) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery import Celery, signature
+from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError, ResponseError
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComValue
+from leoflow_celery.errors import DatabaseUnavailable
 from leoflow_celery.store.completions import Waiting
 from leoflow_celery.tasks import completion
 
@@ -47,16 +52,54 @@ def run(monkeypatch: pytest.MonkeyPatch, store: Completions, error: Exception) -
     return completion.complete_due(SimpleNamespace(), runtime)
 
 
-def test_one_that_cannot_be_completed_holds_nobody_up(monkeypatch, store):
-    assert run(monkeypatch, store, KeyError("task")) == 2
+def called_by_kombu(cause: Exception) -> OperationalError:
+    """As kombu raises it: it takes every error of Redis for one of the connection."""
+    error = OperationalError(str(cause))
+    error.__cause__ = cause
+    return error
+
+
+WRONG_TYPE = ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
+
+
+@pytest.mark.parametrize("error", [KeyError("task"), WRONG_TYPE, called_by_kombu(WRONG_TYPE)], ids=repr)
+def test_one_that_cannot_be_completed_holds_nobody_up(monkeypatch, store, error):
+    assert run(monkeypatch, store, error) == 2
     assert store.finished == ["a", "c"]
     assert store.put_off == ["b"]
 
 
-def test_a_backend_that_is_away_stops_the_round_and_keeps_what_is_done(monkeypatch, store):
-    with pytest.raises(RedisConnectionError):
-        run(monkeypatch, store, RedisConnectionError("away"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        RedisConnectionError("away"),
+        ReadOnlyError("a replica"),
+        OperationalError("away"),
+        called_by_kombu(RedisConnectionError("away")),
+        DatabaseUnavailable("away"),
+        ConnectionResetError(),
+    ],
+    ids=repr,
+)
+def test_a_backend_that_is_away_stops_the_round_and_keeps_what_is_done(monkeypatch, store, error):
+    with pytest.raises(type(error)):
+        run(monkeypatch, store, error)
     assert (store.finished, store.put_off) == (["a"], [])
+
+
+def test_an_errback_is_sent_again_under_its_own_id(monkeypatch):
+    """A worker that is killed before the completion is done sends it twice; who looks at ids runs it once."""
+    monkeypatch.setattr(completion, "send_failed", lambda *_: None)
+    errbacks = [signature("plain"), signature("named", task_id="mine")]
+    item = Waiting("a", "ti", 1, {"task": "t", "errbacks": json.loads(json.dumps(errbacks))}, None)
+    with Celery("t", broker="memory://", backend="cache+memory://") as app:
+        for _ in range(2):
+            completion.complete(app, item, completion.Ended(View(state=TaskState.FAILED, reason="timeout")))
+        with app.connection_for_read() as connection, connection.SimpleQueue("celery") as queue:
+            headers = [queue.get(block=False).headers for _ in range(4)]
+    ids = [(one["task"], one["id"]) for one in headers]
+    assert ids[:2] == ids[2:]
+    assert [ids[0][0], ids[1]] == ["plain", ("named", "mine")]
 
 
 class Backend:
