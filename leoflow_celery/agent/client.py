@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from leoflow_celery.agent.config import AgentConfig
+from leoflow_celery.agent.patience import Patience
 from leoflow_celery.errors import (
     ClaimRefused,
     ConfigurationError,
@@ -108,6 +109,8 @@ class ControlPlane:
 
     def __init__(self, channel: grpc.aio.Channel, config: AgentConfig) -> None:
         self._channel = channel
+        #: When a unary call was last answered (monotonic): the control plane was there.
+        self.answered_at = 0.0
         self._metadata = ((AUTHORIZATION_KEY, f"Bearer {config.token}"), (SESSION_KEY, config.session))
 
     async def call(self, name: str, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
@@ -119,10 +122,12 @@ class ControlPlane:
         method = METHODS[name]
         stub = self._channel.unary_unary(method.path, serialize, method.response.FromString)
         try:
-            return await stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=(*self._metadata, *metadata))
+            answer = await stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=(*self._metadata, *metadata))
         except grpc.aio.AioRpcError as error:
             trailing = dict(error.trailing_metadata() or ())
             raise map_error(error.code(), error.details() or "", trailing) from error
+        self.answered_at = time.monotonic()
+        return answer
 
     def open_log_stream(self) -> LogStream:
         """A new StreamLogs call."""
@@ -166,17 +171,17 @@ class LogStream:
         self._call.cancel()
 
 
-async def retried(operation: Callable[[], Awaitable[T]], deadline: float) -> T:
+async def retried(operation: Callable[[], Awaitable[T]], patience: Patience) -> T:
     """The result of an operation, tried with jittered backoff while the control plane is away.
 
-    ``deadline`` is a ``time.monotonic()``. Raises what the operation raised last.
+    Raises what the operation raised last.
     """
     backoff = _FIRST_BACKOFF_SECONDS
     while True:
         try:
             return await operation()
         except GatewayUnavailable:
-            if time.monotonic() >= deadline:
+            if patience.left() <= 0:
                 raise
         await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311 - jitter
         backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)

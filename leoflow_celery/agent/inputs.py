@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from leoflow_celery.agent.client import CallRefused, ControlPlane, retried
+from leoflow_celery.agent.patience import Patience
 from leoflow_celery.errors import ClaimRefused, LeoflowError, NotFound
 from leoflow_celery.protocol import agent_pb2 as pb
 
@@ -26,17 +27,17 @@ class Inputs:
     warnings: tuple[str, ...] = ()
 
 
-async def fetch_inputs(plane: ControlPlane, mapping: Mapping[str, str], deadline: float) -> Inputs:
+async def fetch_inputs(plane: ControlPlane, mapping: Mapping[str, str], patience: Patience) -> Inputs:
     """Fetch all inputs at once; ``mapping`` is parameter → upstream task id.
 
     Raises:
         InputRefused: an XCom input may not be read.
-        GatewayUnavailable: the control plane stayed away until the deadline.
+        GatewayUnavailable: the control plane stayed away for too long.
     """
     variables, connections, values = await asyncio.gather(
-        _optional(plane, "GetVariables", pb.GetVariablesRequest(), deadline),
-        _optional(plane, "GetConnections", pb.GetConnectionsRequest(), deadline),
-        asyncio.gather(*(_xcom(plane, parameter, task_id, deadline) for parameter, task_id in mapping.items())),
+        _optional(plane, "GetVariables", pb.GetVariablesRequest(), patience),
+        _optional(plane, "GetConnections", pb.GetConnectionsRequest(), patience),
+        asyncio.gather(*(_xcom(plane, parameter, task_id, patience) for parameter, task_id in mapping.items())),
     )
     refused = dict.fromkeys(answer for answer in (variables, connections) if isinstance(answer, str))
     return Inputs(
@@ -47,10 +48,10 @@ async def fetch_inputs(plane: ControlPlane, mapping: Mapping[str, str], deadline
     )
 
 
-async def _xcom(plane: ControlPlane, parameter: str, task_id: str, deadline: float) -> bytes | None:
+async def _xcom(plane: ControlPlane, parameter: str, task_id: str, patience: Patience) -> bytes | None:
     request = pb.FetchXComRequest(upstream_task_id=task_id)
     try:
-        answer = await retried(lambda: plane.call("FetchXCom", request), deadline)
+        answer = await retried(lambda: plane.call("FetchXCom", request), patience)
     except NotFound:
         return None
     except (CallRefused, ClaimRefused) as error:
@@ -58,9 +59,9 @@ async def _xcom(plane: ControlPlane, parameter: str, task_id: str, deadline: flo
     return bytes(answer.value)
 
 
-async def _optional(plane: ControlPlane, method: str, request: Any, deadline: float) -> Any:
+async def _optional(plane: ControlPlane, method: str, request: Any, patience: Patience) -> Any:
     """The answer, or why it was refused (a text): these two a task can do without."""
     try:
-        return await retried(lambda: plane.call(method, request), deadline)
+        return await retried(lambda: plane.call(method, request), patience)
     except (CallRefused, ClaimRefused, NotFound) as error:
         return str(error)

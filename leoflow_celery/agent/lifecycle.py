@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Awaitable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +21,7 @@ from leoflow_celery.agent.config import AgentConfig
 from leoflow_celery.agent.heartbeat import FENCED, Heartbeat
 from leoflow_celery.agent.inputs import InputRefused, fetch_inputs
 from leoflow_celery.agent.logs import LogShipper
+from leoflow_celery.agent.patience import Patience
 from leoflow_celery.agent.report import TerminationLog, push_return_value, report_end, report_state
 from leoflow_celery.agent.result import outcome_of_defect
 from leoflow_celery.agent.run import TaskRun
@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AGENT_VERSION = "leoflow-celery"
-#: After losing the claim, lines and report are offered for so long, in case only the task was cancelled.
-_FENCED_PATIENCE_SECONDS = 3.0
+#: Of the time for handing over: lines that nobody takes leave the report the other half.
+_HALF = 0.5
 #: What a shell says of a process that SIGTERM ended.
 _INTERRUPTED_EXIT_CODE = 143
 
@@ -85,7 +85,7 @@ class Agent:
 
     async def _register(self) -> None:
         request = pb.RegisterRequest(agent_version=AGENT_VERSION, hostname=socket.gethostname())
-        await retried(lambda: self._plane.call("Register", request), self._deadline())
+        await retried(lambda: self._plane.call("Register", request), self._patience())
 
     def _never_started(self, error: LeoflowError) -> int:
         log.error("not running: %s", error)
@@ -146,13 +146,13 @@ class Agent:
             return Outcome.failed(FailureReason(error.reason), f"the return value was refused: {error}", 0), None
 
     async def _prepare(self, directory: Path, shipper: LogShipper) -> tuple[Command, int]:
-        spec = await retried(lambda: self._plane.call("GetTaskSpec", pb.GetTaskSpecRequest()), self._deadline())
-        inputs = await fetch_inputs(self._plane, spec.xcom_input_mapping, self._deadline())
+        spec = await retried(lambda: self._plane.call("GetTaskSpec", pb.GetTaskSpecRequest()), self._patience())
+        inputs = await fetch_inputs(self._plane, spec.xcom_input_mapping, self._patience())
         for warning in inputs.warnings:
             shipper.add("agent", warning, pb.LOG_LEVEL_WARN)
         command = build_command(spec, inputs, self._config, directory, self._environ)
         command.write_files()
-        answer = await report_state(self._plane, Outcome(TaskState.RUNNING), self._deadline())
+        answer = await report_state(self._plane, Outcome(TaskState.RUNNING), self._patience())
         if answer.should_terminate:
             self._stop.ask(FailureReason.CANCELLED, FENCED)
         return command, spec.execution_timeout_seconds
@@ -160,15 +160,14 @@ class Agent:
     async def _deliver(
         self, outcome: Outcome, value: bytes | None, shipper: LogShipper, shipping: asyncio.Task[None]
     ) -> int:
-        deadline = self._deadline()
         self._termination.record(outcome, value)
         if self._leaves(outcome):
             shipper.add("agent", f"task stopped: {outcome.message}", pb.LOG_LEVEL_WARN)
-            await shipper.drain(shipping, self._patience())
+            await shipper.drain(shipping, self._patience(_HALF))
             return _INTERRUPTED_EXIT_CODE
         if value is not None:
             try:
-                outcome = await push_return_value(self._plane, value, deadline) or outcome
+                outcome = await push_return_value(self._plane, value, self._patience()) or outcome
             except GatewayUnavailable as error:
                 log.error("the return value could not be delivered: %s", error)  # noqa: TRY400
                 return 1
@@ -176,9 +175,9 @@ class Agent:
                 outcome = Outcome.failed(FailureReason.INVALID_XCOM, f"the return value was refused: {error}", 0)
             self._termination.record(outcome)
         self._frame_end(outcome, shipper)
-        if not await shipper.drain(shipping, self._patience()):
+        if not await shipper.drain(shipping, self._patience(_HALF)):
             log.warning("not all log lines could be delivered")
-        if not await report_end(self._plane, outcome, self._report_deadline(deadline)):
+        if not await report_end(self._plane, outcome, self._patience(_HALF)):
             return 1
         self._termination.record(outcome, reported=True)
         return 1 if outcome.state is TaskState.FAILED else 0
@@ -191,25 +190,13 @@ class Agent:
             word = "succeeded" if outcome.state is TaskState.SUCCESS else outcome.state.value
             shipper.add("agent", f"task {word} in {seconds:.2f}s")
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self._config.report_deadline_seconds
+    def _patience(self, share: float = 1.0) -> Patience:
+        return Patience(self._stop, self._config.report_deadline_seconds * share)
 
     def _leaves(self, outcome: Outcome) -> bool:
         """Whether the outcome stays unreported in the termination log, for an executor that finds out the reason."""
         interrupted = self._stop.reason is outcome.reason is FailureReason.INTERRUPTED
         return self._config.leave_interruption and interrupted
-
-    def _lost_claim(self) -> bool:
-        return self._stop.reason is FailureReason.CANCELLED
-
-    def _patience(self) -> float:
-        """How long log lines are offered to a control plane that does not take any."""
-        if self._lost_claim() or self._stop.reason is FailureReason.INTERRUPTED:
-            return _FENCED_PATIENCE_SECONDS
-        return self._config.report_deadline_seconds / 2
-
-    def _report_deadline(self, deadline: float) -> float:
-        return min(deadline, time.monotonic() + _FENCED_PATIENCE_SECONDS) if self._lost_claim() else deadline
 
     def _stopped_outcome(self) -> Outcome:
         return Outcome.failed(self._stop.reason or FailureReason.INTERRUPTED, self._stop.message)

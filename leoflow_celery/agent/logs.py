@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from leoflow_celery.agent.client import CallRefused, ControlPlane, LogStream
+from leoflow_celery.agent.patience import Patience
 from leoflow_celery.agent.spool import Spool
 from leoflow_celery.errors import ClaimRefused, GatewayUnavailable, InvalidToken, LeoflowError
 from leoflow_celery.protocol import agent_pb2 as pb
@@ -19,6 +20,10 @@ AGENT_STREAM = "agent"
 _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 2.0
 #: A control plane that acknowledged something this recently is slow rather than away.
 _ALIVE_SECONDS = 5.0
+#: How long lines are offered to one that answers everything else.
+_DENIED_SECONDS = 5.0
+#: How often patience is looked at: a request to stop shortens it.
+_LOOK_SECONDS = 0.5
 _CROWDED = 0.75
 
 
@@ -38,6 +43,9 @@ class LogShipper:
         self._closing = False
         self._refused = False
         self._last_ack = time.monotonic()
+        self._last_break = 0.0
+        #: Since when streams break although the control plane answers other calls in between; None: they do not.
+        self._denied_since: float | None = None
 
     def add(self, stream: str, text: str, level: int = pb.LOG_LEVEL_INFO) -> None:
         """Take a line. Never blocks."""
@@ -69,21 +77,33 @@ class LogShipper:
             except LeoflowError as error:
                 log.debug("log stream broke: %s", error)
                 # A status may get lost when a write races with the server's end of the stream, so any end counts.
+                self._note_break()
                 self._on_break()
             backoff = _FIRST_BACKOFF_SECONDS if self._spool.first > before else min(backoff * 2, _MAX_BACKOFF_SECONDS)
             await asyncio.sleep(random.uniform(backoff / 2, backoff))  # noqa: S311 - jitter
 
-    async def drain(self, running: asyncio.Task[None], patience_seconds: float) -> bool:
-        """Deliver the rest; gives up when nothing was acknowledged for ``patience_seconds``. True: all delivered."""
+    async def drain(self, running: asyncio.Task[None], patience: Patience) -> bool:
+        """Deliver the rest; gives up when nothing was acknowledged for too long. True: all delivered.
+
+        A control plane that is there and takes no lines (its disk is full, say) is not waited for as one that is away.
+        """
         self._closing = True
         self._last_ack = time.monotonic()
         self._wake.set()
         while not running.done():
-            left = self._last_ack + patience_seconds - time.monotonic()
+            left = patience.left(self._last_ack)
+            if self._denied_since is not None:
+                left = min(left, self._denied_since + _DENIED_SECONDS - time.monotonic())
             if left <= 0:
                 return False
-            await asyncio.wait({running}, timeout=left)
+            await asyncio.wait({running}, timeout=min(left, _LOOK_SECONDS))
         return self._all_acknowledged()
+
+    def _note_break(self) -> None:
+        now = time.monotonic()
+        answers = self._plane.answered_at > self._last_break > 0
+        self._denied_since = (self._denied_since or now) if answers else None
+        self._last_break = now
 
     async def _stream_once(self) -> None:
         stream = self._plane.open_log_stream()
@@ -117,6 +137,7 @@ class LogShipper:
     def _acknowledge(self, line: int) -> None:
         self._spool.release(min(line, self._cursor - 1))
         self._last_ack = time.monotonic()
+        self._denied_since = None
         if self._dropped:
             self._announce_dropped()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from leoflow_celery.domain.reasons import FailureReason
 
@@ -13,6 +14,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: FailureReason | None = None
         self.message = ""
+        #: When somebody outside first asked (monotonic). A timeout is our own and leaves all the time to report it.
+        self.urged_at: float | None = None
         self._event = asyncio.Event()
 
     def ask(self, reason: FailureReason, message: str) -> None:
@@ -20,6 +23,8 @@ class StopRequest:
         explains_a_signal = reason is FailureReason.CANCELLED and self.reason is FailureReason.INTERRUPTED
         if self.reason is None or explains_a_signal:
             self.reason, self.message = reason, message
+        if self.urged_at is None and reason is not FailureReason.TIMEOUT:
+            self.urged_at = time.monotonic()
         self._event.set()
 
     @property

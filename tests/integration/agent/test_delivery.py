@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import grpc
 import psutil
+import pytest
 
 from leoflow_celery.protocol import agent_pb2 as pb
 from tests.integration.agent.control_plane import Refusal
@@ -168,3 +170,39 @@ def test_a_log_stream_that_is_refused_does_not_stop_the_task(plane, start_agent)
     plane.script["StreamLogs"] = refuse
     assert start_agent().wait() == 0
     assert plane.final().request.state == pb.TASK_STATE_SUCCESS
+
+
+def refuse_for_now(call):
+    raise Refusal(grpc.StatusCode.UNAVAILABLE, "the log cannot be written: No space left on device")
+
+
+def test_a_log_that_nobody_writes_does_not_hold_the_end_of_a_task(plane, start_agent):
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint="echo hi")
+    plane.script["StreamLogs"] = refuse_for_now
+    agent = start_agent(LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS="600")
+    assert agent.wait() == 0
+    assert plane.final().request.state == pb.TASK_STATE_SUCCESS
+    assert "not all log lines could be delivered" in agent.output
+
+
+@pytest.mark.parametrize("held", ["StreamLogs", "PushXCom"])
+def test_sigterm_while_the_outcome_waits_ends_the_wait_soon(plane, start_agent, held):
+    """The other calls are refused as well: a control plane that answers them is not waited for anyway."""
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint="echo 7 > $LEOFLOW_RETURN_VALUE_PATH")
+    plane.script[held] = plane.script["Heartbeat"] = refuse_for_now
+    agent = start_agent(LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS="600")
+    wait_until(lambda: agent.log.exists() and agent.termination()["state"] == "success")
+    wait_until(lambda: plane.count(held) > 2)
+    agent.popen.send_signal(signal.SIGTERM)
+    assert agent.wait() == (0 if held == "StreamLogs" else 1)
+    assert agent.termination()["state"] == "success"
+    assert agent.termination()["reported"] is (held == "StreamLogs")
+
+
+def test_a_cancellation_while_the_lines_wait_ends_the_wait_soon(plane, start_agent):
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint="echo hi")
+    plane.ack_logs = False
+    agent = start_agent(LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS="600", LEOFLOW_AGENT_HEARTBEAT_SECONDS="0.2")
+    wait_until(lambda: agent.log.exists() and agent.termination()["state"] == "success")
+    plane.should_terminate = True
+    assert agent.wait() == 0
