@@ -79,14 +79,18 @@ def map_error(code: grpc.StatusCode, details: str, trailing: dict[str, Any]) -> 
     match code:
         case _CODE.UNAUTHENTICATED:
             return InvalidToken("refused", details)
-        case _CODE.FAILED_PRECONDITION:
-            return ClaimRefused(str(trailing.get(REFUSED_KEY, "refused")), details)
+        case _CODE.FAILED_PRECONDITION if REFUSED_KEY in trailing:
+            return ClaimRefused(str(trailing[REFUSED_KEY]), details)
         case _CODE.ABORTED:
             return Fenced(details)
         case _CODE.NOT_FOUND:
             return NotFound(details)
         case _:
             return CallRefused(code.name, details)
+
+
+def _mapped(error: grpc.aio.AioRpcError) -> LeoflowError:
+    return map_error(error.code(), error.details() or "", dict(error.trailing_metadata() or ()))
 
 
 def open_channel(config: AgentConfig) -> grpc.aio.Channel:
@@ -124,8 +128,7 @@ class ControlPlane:
         try:
             answer = await stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=(*self._metadata, *metadata))
         except grpc.aio.AioRpcError as error:
-            trailing = dict(error.trailing_metadata() or ())
-            raise map_error(error.code(), error.details() or "", trailing) from error
+            raise _mapped(error) from error
         self.answered_at = time.monotonic()
         return answer
 
@@ -165,7 +168,7 @@ class LogStream:
             async for ack in self._call:
                 yield ack.acknowledged_through_line
         except grpc.aio.AioRpcError as error:
-            raise map_error(error.code(), error.details() or "", {}) from error
+            raise _mapped(error) from error
 
     def cancel(self) -> None:
         self._call.cancel()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from leoflow_celery.agent import linux
-from leoflow_celery.agent.client import ControlPlane, retried
+from leoflow_celery.agent.client import CallRefused, ControlPlane, retried
 from leoflow_celery.agent.command import Command, build_command
 from leoflow_celery.agent.config import AgentConfig
 from leoflow_celery.agent.heartbeat import FENCED, Heartbeat
@@ -129,6 +129,8 @@ class Agent:
             return self._stopped_outcome(), None
         except InvalidRequest as error:
             return Outcome.failed(FailureReason.INVALID_SPEC, str(error)), None
+        except CallRefused as error:
+            return Outcome.failed(FailureReason.INVALID_SPEC, f"the control plane refuses the task: {error}"), None
         except InputRefused as error:
             return Outcome.failed(FailureReason.FORBIDDEN, str(error)), None
         except (Fenced, ClaimRefused):

@@ -90,6 +90,16 @@ def test_an_unknown_operator_is_an_invalid_spec(plane, start_agent):
     assert "cobol" in plane.final().request.error_message
 
 
+def test_a_request_that_the_gateway_cannot_open_is_an_invalid_spec(plane, start_agent):
+    def refuse(call):
+        raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "sealed with a key that LEOFLOW_SEAL_KEYS does not have")
+
+    plane.script["GetTaskSpec"] = refuse
+    assert start_agent().wait() == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "invalid_spec"
+    assert "LEOFLOW_SEAL_KEYS" in plane.final().request.error_message
+
+
 def test_a_timeout_kills_a_child_that_ignores_sigterm_and_its_children(plane, start_agent):
     marker = "timeout-test-marker"
     plane.spec = bash(

@@ -13,7 +13,7 @@ ENVIRON = {"LEOFLOW_CONTROL_PLANE_ADDR": "a:1", "LEOFLOW_AGENT_TOKEN": "t", "LEO
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_every_status_has_an_error_of_ours(code):
     expected = {
-        "UNAUTHENTICATED": InvalidToken, "FAILED_PRECONDITION": ClaimRefused, "ABORTED": Fenced, "NOT_FOUND": NotFound,
+        "UNAUTHENTICATED": InvalidToken, "FAILED_PRECONDITION": CallRefused, "ABORTED": Fenced, "NOT_FOUND": NotFound,
         "PERMISSION_DENIED": CallRefused, "UNIMPLEMENTED": CallRefused, "INVALID_ARGUMENT": CallRefused,
         "OUT_OF_RANGE": CallRefused, "ALREADY_EXISTS": CallRefused,
     }  # fmt: skip
@@ -22,6 +22,7 @@ def test_every_status_has_an_error_of_ours(code):
 
 def test_a_refused_claim_says_why():
     error = map_error(grpc.StatusCode.FAILED_PRECONDITION, "text", {"x-leoflow-refused": "terminal"})
+    assert type(error) is ClaimRefused
     assert error.why == "terminal"
 
 
