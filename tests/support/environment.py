@@ -25,7 +25,8 @@ def isolate_temporary_directory() -> Path:
     was, to be looked at after a failure.
     """
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    directory = Path(tempfile.mkdtemp(prefix="lf-"))
+    # The random part may end with an underscore, which no label of a Kubernetes object may.
+    directory = Path(tempfile.mkdtemp(prefix="lf-", suffix="0"))
     directory.chmod(0o711)  # the PostgreSQL user has to pass through it
     os.environ["TMPDIR"] = str(directory)
     tempfile.tempdir = None
