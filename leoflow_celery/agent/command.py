@@ -43,7 +43,7 @@ def build_command(
     without what is the agent's business alone (its token, above all).
 
     Raises:
-        InvalidRequest: an operator that no agent knows.
+        InvalidRequest: an operator that no agent knows, or text that no process can be given.
     """
     command = Command([], _inherited(environ))
     command.env.update({f"AIRFLOW_VAR_{key.upper()}": value for key, value in inputs.variables.items()})
@@ -57,7 +57,21 @@ def build_command(
     _add_call_args(command, spec.call_args_json, directory)
     _add_xcoms(command, inputs.xcoms, directory)
     _add_operator(command, spec, config, directory)
+    _check(command)
     return command
+
+
+def _check(command: Command) -> None:
+    if any("\x00" in text for text in command.argv):
+        raise InvalidRequest("entrypoint: holds a NUL character, which no process can be given", "entrypoint")
+    for name, value in command.env.items():
+        if "=" in name or "\x00" in name + value:
+            shown = name.partition("=")[0]  # what follows may well be the value
+            raise InvalidRequest(
+                f"the environment variable {shown!r} cannot be set: its name holds '=', or name or value a NUL "
+                "character; correct env, xcom_input, or the variables and connections of the control plane",
+                "env",
+            )
 
 
 def _inherited(environ: Mapping[str, str]) -> dict[str, str]:

@@ -73,19 +73,20 @@ def _quantity(value: str) -> str:
     return value
 
 
-def _is_variable_name(name: str) -> bool:
+def is_variable_name(name: str) -> bool:
+    """Whether a process can be given a variable of this name."""
     return bool(name) and "=" not in name and is_storable(name)
 
 
 def _variable_name(value: str) -> str:
-    if not _is_variable_name(value):
+    if not is_variable_name(value):
         raise ValueError(_NAME_RULE)
     return value
 
 
 def _environment(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
-        if not _is_variable_name(name) or not is_storable(text):
+        if not is_variable_name(name) or not is_storable(text):
             head, equals, _ = name.partition("=")
             shown = f"{head}=…" if equals else name  # what follows may well be the value
             raise ValueError(f"variable {shown!r}: {_NAME_RULE}, a value no NUL or half a surrogate pair")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from leoflow_celery.domain.fields import is_storable, is_variable_name
 from leoflow_celery.errors import ConfigurationError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,17 @@ def _file_stamp(path: Path) -> tuple[int, int, int]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
+def usable(values: Mapping[str, str], setting: str) -> dict[str, str]:
+    """The values that a process can be given; one bad name would keep every task from its start."""
+    kept = {name: value for name, value in values.items() if is_variable_name(name) and is_storable(value)}
+    for name in values.keys() - kept.keys():
+        head, equals, _ = name.partition("=")  # what follows may well be the value
+        log.warning(
+            "%s: %r is left out: a name with '=' or a text with NUL cannot be a variable", setting, head + equals
+        )
+    return kept
+
+
 class Refreshed:
     """Values of a source, read again when it changed. A source that breaks keeps the values it had."""
 
@@ -90,7 +102,7 @@ class Refreshed:
             try:
                 stamp = self._source.stamp()
                 if self._values is None or stamp != self._stamp:
-                    self._values, self._stamp = self._source.read(), stamp
+                    self._values, self._stamp = usable(self._source.read(), self._setting), stamp
             except (OSError, ValueError) as error:
                 # The text of a JSON error may quote the file; a place in it is enough.
                 cause = error.strerror if isinstance(error, OSError) else "its content is not valid"

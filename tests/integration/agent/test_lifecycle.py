@@ -90,6 +90,13 @@ def test_an_unknown_operator_is_an_invalid_spec(plane, start_agent):
     assert "cobol" in plane.final().request.error_message
 
 
+def test_a_variable_that_no_process_can_be_given_is_an_invalid_spec(plane, start_agent):
+    plane.spec = bash("true", environment={"A=B": "c"})
+    assert start_agent().wait() == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "invalid_spec"
+    assert "'A'" in plane.final().request.error_message
+
+
 def test_a_request_that_the_gateway_cannot_open_is_an_invalid_spec(plane, start_agent):
     def refuse(call):
         raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "sealed with a key that LEOFLOW_SEAL_KEYS does not have")

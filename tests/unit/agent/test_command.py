@@ -50,6 +50,24 @@ def test_an_unknown_operator_is_named():
         build(pb.TaskSpec(operator="cobol"))
 
 
+@pytest.mark.parametrize(
+    ("spec", "inputs", "named"),
+    [
+        ({"environment": {"A=canary": "1"}}, {}, "'A'"),
+        ({"environment": {"A\0": "1"}}, {}, r"'A\\x00'"),
+        ({"environment": {"A": "canary\0"}}, {}, "'A'"),
+        ({}, {"variables": {"region=canary": "1"}}, "'AIRFLOW_VAR_REGION'"),
+        ({}, {"connections": {"db": "canary\0"}}, "'AIRFLOW_CONN_DB'"),
+        ({}, {"xcoms": {"p=q": b"1"}}, "'LEOFLOW_XCOM_P'"),
+        ({"entrypoint": "echo canary\0"}, {}, "entrypoint"),
+    ],
+)
+def test_what_no_process_can_be_given_is_named_and_not_repeated(spec, inputs, named):
+    with pytest.raises(InvalidRequest, match=named) as caught:
+        build(pb.TaskSpec(**{"operator": "bash", "entrypoint": "true", **spec}), Inputs(**inputs))
+    assert "canary" not in str(caught.value).lower()
+
+
 def test_what_is_the_agents_own_is_not_inherited():
     environ = {
         "LEOFLOW_AGENT_TOKEN": "secret", "LEOFLOW_CONTROL_PLANE_ADDR": "a:1", "LEOFLOW_XCOM_BACKEND": "redis",
