@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, JsonValue
 
@@ -117,9 +118,23 @@ def _mount_path(value: str) -> str:
     return _text(value)
 
 
+def _url(value: str) -> str:
+    if not _names_a_host(_text(value)):
+        raise ValueError("names no host and port that can be called; write for example https://api.example.com:8443/v1")
+    return value
+
+
+def _names_a_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets around what is no address, a port that is no number, characters that hide others
+        return False
+
+
 Text = Annotated[str, AfterValidator(_text)]
 Name = Annotated[Text, Field(max_length=MAX_NAME_CHARACTERS)]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$", max_length=8_192), AfterValidator(_text)]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$", max_length=8_192), AfterValidator(_url)]
 Identifier = Annotated[str, AfterValidator(_identifier)]
 PlainIdentifier = Annotated[str, AfterValidator(_plain_identifier)]
 ClaimName = Annotated[str, AfterValidator(_claim_name)]

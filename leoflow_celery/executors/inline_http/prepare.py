@@ -27,7 +27,10 @@ def idempotency_key(attempt: AttemptId) -> str:
 
 def describe(method: str, url: str) -> str:
     """Method and URL for messages: userinfo, query and fragment may hold secrets and stay out."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return f"{method} <not a URL>"
     return f"{method} {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 

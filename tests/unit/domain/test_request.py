@@ -189,6 +189,10 @@ BAD = [
     # the call
     (call(method="TRACE"), "http_request.method", "'GET', 'POST', 'PUT', 'PATCH' or 'DELETE' (got 'TRACE')"),
     (call(url="ftp://host/"), "http_request.url", "String should match pattern"),
+    *(
+        (call(url=url), "http_request.url", "names no host and port that can be called")
+        for url in ("http://[::1/x", "http://[abc]/", "http://℀.com/", "http://a:99999/", "http://a:b/", "http://@/")
+    ),
     (call(url="http:///path"), "http_request.url", "String should match pattern"),
     (call(timeout_seconds=0), "http_request.timeout_seconds", "greater than 0 (got 0)"),
     (call(timeout_seconds=float("inf")), "http_request.timeout_seconds", "finite number"),

@@ -8,12 +8,13 @@ from ipaddress import ip_address
 import pytest
 
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason, parse_reason
+from leoflow_celery.domain.request import HttpRequest
 from leoflow_celery.errors import ConfigurationError, XComRejected
 from leoflow_celery.executors.inline_http import result
-from leoflow_celery.executors.inline_http.errors import RefusedAddress
+from leoflow_celery.executors.inline_http.errors import HttpTaskError, RefusedAddress
 from leoflow_celery.executors.inline_http.failure import FailedAttempt, failed_status, give_up, retry_after_seconds
 from leoflow_celery.executors.inline_http.guard import AddressGuard, embedded_address
-from leoflow_celery.executors.inline_http.prepare import describe
+from leoflow_celery.executors.inline_http.prepare import describe, prepare
 from leoflow_celery.executors.inline_http.result import HttpResult, json_of
 
 
@@ -115,6 +116,15 @@ def test_a_defect_after_the_answer_is_no_reason_to_call_again(monkeypatch):
 def test_messages_leave_out_what_may_be_secret():
     text = describe("POST", "https://me:pw@api.example:8443/v1/x;p?token=t#f")
     assert text == "POST https://api.example:8443/v1/x;p"
+
+
+@pytest.mark.parametrize("url", ["http://[::1/canary", "http://[abc]/canary"])
+def test_a_url_that_is_none_is_an_invalid_spec(url):
+    request = HttpRequest.model_construct(method="GET", url=url, headers={}, body=None)
+    with pytest.raises(HttpTaskError) as caught:
+        prepare(request, "key", "agent")
+    assert caught.value.reason is FailureReason.INVALID_SPEC
+    assert "canary" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
