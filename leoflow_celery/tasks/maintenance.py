@@ -41,18 +41,24 @@ _UNSENT_GRACE_SECONDS = 5
 @maintenance_task("send_due")
 def send_due(self: LeoflowTask) -> int:
     """Send the messages that a crash or an unreachable broker kept back, and relaunches whose delay is over."""
-    store, sender, sent = self.runtime.store, MessageSender(self.app, self.runtime), 0
-    store.submissions.place()
-    for view in store.submissions.unsent(_UNSENT_GRACE_SECONDS):
-        try:
-            sender.launch_again(view)
-        except Unsealable as error:
-            metrics.record_undispatchable("unsealable")
-            _give_up(self, view, Verdict(FailureReason.INVALID_SPEC, str(error)), Guard(unclaimed=True))
-            continue
-        store.submissions.mark_sent([view.attempt])
-        sent += 1
+    submissions, sender, sent = self.runtime.store.submissions, MessageSender(self.app, self.runtime), 0
+    while submissions.place():
+        pass
+    while due := submissions.unsent(_UNSENT_GRACE_SECONDS):
+        sent += sum(_send(self, sender, view) for view in due)
     return sent
+
+
+def _send(task: LeoflowTask, sender: MessageSender, view: TaskInstanceView) -> bool:
+    """Send what is due, or give up what can never be sent; either way it is due no more."""
+    try:
+        sender.launch_again(view)
+    except Unsealable as error:
+        metrics.record_undispatchable("unsealable")
+        _give_up(task, view, Verdict(FailureReason.INVALID_SPEC, str(error)), Guard(unclaimed=True))
+        return False
+    task.runtime.store.submissions.mark_sent([view.attempt])
+    return True
 
 
 @maintenance_task("complete_due")

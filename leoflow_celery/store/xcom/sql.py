@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 
 from leoflow_celery.domain.xcom import XComKey, XComValue
-from leoflow_celery.store.database import Database
+from leoflow_celery.store.database import CHUNK_ROWS, Database
 from leoflow_celery.store.models import XCom, table_of
 
 _TABLE = table_of(XCom)
@@ -78,8 +78,19 @@ class SqlXComStore:
             joined.execute(sa.delete(_TABLE).where(*(_TABLE.c[name] == part for name, part in parts.items())))
 
     def delete_expired(self) -> int:
+        # In transactions of bounded size, so that nobody waits long for a lock.
+        now, total = time.time(), 0
+        while count := self._delete_some(now):
+            total += count
+        return total
+
+    def _delete_some(self, now: float) -> int:
+        key, is_expired = [_TABLE.c[name] for name in _KEY], _TABLE.c.expires_at <= now
+        oldest = sa.select(*key).where(is_expired).order_by(_TABLE.c.expires_at).limit(CHUNK_ROWS)
+        # Again what has expired: a value may be renewed between the look and the lock.
+        delete = sa.delete(_TABLE).where(sa.tuple_(*key).in_(oldest), is_expired)
         with self._database.transaction() as connection:
-            return connection.execute(sa.delete(_TABLE).where(_TABLE.c.expires_at <= time.time())).rowcount
+            return connection.execute(delete).rowcount
 
 
 def _value(row: sa.RowMapping) -> XComValue:

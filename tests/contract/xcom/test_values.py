@@ -6,9 +6,12 @@ import os
 import time
 
 import pytest
+import sqlalchemy as sa
 
 from leoflow_celery.domain.xcom import MAX_VALUE_BYTES, XComKey, XComValue, check_value
 from leoflow_celery.errors import XComRejected
+from leoflow_celery.store import Store
+from leoflow_celery.store.models import XCom, table_of
 from leoflow_celery.store.xcom import XComStore
 from tests.contract.store.rows import race
 from tests.contract.xcom.conftest import StoreFactory
@@ -81,6 +84,24 @@ def test_expired_values_are_gone(store_with: StoreFactory) -> None:
     lasting.delete_expired()
     assert lasting.get(KEY) is None
     assert lasting.delete_expired() == 0
+
+
+def test_many_expired_values_go_in_transactions_of_bounded_size(
+    sql_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leoflow_celery.store.xcom.sql.CHUNK_ROWS", 2)
+    for n in range(6):
+        put(sql_store.xcom, XComKey("default", "sales", "run-1", "extract", f"key-{n}"))
+    table, sizes = table_of(XCom), []
+    with sql_store.database.transaction() as connection:
+        expired = sa.update(table).where(table.c.key != "key-3").values(expires_at=time.time() - 1)
+        connection.execute(expired)
+    sa.event.listen(
+        sql_store.database.engine, "after_cursor_execute", lambda _conn, cursor, *_: sizes.append(cursor.rowcount)
+    )
+    assert sql_store.xcom.delete_expired() == 5
+    assert [size for size in sizes if size > 0] == [2, 2, 1]
+    assert [key.key for key, _ in sql_store.xcom.of_run("default", "sales", "run-1")] == ["key-3"]
 
 
 def test_the_values_of_a_run_in_order(xcom: XComStore) -> None:

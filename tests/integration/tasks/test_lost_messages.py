@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import sqlalchemy as sa
 
 from leoflow_celery.client import Client
+from leoflow_celery.client.messages import seal_request
+from leoflow_celery.domain.request import parse_request
+from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import BrokerUnavailable, TaskFailed
+from leoflow_celery.store.models import TaskInstance, table_of
+from leoflow_celery.store.submissions import NewTry
 from tests.support.http_target import HttpTarget
 from tests.support.redis_server import RedisServer
 from tests.support.system import System, http_task
@@ -43,6 +51,19 @@ def test_a_submit_without_a_broker_is_recorded_and_sent_later(
     wait_until(ended, 30, "send_due", interval=0.5)
     assert client.app.AsyncResult(view.celery_task_id).get(timeout=20)["call"] == 1
     assert client.task_instance(request["task_instance_id"]).launch == 1
+
+
+def test_a_backlog_of_any_size_is_sent_at_once(own_system: System) -> None:
+    client, count, long_ago = own_system.client, 501, time.time() - 60
+    requests = [parse_request({**BASH, "task_instance_id": f"ti-{n}", "task_id": f"t-{n}"}) for n in range(count)]
+    tries = [NewTry(one, ExecutorType.SUBPROCESS, seal_request(client.runtime, one)) for one in requests]
+    client.runtime.store.submissions.record(tries)
+    with client.runtime.store.database.transaction() as connection:
+        connection.execute(sa.update(table_of(TaskInstance)).values(queued_at=long_ago))
+    own_system.start_worker("workers.control")
+    own_system.maintain("send_due")
+    wait_until(lambda: client.runtime.queues.depth("subprocess") == count, 60, "all to be sent")
+    wait_until(lambda: client.runtime.store.submissions.unsent(0) == [], 20, "all to be marked as sent")
 
 
 def test_submitting_again_sends_what_was_recorded_without_a_broker(
