@@ -70,17 +70,22 @@ def executor_for(request: TaskRequest, standard: ExecutorType) -> ExecutorType:
 
 
 def check_inline_timeout(request: TaskRequest, max_duration_seconds: int) -> None:
-    """Refuse an inline task that asks for more time than the control plane gives.
+    """Refuse an inline task that asks for more time than the control plane gives, for all of it or for one attempt.
 
     Raises:
         InvalidRequest: names the timeout, the cap and ``execution_mode: pod``.
     """
-    if request.timeout_seconds > max_duration_seconds:
-        raise InvalidRequest(
-            f"timeout_seconds: {request.timeout_seconds} is above the inline cap of {max_duration_seconds} s; "
-            "set execution_mode: pod to run the call in an agent, or ask for less",
-            "timeout_seconds",
-        )
+    asked: dict[str, float] = {"timeout_seconds": request.timeout_seconds}
+    call = request.http_request
+    if call is not None and "timeout_seconds" in call.model_fields_set:  # its default is cut to a cap below
+        asked["http_request.timeout_seconds"] = call.timeout_seconds
+    for field, seconds in asked.items():
+        if seconds > max_duration_seconds:
+            raise InvalidRequest(
+                f"{field}: {seconds:.10g} is above the inline cap of {max_duration_seconds} s; "
+                "set execution_mode: pod to run the call in an agent, or ask for less",
+                field,
+            )
 
 
 def check_secrets(request: TaskRequest, executor: ExecutorType) -> None:

@@ -86,6 +86,17 @@ def test_an_inline_task_may_ask_for_the_cap_and_not_a_second_more() -> None:
     assert caught.value.field == "timeout_seconds"
 
 
+def test_an_attempt_of_an_inline_call_may_ask_for_the_cap_and_not_a_second_more() -> None:
+    def call(**more: Any) -> TaskRequest:
+        return request("http_api", http_request={"method": "GET", "url": "http://h/", **more})
+
+    check_inline_timeout(call(timeout_seconds=300), 300)
+    check_inline_timeout(call(), 30)  # nothing was asked for
+    with pytest.raises(InvalidRequest, match=r"^http_request\.timeout_seconds: 60 is .*: pod") as caught:
+        check_inline_timeout(call(timeout_seconds=60), 30)
+    assert caught.value.field == "http_request.timeout_seconds"
+
+
 @pytest.mark.parametrize(
     ("source", "executor", "takes"),
     [
