@@ -61,7 +61,7 @@ def drive(client: Client, dag: Dag, run_id: str, tenant_id: str, *, cancel_on_in
     from leoflow_celery.cli.progress import progress
     from leoflow_celery.driver import RunDriver
 
-    check_inline_timeouts(client, dag, run_id)
+    check_tasks(client, dag, run_id)
     with progress(dag.order) as show:
         driver = RunDriver(client, dag, run_id, tenant_id=tenant_id, on_event=show)
         state = _run_or_cancel(driver, cancel_on_interrupt)
@@ -79,23 +79,23 @@ def _run_or_cancel(driver: RunDriver, cancel_on_interrupt: bool) -> RunState:
         raise
 
 
-def check_inline_timeouts(client: Client, dag: Dag, run_id: str) -> None:
-    """Refuse a DAG before it starts when the control plane would refuse one of its calls later.
+def check_tasks(client: Client, dag: Dag, run_id: str) -> None:
+    """Refuse a DAG before it starts when the system would refuse one of its tasks later.
 
     Raises:
-        InvalidRequest: names the timeout, the cap and the fix.
+        InvalidRequest: names the task, what is wrong with it and the fix.
     """
     from leoflow_celery.domain.dag import task_request
-    from leoflow_celery.domain.routing import ExecutorType, check_inline_timeout, executor_for
+    from leoflow_celery.domain.routing import ExecutorType, check_task
 
     settings = client.settings
+    standard = ExecutorType(settings.dispatch.executor_type)
     for task_id in dag.order:
         request = task_request(dag, task_id, run_id)
-        if executor_for(request, ExecutorType(settings.dispatch.executor_type)) is ExecutorType.INLINE:
-            try:
-                check_inline_timeout(request, settings.inline.max_duration)
-            except InvalidRequest as error:
-                raise InvalidRequest(f"task {task_id!r}: {error}", error.field) from error
+        try:
+            check_task(request, standard, settings.inline.max_duration)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"task {task_id!r}: {error}", error.field) from error
 
 
 def report(client: Client, dag: Dag, run_id: str, tenant_id: str) -> None:

@@ -109,6 +109,19 @@ def check_secrets(request: TaskRequest, executor: ExecutorType) -> None:
             )
 
 
+def check_task(request: TaskRequest, standard: ExecutorType, max_inline_seconds: int) -> ExecutorType:
+    """The executor of a request that nothing there would refuse.
+
+    Raises:
+        InvalidRequest: names what would be refused, and the fix.
+    """
+    executor = executor_for(request, standard)
+    if executor is ExecutorType.INLINE:
+        check_inline_timeout(request, max_inline_seconds)
+    check_secrets(request, executor)
+    return executor
+
+
 def task_name(executor: ExecutorType) -> str:
     """The Celery task that launches on an executor, e.g. ``leoflow.execute.kubernetes``."""
     return f"{_EXECUTE_PREFIX}{executor.value}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from leoflow_celery.domain.dag import Dag, task_request
@@ -17,7 +18,7 @@ from leoflow_celery.domain.request import TaskRequest, check_size
 from leoflow_celery.domain.states import TERMINAL_RUN, RunState, TaskState
 from leoflow_celery.driver.events import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
 from leoflow_celery.driver.ports import RunClient, TryRecord
-from leoflow_celery.errors import AtCapacity, NotFound, Unavailable
+from leoflow_celery.errors import AtCapacity, InvalidRequest, NotFound, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class RunDriver:
         Raises:
             Unavailable: broker or database were away at the start, or for longer than the pace allows. The run is
                 as it was; start the driver again.
-            InvalidRequest: the system refused a task, for an inline timeout above its cap for example.
+            InvalidRequest: the system refused a task, for an inline timeout above its cap for example. What ran was
+                cancelled, and the run has failed.
         """
         ended = self._open()
         if ended is not None:
@@ -83,6 +85,10 @@ class RunDriver:
             except (Unavailable, AtCapacity) as error:
                 away_since = self._wait_out(error, away_since)
                 continue
+            except InvalidRequest:
+                with suppress(Unavailable):  # then the run is as it was, and whoever goes on with it comes here again
+                    self.cancel()
+                raise
             if state is not None:
                 return state
             away_since = None

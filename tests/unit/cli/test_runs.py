@@ -115,6 +115,16 @@ def test_an_inline_call_that_asks_for_too_much_time_is_refused_before_the_run(
     assert client.started == []
 
 
+def test_a_secret_that_nobody_would_resolve_is_refused_before_the_run(
+    cli: Cli, client: WholeClient, tmp_path: Path
+) -> None:
+    late = {**TASK, "task_id": "b", "depends_on": ["a"], "secrets": [{"name": "TOKEN", "source": "vault"}]}
+    result = cli("run", str(write_dag(tmp_path, TASK, late)))
+    assert result.code == 2
+    assert "task 'b': secrets.0.source: 'vault' of 'TOKEN' is not resolved" in result.err
+    assert client.started == []
+
+
 def test_new_run_ids_are_different_and_valid_everywhere() -> None:
     ids = {runs.new_run_id() for _ in range(50)}
     assert len(ids) == 50

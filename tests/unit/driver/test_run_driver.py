@@ -233,6 +233,41 @@ def test_a_request_that_cannot_travel_is_found_before_anything_starts() -> None:
     assert client.started == []
 
 
+class Choosy(ScriptedClient):
+    """It refuses one task, of which the driver cannot know before, and may be away right after."""
+
+    is_away_then = False
+
+    def submit_many(self, requests: Any) -> None:
+        if any(request.task_id == "refused" for request in requests):
+            self.errors += [DatabaseUnavailable("away")] * self.is_away_then
+            raise InvalidRequest("secrets.0.source: 'vault' is not resolved", "secrets.0.source")
+        super().submit_many(requests)
+
+
+def test_a_task_that_the_system_refuses_ends_the_run() -> None:
+    client = Choosy({"long": [End.success(seconds=1e9)]})
+    dag = make_dag(task("long"), task("a"), task("refused", "a"))
+    with pytest.raises(InvalidRequest, match="vault"):
+        drive(client, dag)
+    assert client.run("d", "r").state is RunState.FAILED
+    ended = {record.task_id: record.reason for record in client.task_instances("d", "r")}
+    assert ended == {"a": None, "long": "cancelled"}
+
+
+def test_a_run_that_could_not_be_ended_is_ended_by_who_goes_on_with_it() -> None:
+    dag = make_dag(task("a"), task("refused", "a"))
+    client = Choosy()
+    client.is_away_then = True
+    with pytest.raises(InvalidRequest, match="vault"):
+        drive(client, dag)
+    assert client.run("d", "r").state is RunState.RUNNING
+    client.is_away_then = False
+    with pytest.raises(InvalidRequest, match="vault"):
+        drive(client, dag)
+    assert client.run("d", "r").state is RunState.FAILED
+
+
 def test_cancel_ends_live_tries_and_the_run() -> None:
     client = ScriptedClient({"a": [End.success(seconds=1e9)]})
     events: list[RunEvent] = []
