@@ -21,8 +21,6 @@ from leoflow_celery.store.logs import LogKey
 from leoflow_celery.store.views import Finished, TaskInstanceView
 
 _MAX_HOSTNAME_CHARACTERS = 255
-_TAIL_BYTES = 16_384
-_TAIL_LINES = 20
 _ENDS = {
     pb.TASK_STATE_SUCCESS: TaskState.SUCCESS,
     pb.TASK_STATE_FAILED: TaskState.FAILED,
@@ -45,6 +43,11 @@ def outcome_of(request: pb.ReportStateRequest, reason: str) -> Outcome:
     if found is FailureReason.NON_ZERO_EXIT and not message:
         message = f"the task exited with code {request.exit_code}"
     return Outcome.failed(found, message, request.exit_code)
+
+
+def _log_key(caller: Caller) -> LogKey:
+    one = caller.identity
+    return LogKey(one.tenant_id, one.dag_id, one.run_id, one.task_id, one.attempt.try_number)
 
 
 class Lifecycle:
@@ -117,19 +120,8 @@ class Lifecycle:
 
     def _finish(self, caller: Caller, outcome: Outcome) -> Finished:
         if outcome.state is TaskState.FAILED:
-            outcome = outcome.evolve(log_tail=self._log_tail(caller))
+            outcome = outcome.evolve(log_tail=self._store.logs.last_lines(_log_key(caller)))
         return self._store.attempts.finish(caller.attempt, outcome, Guard(holder=caller.holder))
-
-    def _log_tail(self, caller: Caller) -> tuple[str, ...]:
-        identity = caller.identity
-        key = LogKey(
-            identity.tenant_id, identity.dag_id, identity.run_id, identity.task_id, identity.attempt.try_number
-        )
-        try:
-            lines = self._store.logs.tail(key, _TAIL_BYTES)
-        except OSError:
-            return ()
-        return tuple(str(line.get("msg", "")) for line in lines[-_TAIL_LINES:])
 
     @staticmethod
     def _count(finished: Finished, outcome: Outcome) -> None:

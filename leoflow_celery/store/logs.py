@@ -31,6 +31,7 @@ _LEVELS = (
 )
 #: Only the head of a line names its level; a megabyte of JSON is not searched.
 _LEVEL_SEARCH_CHARACTERS = 512
+_LAST_LINES, _LAST_LINE_CHARACTERS, _LAST_BYTES = 50, 2_000, 1 << 16
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
 
@@ -179,6 +180,14 @@ class LogStore:
             lines = file.read().split(b"\n")
         complete = lines[1:] if size > max_bytes else lines
         return [parsed for line in complete if (parsed := _parse(line)) is not None]
+
+    def last_lines(self, key: LogKey) -> tuple[str, ...]:
+        """What a failure keeps of its log: the last lines, shortened. None of a log that cannot be read here."""
+        try:
+            lines = self.tail(key, _LAST_BYTES)
+        except OSError:
+            return ()
+        return tuple(str(line.get("msg", ""))[:_LAST_LINE_CHARACTERS] for line in lines[-_LAST_LINES:])
 
     def prune(self, older_than_seconds: float) -> int:
         """Remove logs not written to for that long, and the directories they leave empty; the number removed.

@@ -13,6 +13,7 @@ from leoflow_celery.domain.reasons import parse_reason
 from leoflow_celery.domain.relaunch import Memory, Relaunch
 from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType
 from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
+from leoflow_celery.store.logs import LogKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,11 @@ class TaskInstanceView:
     def needs_host(self) -> bool:
         """Whether it must wait for the host of its staging volume before it can be sent."""
         return self.executor == ExecutorType.DOCKER and bool(self.staging_claim) and not self.queue_name
+
+    @property
+    def log_key(self) -> LogKey:
+        """Where its log is."""
+        return LogKey(self.tenant_id, self.dag_id, self.run_id, self.task_id, self.try_number)
 
     @property
     def outcome(self) -> Outcome:

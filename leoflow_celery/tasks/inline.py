@@ -27,7 +27,7 @@ from leoflow_celery.errors import ClaimRefused, Unavailable, Unsealable, XComRej
 from leoflow_celery.executors.inline_http import HttpResult, HttpTaskError
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.store.attempts import Guard
-from leoflow_celery.store.logs import LogKey, LogRecord
+from leoflow_celery.store.logs import LogRecord
 from leoflow_celery.store.views import Finished, TaskInstanceView
 from leoflow_celery.tasks.completion import Ended
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
@@ -101,7 +101,7 @@ def _call(runtime: Runtime, view: TaskInstanceView, must_stop: Callable[[], bool
         log.exception("inline.unexpected_error", extra={"attempt": str(view.attempt)})
         outcome = Outcome.failed(FailureReason.LAUNCH_FAILED, f"{type(error).__name__} in the inline worker")
     _log(runtime, view, "error", f"{outcome.reason}: {outcome.message}")
-    return outcome, None
+    return outcome.evolve(log_tail=runtime.store.logs.last_lines(view.log_key)), None
 
 
 def _checked_value(runtime: Runtime, request: TaskRequest, result: HttpResult) -> bytes | None:
@@ -140,9 +140,8 @@ def _finish(
 
 def _log(runtime: Runtime, view: TaskInstanceView, level: str, message: str) -> None:
     """Append a line to the try's log. A disk that does not take it changes nothing about how the call ended."""
-    key = LogKey(view.tenant_id, view.dag_id, view.run_id, view.task_id, view.try_number)
     try:
-        with runtime.store.logs.writer(key) as writer:
+        with runtime.store.logs.writer(view.log_key) as writer:
             writer.append([LogRecord(time.time(), level, "agent", message)])
     except OSError as error:
         log.warning("log.not_written", extra={"attempt": str(view.attempt), "line": message, "error": str(error)})

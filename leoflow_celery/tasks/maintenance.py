@@ -183,8 +183,9 @@ def _depth(task: LeoflowTask, queue: str) -> int | None:
 def _give_up(
     task: LeoflowTask, view: TaskInstanceView, verdict: Verdict, guard: Guard, *, may_relaunch: bool = True
 ) -> bool:
-    outcome = Outcome.failed(verdict.reason, verdict.message)
-    finished = task.runtime.store.attempts.finish(view.attempt, outcome, guard, may_relaunch=may_relaunch)
+    store = task.runtime.store
+    outcome = Outcome.failed(verdict.reason, verdict.message, log_tail=store.logs.last_lines(view.log_key))
+    finished = store.attempts.finish(view.attempt, outcome, guard, may_relaunch=may_relaunch)
     if not finished.recorded:
         return False
     log.warning("attempt.given_up", extra={"attempt": str(view.attempt), "reason": verdict.reason.value})

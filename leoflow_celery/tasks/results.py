@@ -63,6 +63,8 @@ def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
         log.warning("record.unknown", extra={"attempt": str(identity), "outcome": outcome.state.value})
         return
     outcome, xcoms = _with_value(self, view, outcome, content.get("return_value"))
+    if outcome.state is TaskState.FAILED and not outcome.log_tail:
+        outcome = outcome.evolve(log_tail=self.runtime.store.logs.last_lines(view.log_key))
     finished = self.runtime.store.attempts.finish(identity, outcome, guard, xcoms)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)

@@ -6,6 +6,7 @@ import logging
 import queue
 import signal
 import threading
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from leoflow_celery.executors.subprocess.directory import AttemptDirectory, all_
 from leoflow_celery.executors.subprocess.processes import kill_processes_of
 
 log = logging.getLogger(__name__)
-_AGENT_LOG_TAIL = 5
+_LAST_LINES, _LAST_LINE_CHARACTERS = 50, 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +139,21 @@ class Settler:
         attempt: AttemptId | None = directory.attempt()
         if report is None or attempt is None:
             return
+        outcome, said = report.outcome, _last_words(directory)
         log.warning(
             "subprocess.unreported_end",
-            extra={"attempt": str(attempt), "reason": str(report.outcome.reason), "agent_log": _tail(directory)},
+            extra={"attempt": str(attempt), "reason": str(outcome.reason), "agent_log": "\n".join(said[-5:])},
         )
+        if outcome.state is TaskState.FAILED:
+            outcome = outcome.evolve(log_tail=said)
         if self._reporter is not None:
-            self._reporter(attempt, report.outcome, report.return_value)
+            self._reporter(attempt, outcome, report.return_value)
 
 
-def _tail(directory: AttemptDirectory) -> str:
+def _last_words(directory: AttemptDirectory) -> tuple[str, ...]:
+    """The last lines of the agent's own output; what the task printed is in its log."""
     try:
-        return "\n".join(directory.agent_log.read_text(errors="replace").splitlines()[-_AGENT_LOG_TAIL:])
+        with directory.agent_log.open(errors="replace") as lines:
+            return tuple(line.rstrip("\n")[:_LAST_LINE_CHARACTERS] for line in deque(lines, _LAST_LINES))
     except OSError:
-        return ""
+        return ()

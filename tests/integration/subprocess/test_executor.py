@@ -194,6 +194,7 @@ def test_a_foreign_agent_that_fails_without_a_report_is_a_failure(make_executor,
     wait_until(lambda: reports)
     assert reports[0][1].reason is FailureReason.PROCESS_LOST
     assert "exit code 7" in reports[0][1].message
+    assert reports[0][1].log_tail == ("cannot go on",)
 
 
 def test_many_at_once(plane, make_executor, launch, reports, tmp_path):

@@ -57,6 +57,8 @@ def claimed_by_a_dead_worker(client: Client, url: str) -> AttemptId:
 def test_a_silent_holder_is_agent_lost_and_the_try_runs_again(reaping: System, target: HttpTarget) -> None:
     client = reaping.client
     attempt = claimed_by_a_dead_worker(client, target.url("a"))
+    with client.runtime.store.logs.writer(client.task_instance(attempt.task_instance_id).log_key) as writer:
+        writer.append([LogRecord(time.time(), "info", "stdout", "last words")])
     alive = client.submit(http_task(target.hold("alive")))
     reaping.start_worker("workers.lite")
     reaping.start_beat()
@@ -66,7 +68,7 @@ def test_a_silent_holder_is_agent_lost_and_the_try_runs_again(reaping: System, t
     assert (view.state, view.try_number, view.launch) == (TaskState.SUCCESS, 1, 2)
     events = client.events(attempt.task_instance_id)
     [relaunched] = [event for event in events if event.event == "relaunched"]
-    assert relaunched.details["reason"] == "agent_lost"
+    assert (relaunched.details["reason"], relaunched.details["log_tail"]) == ("agent_lost", ["last words"])
     # A call that takes long is kept by its worker's heartbeats, however impatient the reaper.
     assert time.time() - alive.task_instance().queued_at > HEARTBEAT_TIMEOUT_SECONDS
     assert alive.task_instance().launch == 1

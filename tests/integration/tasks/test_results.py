@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,10 +14,12 @@ from celery.result import AsyncResult
 from leoflow_celery.client import Client, Handle
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import TaskFailed
+from leoflow_celery.store.logs import LogRecord
 from leoflow_celery.store.submissions import NewTry
 from tests.integration.tasks.conftest import UserCalls
 from tests.support.http_target import HttpTarget
@@ -48,6 +51,7 @@ def test_get_raises_task_failed_with_the_reason(client: Client, target: HttpTarg
     assert "404" in caught.value.message
     assert caught.value.task.startswith("d.t-")
     assert handle.state() is TaskState.FAILED
+    assert handle.task_instance().log_tail[-1].startswith("http_status: ")
 
 
 def test_a_plain_celery_app_rebuilds_value_and_failure(system: System, target: HttpTarget) -> None:
@@ -179,6 +183,22 @@ def test_the_end_of_a_try_whose_request_cannot_be_opened_is_recorded_all_the_sam
     [submitted] = client.runtime.store.submissions.record([NewTry(request, ExecutorType.KUBERNETES, "unsealable")])
     record(client, Handle(client, submitted.attempt, submitted.celery_task_id, True), "1")
     assert client.app.AsyncResult(submitted.celery_task_id).get(timeout=20) == 1
+
+
+@pytest.mark.usefixtures("nothing_waits")
+@pytest.mark.parametrize(("found", "kept"), [((), ("shipped",)), (("found",), ("found",))])
+def test_a_failure_that_was_found_without_lines_keeps_the_last_that_were_shipped(
+    client: Client, found: tuple[str, ...], kept: tuple[str, ...]
+) -> None:
+    handle = waiting_pod(client)
+    with client.runtime.store.logs.writer(handle.task_instance().log_key) as writer:
+        writer.append([LogRecord(time.time(), "info", "stdout", "shipped")])
+    outcome = Outcome.failed(FailureReason.NON_ZERO_EXIT, "exit 3", 3, log_tail=found)
+    sealed = client.runtime.sealer.seal({"outcome": outcome.to_json()})
+    client.app.send_task("leoflow.results.record", (handle.attempt.to_json(), sealed), queue="results")
+    with pytest.raises(TaskFailed, match="exit 3"):
+        handle.get(timeout=20)
+    assert handle.task_instance().log_tail == kept
 
 
 def test_the_end_of_an_attempt_that_nobody_knows_is_left_alone(system: System, client: Client) -> None:

@@ -126,6 +126,17 @@ def test_the_tail_starts_with_a_whole_line(store: LogStore) -> None:
     assert len(store.tail(KEY)) == 1_000
 
 
+def test_a_failure_keeps_the_last_fifty_lines_shortened(store: LogStore) -> None:
+    write(store, KEY, *(f"line {n}" for n in range(60)), "x" * 10_000)
+    assert store.last_lines(KEY) == (*(f"line {n}" for n in range(11, 60)), "x" * 2_000)
+
+
+def test_a_log_that_cannot_be_read_leaves_a_failure_without_lines(store: LogStore) -> None:
+    assert store.last_lines(KEY) == ()
+    store.path(KEY).mkdir(parents=True)
+    assert store.last_lines(KEY) == ()
+
+
 def test_a_closed_writer_can_be_closed_again(store: LogStore) -> None:
     writer = store.writer(KEY)
     writer.append([])
