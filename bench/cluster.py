@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlencode
 
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, Unreachable
@@ -62,14 +63,15 @@ def count(api: KubernetesApi, resource: str) -> int:
     return len(page["items"]) + int(page["metadata"].get("remainingItemCount") or 0)
 
 
-def delete_all(api: KubernetesApi, resource: str) -> None:
-    """Delete everything of a kind at once, and wait until it is gone."""
-    deadline = time.monotonic() + _CLEAN_SECONDS
-    while count(api, resource):
+def delete_all(api: KubernetesApi, resource: str, fields: str = "") -> None:
+    """Delete everything of a kind at once, or what a field selector chooses, and wait until it is gone."""
+    deadline, path = time.monotonic() + _CLEAN_SECONDS, api.path(resource)
+    while api.get(path, operation=f"find_{resource}", limit=1, fieldSelector=fields)["items"]:
         if time.monotonic() > deadline:
             raise SystemExit(f"{resource} are still there after {_CLEAN_SECONDS} s")
         with contextlib.suppress(Unreachable):  # thousands take the server longer than one call may
-            api.delete(api.path(resource), operation=f"delete_{resource}", grace_seconds=0)
+            query = f"?{urlencode({'fieldSelector': fields})}" if fields else ""
+            api.delete(f"{path}{query}", operation=f"delete_{resource}", grace_seconds=0)
         time.sleep(0.2)
 
 
@@ -88,6 +90,18 @@ def blank(original: Object) -> Object:
 
 def _is_default_toleration(toleration: Object) -> bool:
     return str(toleration.get("key", "")).startswith("node.kubernetes.io/") and "tolerationSeconds" in toleration
+
+
+@contextmanager
+def official_client(connections: int) -> Iterator[Any]:
+    """The ``CoreV1Api`` of the package kubernetes."""
+    from kubernetes import client, config
+
+    settings = client.Configuration()
+    config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
+    settings.connection_pool_maxsize = connections
+    with client.ApiClient(settings) as connection:
+        yield client.CoreV1Api(connection)
 
 
 def in_threads(number: int, work: Any, inputs: list[Any]) -> float:

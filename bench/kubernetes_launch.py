@@ -1,7 +1,7 @@
 """Pods launched through the queue, against the same pods and Secrets posted by the plain client in as many threads.
 
 The pods ask for a node that does not exist, so that no kubelet takes part. Ours counts from the submit of all requests
-to the last pod: recording, sealing, the queue and the worker are in it.
+to the last pod and the last Secret: recording, sealing, the queue and the worker are in it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 import uuid
 from typing import Any
 
-from bench.cluster import Object, blank, count, delete_all, in_threads, items, namespace
+from bench.cluster import Object, blank, count, delete_all, in_threads, items, namespace, official_client
 from bench.system import System, report, wait_for
 from leoflow_celery.client import Client
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
@@ -37,12 +37,20 @@ def requests(number: int, run_id: str) -> list[dict[str, Any]]:
     ]
 
 
-def run_ours(api: KubernetesApi, client: Client, number: int, run_id: str) -> float:
+def run_ours(api: KubernetesApi, client: Client, number: int, run_id: str, *, secrets: bool) -> float:
     batch = requests(number, run_id)
+    expected = count(api, "secrets") + (number if secrets else 0)
     started = time.perf_counter()
     client.submit_many(batch)
     wait_for(lambda: count(api, "pods") >= number, f"{number} pods", seconds=600)
+    wait_for(lambda: count(api, "secrets") >= expected, f"{expected} Secrets", seconds=600)
     return number / (time.perf_counter() - started)
+
+
+def clean(api: KubernetesApi) -> None:
+    """Every round begins with none of either: Secrets of the floor have no pod to go with, others go after theirs."""
+    delete_all(api, "pods")
+    delete_all(api, "secrets", "type=Opaque")
 
 
 def pods_and_secrets(api: KubernetesApi) -> list[tuple[Object, Object | None]]:
@@ -57,13 +65,7 @@ def pods_and_secrets(api: KubernetesApi) -> list[tuple[Object, Object | None]]:
 
 def run_floor(api: KubernetesApi, objects: list[tuple[Object, Object | None]], threads: int) -> float:
     """The same objects, posted by the official client."""
-    from kubernetes import client, config
-
-    settings = client.Configuration()
-    config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
-    settings.connection_pool_maxsize = threads
-    with client.ApiClient(settings) as connection:
-        core: Any = client.CoreV1Api(connection)
+    with official_client(threads) as core:
 
         def post(pair: tuple[Object, Object | None]) -> None:
             pod, secret = pair
@@ -71,7 +73,8 @@ def run_floor(api: KubernetesApi, objects: list[tuple[Object, Object | None]], t
             for body, create in ((pod, core.create_namespaced_pod), (secret, core.create_namespaced_secret)):
                 if body is not None:
                     body = {**body, "metadata": {**body["metadata"], "name": name}}
-                    create(api.namespace, body, _preload_content=False)
+                    # As bytes, which gives the connection back; without reading them each call makes a new one.
+                    assert create(api.namespace, body, _preload_content=False).data
 
         return len(objects) / in_threads(threads, post, objects)
 
@@ -92,14 +95,14 @@ def main() -> None:
             migrate.upgrade(client.runtime.store.database)
             system.start_worker("workers.control")
             system.start_worker("workers.k8s", "-c", str(options.threads))
-            run_ours(api, client, options.threads, "warm-up")
-            delete_all(api, "pods")
+            run_ours(api, client, options.threads, "warm-up", secrets=not options.plain)
+            clean(api)
             for number in range(options.rounds):
-                ours.append(run_ours(api, client, options.pods, f"run{number}"))
+                ours.append(run_ours(api, client, options.pods, f"run{number}", secrets=not options.plain))
                 objects = pods_and_secrets(api)
-                delete_all(api, "pods")
+                clean(api)
                 floor.append(run_floor(api, objects, options.threads))
-                delete_all(api, "pods")
+                clean(api)
     report("launch rate", ours, floor, "pods/s", "≥ 0.8")
 
 
