@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from leoflow_celery.broker_url import BrokerUrl
 from leoflow_celery.errors import ConfigurationError
 
 
@@ -32,7 +33,7 @@ class BrokerSettings(BaseSettings):
 
     model_config = _config("LEOFLOW_BROKER_")
 
-    url: str = "redis://127.0.0.1:6379/0"
+    url: BrokerUrl = "redis://127.0.0.1:6379/0"
     #: Empty: the broker's own URL. Workers need no SQL, so results live in Redis.
     result_url: str = ""
     #: Every Redis key starts with it, so that systems can share a server.
@@ -374,7 +375,8 @@ class Settings(BaseSettings):
             return cls()
         except ValidationError as error:
             item = error.errors(include_url=False, include_input=False)[0]
-            raise ConfigurationError(f"{_variable(error.title, item['loc'])}: {item['msg']}") from error
+            name, said = _variable(error.title, item["loc"]), item["msg"].removeprefix("Value error, ")
+            raise ConfigurationError(f"{name}: {said}") from None  # the cause repeats the value
 
 
 def _variable(group_name: str, place: tuple[int | str, ...]) -> str:
@@ -391,8 +393,7 @@ _SECRET_VARIABLES = ("LEOFLOW_JWT_SECRET", "LEOFLOW_SEAL_KEYS", "LEOFLOW_DATABAS
 
 def _read_secret_files() -> None:
     for name in _SECRET_VARIABLES:
-        path = os.environ.get(f"{name}_FILE")
-        if path and name not in os.environ:
+        if (path := os.environ.get(f"{name}_FILE")) and name not in os.environ:
             try:
                 os.environ[name] = Path(path).read_text().strip()
             except OSError as error:

@@ -104,11 +104,11 @@ def check_database(settings: Settings) -> Finding:
 def check_broker(settings: Settings) -> Finding:
     """The broker takes a connection."""
     from kombu.exceptions import OperationalError
-    from kombu.utils.url import maybe_sanitize_url
 
     from leoflow_celery.app import create_app
+    from leoflow_celery.runtime.queues import safe_url
 
-    address = str(maybe_sanitize_url(settings.broker.url))
+    address = safe_url(settings.broker.url)
     app = create_app(settings=settings)
     try:
         with app.connection_for_write() as connection:

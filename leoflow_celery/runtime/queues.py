@@ -11,6 +11,7 @@ import json
 from functools import cached_property
 from typing import Any
 
+from leoflow_celery.broker_url import redis_url
 from leoflow_celery.errors import BrokerUnavailable
 from leoflow_celery.settings import BrokerSettings
 
@@ -20,81 +21,63 @@ _UNACKED = "unacked"
 
 
 class QueueInspector:
-    """Depths of the queues of one broker. Anything but Redis answers None: unknown."""
+    """Depths of the queues of one broker."""
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
 
     @cached_property
-    def _client(self) -> Any:
+    def client(self) -> Any:
+        """A Redis client of the broker."""
         import redis
 
-        url = self._settings.url
-        if url.startswith("redis+socket://"):
-            path, _, _query = url.removeprefix("redis+socket://").partition("?")
-            return redis.Redis(unix_socket_path=path, socket_timeout=self._settings.socket_timeout_seconds)
         return redis.Redis.from_url(
-            url,
+            redis_url(self._settings.url),
             socket_connect_timeout=self._settings.connect_timeout_seconds,
             socket_timeout=self._settings.socket_timeout_seconds,
         )
 
-    @property
-    def client(self) -> Any:
-        """A Redis client of the broker; None when it is something else."""
-        return self._client if self.is_supported else None
-
-    @property
-    def is_supported(self) -> bool:
-        return self._settings.url.startswith(("redis://", "rediss://", "redis+socket://"))
-
-    def waiting(self, queue: str) -> int | None:
-        """Messages that no worker has taken; None on a broker we cannot ask.
+    def waiting(self, queue: str) -> int:
+        """Messages that no worker has taken.
 
         Raises:
             BrokerUnavailable: the broker did not answer.
         """
-        if not self.is_supported:
-            return None
-        with _mapped(self._settings), self._client.pipeline(transaction=False) as pipe:
+        with _mapped(self._settings), self.client.pipeline(transaction=False) as pipe:
             for name in _lists(queue):
                 pipe.llen(self._settings.key_prefix + name)
             return int(sum(pipe.execute()))
 
     def oldest_tag(self, queue: str) -> str | None:
-        """What identifies the oldest waiting message of a queue; None for an empty queue, and when unknown.
+        """What identifies the oldest waiting message of a queue; None for an empty queue.
 
         Raises:
             BrokerUnavailable: the broker did not answer.
         """
-        if not self.is_supported:
-            return None
-        with _mapped(self._settings), self._client.pipeline(transaction=False) as pipe:
+        with _mapped(self._settings), self.client.pipeline(transaction=False) as pipe:
             for name in _lists(queue):
                 pipe.lindex(self._settings.key_prefix + name, -1)
             payload = next(filter(None, pipe.execute()), None)
         return None if payload is None else hashlib.sha256(payload).hexdigest()
 
-    def depth(self, queue: str) -> int | None:
-        """Messages waiting in a queue or held unacknowledged by its workers; None when unknown.
+    def depth(self, queue: str) -> int:
+        """Messages waiting in a queue or held unacknowledged by its workers.
 
         Raises:
             BrokerUnavailable: the broker did not answer.
         """
         waiting = self.waiting(queue)
-        if waiting is None:
-            return None
         with _mapped(self._settings):
             held = sum(
                 1
-                for _, payload in self._client.hscan_iter(self._settings.key_prefix + _UNACKED, count=200)
+                for _, payload in self.client.hscan_iter(self._settings.key_prefix + _UNACKED, count=200)
                 if _queue_of(payload) == queue
             )
         return waiting + held
 
     def close(self) -> None:
-        if "_client" in self.__dict__:
-            self._client.close()
+        if "client" in self.__dict__:
+            self.client.close()
 
 
 def _lists(queue: str) -> list[str]:
