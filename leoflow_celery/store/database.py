@@ -139,6 +139,13 @@ class Database:
                     f"database {self.address} has no tables of ours; 'leoflow db upgrade' creates them"
                 ) from error
             raise
+        except sa.exc.DatabaseError as error:
+            if type(error.orig) is not sqlite3.DatabaseError:  # its subclasses are about statements and values
+                raise
+            raise DatabaseUnavailable(
+                f"database {self.address} is damaged or none: {error.orig}; restore a copy, or move it away and "
+                "'leoflow db upgrade' makes an empty one"
+            ) from error
 
     def after_fork(self) -> None:
         """Forget connections inherited from a parent process without closing the parent's sockets."""

@@ -43,6 +43,23 @@ def test_an_sqlite_file_that_cannot_be_opened(tmp_path: Path) -> None:
     store.close()
 
 
+def test_an_sqlite_file_that_is_none_or_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "leoflow.db"
+    store = Store(settings_for(f"sqlite:///{path}", tmp_path))
+    path.write_bytes(b"no database at all " * 1_000)
+    with pytest.raises(DatabaseUnavailable, match=r"leoflow\.db is damaged or none: file is not a database"):
+        upgrade(store.database)
+    path.unlink()
+    upgrade(store.database)
+    store.close()
+    with path.open("r+b") as file:
+        file.seek(4_096)
+        file.write(b"\xff" * 200_000)
+    with pytest.raises(DatabaseUnavailable, match="malformed"):
+        store.attempts.get("ti-1")
+    store.close()
+
+
 @pytest.mark.parametrize("same_process", [True, False])
 def test_a_lock_that_is_not_to_be_had_in_time(tmp_path: Path, same_process: bool) -> None:
     settings = DatabaseSettings(url=f"sqlite:///{tmp_path}/leoflow.db", timeout_seconds=0.2)
