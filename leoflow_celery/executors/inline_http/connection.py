@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import select
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -19,6 +23,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.executors.inline_http.errors import CallStopped
 from leoflow_celery.executors.inline_http.limits import CallLimits, current_limits
 
 #: Hosts whose connection a thread keeps open.
@@ -33,6 +38,7 @@ for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
     # Their debug lines hold the whole path and query, which may be secret.
     logging.getLogger(_name).addFilter(_outside_calls)
 
+Result = TypeVar("Result")
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 
@@ -40,7 +46,7 @@ class _DeadlineSocket(socket.socket):
     """A socket whose every wait ends at the deadline of the thread's call, however often the peer moves."""
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        return _limited_receive(self, partial(super().recv_into, *args, **kwargs))
+        return _limited(self, partial(super().recv_into, *args, **kwargs))
 
     def send(self, *args: Any, **kwargs: Any) -> int:
         _limit_send(self)
@@ -54,23 +60,30 @@ class _DeadlineSocket(socket.socket):
 class _DeadlineTLSSocket(ssl.SSLSocket):
     """The same below TLS, where ``sendall`` goes through ``send``."""
 
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            _limited(self, partial(super().do_handshake, block))
+        except CallStopped:
+            self.close()  # as ssl does after the errors it knows
+            raise
+
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        return _limited_receive(self, partial(super().recv_into, *args, **kwargs))
+        return _limited(self, partial(super().recv_into, *args, **kwargs))
 
     def send(self, *args: Any, **kwargs: Any) -> int:
         _limit_send(self)
         return super().send(*args, **kwargs)
 
 
-def _limited_receive(sock: socket.socket, receive: Callable[[], int]) -> int:
+def _limited(sock: socket.socket, operation: Callable[[], Result]) -> Result:
     limits = current_limits()
     while limits is not None:
         sock.settimeout(limits.wait_seconds())
         try:
-            return receive()
+            return operation()
         except TimeoutError:
             continue  # a slice of the wait is over, or all of it: wait_seconds knows
-    return receive()
+    return operation()
 
 
 def _limit_send(sock: socket.socket) -> None:
@@ -126,27 +139,39 @@ def open_socket(host: str, port: int, options: Any) -> socket.socket:
     for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
         try:
             # A dead address may not eat the time of the next one.
-            return _connect(address, limits.remaining() / left, options)
+            return _connect(address, limits, limits.remaining() / left, options)
         except OSError as error:
             failure = error
     raise failure
 
 
-def _connect(address: AddressInfo, timeout_seconds: float, options: Any) -> socket.socket:
+def _connect(address: AddressInfo, limits: CallLimits, timeout_seconds: float, options: Any) -> socket.socket:
     family, kind, protocol, _, target = address
     sock = _DeadlineSocket(family, kind, protocol)
     try:
         for option in options or ():
             sock.setsockopt(*option)
-        sock.settimeout(max(timeout_seconds, 0.001))
-        sock.connect(target)
+        sock.setblocking(False)
+        _finish_connecting(sock, sock.connect_ex(target), limits, time.monotonic() + timeout_seconds)
+        sock.settimeout(max(limits.remaining(), 0.001))
     except BaseException:
         sock.close()
         raise
-    limits = current_limits()
-    if limits is not None:
-        sock.settimeout(max(limits.remaining(), 0.001))  # bounds a TLS handshake as a whole
     return sock
+
+
+def _finish_connecting(sock: socket.socket, number: int, limits: CallLimits, until: float) -> None:
+    """Wait for a connection that is being made; in slices, so that a request to stop is heard."""
+    writable = select.poll()
+    writable.register(sock, select.POLLOUT)
+    while number == errno.EINPROGRESS:
+        seconds = min(limits.wait_seconds(), until - time.monotonic())
+        if seconds <= 0:
+            raise TimeoutError("no connection in time")
+        if writable.poll(seconds * 1000):
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
 
 
 # urllib3's own SOCKS support hooks in at _new_conn too: there is no public place that is this close to connect().

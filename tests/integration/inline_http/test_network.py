@@ -51,6 +51,18 @@ def silent(connection, over):
     over.wait()
 
 
+@pytest.fixture
+def full_port():
+    """Where no connection is ever made: a listener whose backlog is full drops further SYNs."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for filler in (first, second):
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
 class TestDeadline:
     @pytest.mark.parametrize(
         "handler",
@@ -99,19 +111,12 @@ class TestDeadline:
         assert caught.value.reason is FailureReason.TIMEOUT
         answer.set()
 
-    def test_holds_while_connecting(self, executor, make_request):
-        # A listener whose backlog is full drops further SYNs.
-        with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(0)
-            for filler in (first, second):
-                filler.setblocking(False)
-                filler.connect_ex(listener.getsockname())
-            started = time.monotonic()
-            with pytest.raises(HttpTaskError) as caught:
-                executor.run(make_request(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout_seconds=1), ATTEMPT)
-            assert time.monotonic() - started < 1.8
-            assert caught.value.reason is FailureReason.TIMEOUT
+    def test_holds_while_connecting(self, executor, make_request, full_port):
+        started = time.monotonic()
+        with pytest.raises(HttpTaskError) as caught:
+            executor.run(make_request(f"http://127.0.0.1:{full_port}/", timeout_seconds=1), ATTEMPT)
+        assert time.monotonic() - started < 1.8
+        assert caught.value.reason is FailureReason.TIMEOUT
 
     def test_the_cap_bounds_a_task_without_timeout(self, raw_server, make_request):
         executor = InlineHttpExecutor(InlineSettings(max_duration=1))
@@ -130,13 +135,20 @@ class TestDeadline:
 
 
 class TestStop:
-    def test_ends_a_call_that_waits_for_the_server(self, raw_server, executor, make_request):
-        port, asked = raw_server(silent), []
-        started = time.monotonic()
+    @staticmethod
+    def check(executor, request):
+        asked, started = [], time.monotonic()
         with pytest.raises(HttpTaskError) as caught:
-            executor.run(make_request(f"http://127.0.0.1:{port}/"), ATTEMPT, lambda: len(asked) > 1 or asked.append(1))
+            executor.run(request, ATTEMPT, lambda: len(asked) > 1 or asked.append(1))
         assert caught.value.reason is FailureReason.CANCELLED
         assert time.monotonic() - started < 3
+
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_ends_a_call_that_waits_for_the_server(self, raw_server, executor, make_request, scheme):
+        self.check(executor, make_request(f"{scheme}://127.0.0.1:{raw_server(silent)}/"))
+
+    def test_ends_a_call_that_waits_for_a_connection(self, full_port, executor, make_request):
+        self.check(executor, make_request(f"http://127.0.0.1:{full_port}/"))
 
     def test_ends_the_wait_between_attempts(self, server, executor, make_request):
         server.replies = [type(server.replies[0])(503, b"", {"Retry-After": "60"})]
