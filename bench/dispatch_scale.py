@@ -115,9 +115,9 @@ class Subject:
         assert len(waiting) == tasks
         self._each("done", store.completions.done, [([name],) for name in waiting])
         sweeps: dict[str, Callable[[], object]] = {
-            "sweep silent": lambda: store.sweeps.silent(90),
-            "sweep waiting": lambda: store.sweeps.waiting(60),
-            "sweep cancelled": lambda: store.sweeps.cancelled(60),
+            "sweep silent": lambda: list(store.sweeps.silent(90)),
+            "sweep waiting": lambda: list(store.sweeps.waiting(60)),
+            "sweep cancelled": lambda: list(store.sweeps.cancelled(60)),
             "sweep unsent": lambda: store.submissions.unsent(3_600),
             "sweep completions": lambda: store.completions.take(60),
         }

@@ -22,6 +22,7 @@ _TASK_BASE = (
     "requirements-agent.txt",
     "leoflow_celery/__init__.py",
     "leoflow_celery/errors.py",
+    "leoflow_celery/broker_url.py",
     "leoflow_celery/settings.py",
     "leoflow_celery/domain",
     "leoflow_celery/protocol",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -17,3 +21,20 @@ def test_the_agents_requirements_are_the_packages_own() -> None:
     wanted = [line for line in lines if line and not line.startswith("#")]
     assert wanted
     assert [line for line in wanted if line not in all_lines] == []
+
+
+def test_what_the_image_copies_is_all_that_the_agent_imports(tmp_path: Path) -> None:
+    stage = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").partition("AS task-code")[2].partition("\nFROM")[0]
+    sources = [name for line in re.findall(r"^COPY (.+) \S+$", stage, re.MULTILINE) for name in line.split()]
+    copied = [ROOT / name for name in sources if name.startswith("leoflow_")]
+    assert ROOT / "leoflow_celery/agent" in copied
+    for source in copied:
+        target = tmp_path / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    program = (
+        "import leoflow_celery.agent.__main__, leoflow_celery.executors.inline_http.__main__, leoflow_celery as it"
+    )
+    command = [sys.executable, "-c", f"{program}; print(it.__file__)"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "leoflow_celery/__init__.py"), done.stderr
