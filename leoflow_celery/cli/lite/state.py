@@ -32,6 +32,8 @@ _FOREIGN = (
     "LEOFLOW_XCOM_BACKEND",
     "LEOFLOW_XCOM_REDIS_URL",
 )
+#: Each of the URLs has its own rules of quoting, and kombu takes a list of them at ';'.
+_NOT_IN_URLS = "?#%;"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,18 @@ class StateDirectory:
 
     @classmethod
     def at(cls, path: Path | None) -> StateDirectory:
-        """The directory named, or the standard one below the XDG state directory."""
-        return cls((path or state_dir() / "lite").absolute())
+        """The directory named, or the standard one below the XDG state directory.
+
+        Raises:
+            ConfigurationError: its name means something else in the URLs of database, broker and gateway.
+        """
+        found = (path or state_dir() / "lite").absolute()
+        if wrong := next((character for character in _NOT_IN_URLS if character in str(found)), None):
+            raise ConfigurationError(
+                f"state directory {found}: its path holds {wrong!r}, which has a meaning in URLs; choose another with "
+                "--state-dir"
+            )
+        return cls(found)
 
     @property
     def redis_directory(self) -> Path:

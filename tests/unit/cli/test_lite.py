@@ -17,6 +17,16 @@ from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.settings import Settings
 from tests.unit.cli.conftest import Cli
 
+DAG = json.dumps(
+    {
+        "schema_version": "1.0",
+        "dag_id": "d",
+        "dag_version": "1",
+        "image": "",
+        "tasks": [{"task_id": "a", "type": "bash", "entrypoint": "true"}],
+    }
+)
+
 
 @pytest.fixture
 def state(tmp_path: Path) -> StateDirectory:
@@ -67,6 +77,17 @@ def test_settings_of_a_deployed_system_do_not_leak_in_but_the_users_own_stay(sta
 def test_the_standard_directory_is_below_xdg_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert StateDirectory.at(None).path == tmp_path / "leoflow" / "lite"
+
+
+@pytest.mark.parametrize("name", ["q?x", "a#b", "100%", "a;b"])
+def test_a_directory_that_no_url_can_name_is_refused(cli: Cli, tmp_path: Path, name: str) -> None:
+    for command in (("lite", "run", "dag.json"), ("lite", "up"), ("lite", "env")):
+        (tmp_path / "dag.json").write_text(DAG)
+        arguments = [str(tmp_path / part) if part == "dag.json" else part for part in command]
+        result = cli(*arguments, "--state-dir", str(tmp_path / name))
+        assert result.code == 2
+        assert f"/{name}: its path holds" in result.err
+        assert not (tmp_path / name).exists()
 
 
 def test_a_directory_that_was_never_used_is_an_error(cli: Cli, tmp_path: Path) -> None:
