@@ -32,6 +32,16 @@ _FOREIGN = (
     "LEOFLOW_XCOM_BACKEND",
     "LEOFLOW_XCOM_REDIS_URL",
 )
+#: Paths of the user's own: relative ones are meant from where the command was given, and our processes start elsewhere.
+_PATHS = (
+    "LEOFLOW_GATEWAY_VARIABLES_PATH",
+    "LEOFLOW_GATEWAY_CONNECTIONS_PATH",
+    "LEOFLOW_GATEWAY_SECRETS_PATH",
+    "LEOFLOW_LITE_VENVS_ROOT",
+    "LEOFLOW_SUBPROCESS_VENVS_ROOT",
+    "LEOFLOW_SUBPROCESS_WORK_DIR",
+    "LEOFLOW_HEALTH_FILE",
+)
 #: Each of the URLs has its own rules of quoting, and kombu takes a list of them at ';'.
 _NOT_IN_URLS = "?#%;"
 
@@ -119,6 +129,9 @@ class StateDirectory:
         """Make this process, and those it starts, part of this system. Settings of the user's own stay."""
         for name in _FOREIGN:
             environ.pop(name, None)
+        for name in _PATHS:
+            if path := environ.get(name):
+                environ[name] = os.path.abspath(path)
         environ.update(self.environment())
         environ.setdefault("LEOFLOW_MAINTENANCE_INTERVAL_SECONDS", "5")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from leoflow_celery.cli.lite.lock import Holder, InUse, exclusive
-from leoflow_celery.cli.lite.state import StateDirectory
+from leoflow_celery.cli.lite.state import _FOREIGN, _PATHS, StateDirectory
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.settings import Settings
 from tests.unit.cli.conftest import Cli
@@ -72,6 +72,35 @@ def test_settings_of_a_deployed_system_do_not_leak_in_but_the_users_own_stay(sta
     assert "LEOFLOW_DISPATCH_QUEUE_LIMITS" not in environ
     assert environ["LEOFLOW_INLINE_HTTP_MAX_DURATION"] == "7"
     assert environ["LEOFLOW_MAINTENANCE_INTERVAL_SECONDS"] == "1"
+
+
+def test_relative_paths_are_meant_from_where_the_command_was_given(
+    state: StateDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    environ = {
+        "LEOFLOW_LITE_VENVS_ROOT": "./venvs",
+        "LEOFLOW_GATEWAY_VARIABLES_PATH": "vars",
+        "LEOFLOW_GATEWAY_SECRETS_PATH": "/run/secrets",
+        "LEOFLOW_GATEWAY_CONNECTIONS_PATH": "",
+    }
+    state.use(environ)
+    assert environ["LEOFLOW_LITE_VENVS_ROOT"] == f"{tmp_path}/venvs"
+    assert environ["LEOFLOW_GATEWAY_VARIABLES_PATH"] == f"{tmp_path}/vars"
+    assert environ["LEOFLOW_GATEWAY_SECRETS_PATH"] == "/run/secrets"
+    assert environ["LEOFLOW_GATEWAY_CONNECTIONS_PATH"] == ""
+
+
+def test_every_path_of_the_settings_is_known_to_lite() -> None:
+    """A new one would be read in the state directory, where nobody looks for it."""
+    decided_by_lite = {"LEOFLOW_LOGS_ROOT", *_FOREIGN}
+    elsewhere = ("LEOFLOW_KUBERNETES_", "LEOFLOW_DOCKER_")
+    for group in (field.annotation for field in Settings.model_fields.values()):
+        assert group is not None
+        for name, field in group.model_fields.items():
+            variable = f"{group.model_config['env_prefix']}{name}".upper()
+            if "Path" in str(field.annotation) and not variable.startswith(elsewhere):
+                assert variable in {*_PATHS, *decided_by_lite}
 
 
 def test_the_standard_directory_is_below_xdg_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
