@@ -18,7 +18,15 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from leoflow_celery.domain.attempt import staging_claim_name
 from leoflow_celery.domain.dag_text import parse_dag_text
-from leoflow_celery.domain.fields import Environment, JsonObject, JsonSchema, Name, Quantity, VariableName
+from leoflow_celery.domain.fields import (
+    Environment,
+    JsonObject,
+    JsonSchema,
+    Name,
+    NotEmpty,
+    OptionalQuantity,
+    VariableName,
+)
 from leoflow_celery.domain.plan import Retries, TriggerRule
 from leoflow_celery.domain.request import (
     Execution,
@@ -53,7 +61,7 @@ class Staging(Frozen):
     """One volume that the tasks of a run share."""
 
     enabled: bool = False
-    size: Quantity | Literal[""] = ""
+    size: OptionalQuantity = ""
     storage_class: str = ""
 
 
@@ -112,7 +120,7 @@ class Dag(Frozen):
     dag_id: Id
     dag_version: Annotated[Name, Field(min_length=1)]
     image: str
-    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1)]
+    tasks: NotEmpty[TaskSpec]
     description: str = ""
     owner: str = ""
     tags: tuple[str, ...] = ()

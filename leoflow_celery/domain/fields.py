@@ -6,7 +6,7 @@ Text without what no database keeps, JSON that every reader takes, names that fi
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, JsonValue
@@ -23,6 +23,8 @@ MAX_CLAIM_CHARACTERS = 253
 MAX_QUANTITY_CHARACTERS = 64
 #: What the column of a name or of a Celery id takes.
 MAX_NAME_CHARACTERS = 255
+
+Item = TypeVar("Item")
 
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 _CLAIM_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
@@ -132,6 +134,12 @@ def _names_a_host(url: str) -> bool:
         return False
 
 
+def _not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
+    if not value:
+        raise ValueError("is empty; it needs at least one item")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_text)]
 Name = Annotated[Text, Field(max_length=MAX_NAME_CHARACTERS)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$", max_length=8_192), AfterValidator(_url)]
@@ -144,6 +152,8 @@ OptionalQuantity = Annotated[str, AfterValidator(lambda value: value and _quanti
 #: Of an environment variable, or of an argument that an agent makes one of.
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 Environment = Annotated[dict[str, str], AfterValidator(_environment)]
+#: Not by min_length: pydantic counts the valid items only, and would call a list of wrong ones too short as well.
+NotEmpty = Annotated[tuple[Item, ...], AfterValidator(_not_empty), Field(json_schema_extra={"minItems": 1})]
 Json = Annotated[JsonValue, AfterValidator(_plain_json)]
 JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_plain_json)]
 PodPart = Annotated[JsonObject, AfterValidator(_pod_part)]

@@ -23,6 +23,7 @@ from leoflow_celery.domain.fields import (
     JsonSchema,
     MountPath,
     Name,
+    NotEmpty,
     OptionalQuantity,
     PlainIdentifier,
     PodPart,
@@ -108,12 +109,7 @@ class HttpRequest(Frozen):
     headers: dict[Text, Text] = Field(default_factory=dict)
     body: Json = None
     timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60
-    success_status_codes: Annotated[tuple[Annotated[int, Field(ge=100, le=599)], ...], Field(min_length=1)] = (
-        200,
-        201,
-        202,
-        204,
-    )
+    success_status_codes: NotEmpty[Annotated[int, Field(ge=100, le=599)]] = (200, 201, 202, 204)
 
 
 class SecretReference(Frozen):

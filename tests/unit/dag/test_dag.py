@@ -124,7 +124,7 @@ def test_null_means_not_set_but_a_null_of_the_users_own_is_kept() -> None:
         pytest.param({**document(), "dag_id": "../../etc"}, ["dag_id", "../../etc"], id="dag id as path"),
         pytest.param(document(bash("x" * 201)), ["task_id"], id="long id"),
         pytest.param(document(bash("-a")), ["task_id", "-a"], id="id starts with dash"),
-        pytest.param({**document(), "tasks": []}, ["tasks", "at least 1"], id="no task"),
+        pytest.param({**document(), "tasks": []}, ["tasks: is empty", "at least one"], id="no task"),
         pytest.param(document(BASH, BASH), ["'a'", "more than once"], id="same id twice"),
         pytest.param(document({**BASH, "type": "perl"}), ["'a'", "type", "perl", "bash"], id="unknown type"),
         pytest.param(document({**BASH, "retries": 101}), ["'a'", "retries", "101", "100"], id="retries high"),
@@ -165,6 +165,23 @@ def test_a_broken_rule_is_named(broken: dict[str, Any], says: list[str]) -> None
         load_dag(json.dumps(broken).encode())
     for words in ["dag.json: ", *says]:
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("broken", "whole"),
+    [
+        (document({**BASH, "retries": "3"}), "dag.json: task 'a': retries: Input should be a valid integer (got '3')"),
+        (
+            document(staging={"enabled": True, "size": "big"}),
+            "dag.json: staging.size: 'big' is not a Kubernetes quantity; write for example 500m, 2, 128Mi or 1Gi "
+            "(got 'big')",
+        ),
+    ],
+)
+def test_one_mistake_is_one_sentence(broken: dict[str, Any], whole: str) -> None:
+    with pytest.raises(InvalidDag) as caught:
+        load_dag(json.dumps(broken).encode())
+    assert str(caught.value) == whole
 
 
 def test_a_missing_key_is_named() -> None:

@@ -196,7 +196,7 @@ BAD = [
     (call(url="http:///path"), "http_request.url", "String should match pattern"),
     (call(timeout_seconds=0), "http_request.timeout_seconds", "greater than 0 (got 0)"),
     (call(timeout_seconds=float("inf")), "http_request.timeout_seconds", "finite number"),
-    (call(success_status_codes=[]), "http_request.success_status_codes", "at least 1 item"),
+    (call(success_status_codes=[]), "http_request.success_status_codes", "needs at least one item"),
     (call(success_status_codes=[2000]), "http_request.success_status_codes.0", "less than or equal to 599 (got 2000)"),
     # unknown words
     ({**BASH, "entry_point": "x"}, "entry_point", "is not a known key; remove it or check its spelling"),
