@@ -12,7 +12,7 @@ import uuid
 from typing import Any
 
 from bench.cluster import in_threads
-from bench.system import System, report
+from bench.system import System, add_container_arguments, report
 from leoflow_celery.client import Client
 from leoflow_celery.store import migrate
 
@@ -58,8 +58,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=40)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--image", required=True, help="a leoflow-task-base that the Engine has")
-    parser.add_argument("--address", required=True, help="this machine's address as containers reach it")
+    add_container_arguments(parser)
     options = parser.parse_args()
     engine = docker.from_env(timeout=120)
     ours, floor = [], []

@@ -11,7 +11,7 @@ import time
 import uuid
 
 from bench.cluster import namespace
-from bench.system import System, report, wait_for
+from bench.system import System, add_container_arguments, report, wait_for
 from leoflow_celery.client import Client
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.store import migrate
@@ -67,8 +67,7 @@ def run_ours(client: Client, image: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pods", type=int, default=10)
-    parser.add_argument("--image", required=True, help="a leoflow-task-base the cluster's node has")
-    parser.add_argument("--address", required=True, help="this machine's address as pods reach it")
+    add_container_arguments(parser)
     options = parser.parse_args()
     ours, floor = [], []
     with namespace() as api, System() as system:

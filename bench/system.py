@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import http.server
 import os
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from cryptography.fernet import Fernet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,6 +156,15 @@ def http_target() -> Iterator[str]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def add_container_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a benchmark needs to know whose tasks run in containers or pods."""
+    parser.add_argument("--image", default="leoflow-task-base:latest", help="a task image that is there (make images)")
+    bridge = psutil.net_if_addrs().get("docker0", [])
+    address = next((one.address for one in bridge if one.family is socket.AF_INET), "")
+    help_text = f"this machine's address as containers reach it ({address or 'no docker0 here'})"
+    parser.add_argument("--address", default=address, required=not address, help=help_text)
 
 
 def report(name: str, ours: list[float], floor: list[float], unit: str, reach: str) -> None:
