@@ -25,7 +25,7 @@ from leoflow_celery.domain.fields import (
     Name,
     NotEmpty,
     OptionalQuantity,
-    VariableName,
+    Parameters,
 )
 from leoflow_celery.domain.plan import Retries, TriggerRule
 from leoflow_celery.domain.request import (
@@ -84,7 +84,7 @@ class TaskSpec(Frozen):
     resources: Resources = Resources()
     execution: Execution = Execution()
     #: parameter name → upstream task id
-    xcom_input: dict[VariableName, Id] = Field(default_factory=dict)
+    xcom_input: Parameters[Id] = Field(default_factory=dict)
     xcom_schema: JsonSchema | None = None
 
     @model_validator(mode="after")

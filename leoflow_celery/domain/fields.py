@@ -134,6 +134,16 @@ def _names_a_host(url: str) -> bool:
         return False
 
 
+def _parameters(value: dict[str, Item]) -> dict[str, Item]:
+    seen: dict[str, str] = {}
+    for name in value:
+        if (other := seen.setdefault(name.upper(), name)) != name:
+            raise ValueError(
+                f"the parameters {other!r} and {name!r} are one variable, LEOFLOW_XCOM_{name.upper()}; rename one"
+            )
+    return value
+
+
 def _not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
     if not value:
         raise ValueError("is empty; it needs at least one item")
@@ -152,6 +162,8 @@ OptionalQuantity = Annotated[str, AfterValidator(lambda value: value and _quanti
 #: Of an environment variable, or of an argument that an agent makes one of.
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 Environment = Annotated[dict[str, str], AfterValidator(_environment)]
+#: Parameter name → where its value comes from.
+Parameters = Annotated[dict[VariableName, Item], AfterValidator(_parameters)]
 #: Not by min_length: pydantic counts the valid items only, and would call a list of wrong ones too short as well.
 NotEmpty = Annotated[tuple[Item, ...], AfterValidator(_not_empty), Field(json_schema_extra={"minItems": 1})]
 Json = Annotated[JsonValue, AfterValidator(_plain_json)]

@@ -25,6 +25,7 @@ from leoflow_celery.domain.fields import (
     Name,
     NotEmpty,
     OptionalQuantity,
+    Parameters,
     PlainIdentifier,
     PodPart,
     Quantity,
@@ -166,7 +167,7 @@ class TaskRequest(Frozen):
     execution_mode: Literal["inline", "pod"] | None = None
     executor: Literal["kubernetes", "docker", "subprocess", "inline"] | None = None
     #: parameter name → upstream task id
-    xcom_input: dict[VariableName, PlainIdentifier] = Field(default_factory=dict)
+    xcom_input: Parameters[PlainIdentifier] = Field(default_factory=dict)
     xcom_schema: JsonSchema | None = None
     call_args: JsonObject = Field(default_factory=dict)
     secrets: tuple[SecretReference, ...] = ()

@@ -156,6 +156,11 @@ def test_null_means_not_set_but_a_null_of_the_users_own_is_kept() -> None:
             document({**PYTHON, "xcom_schema": {"type": "objekt"}}), ["'p'", "xcom_schema", "JSON Schema"], id="schema"
         ),
         pytest.param(document({**BASH, "env": {"A=B": "1"}}), ["'a'", "env", "A=…"], id="env name"),
+        pytest.param(
+            document(BASH, {**PYTHON, "depends_on": ["a"], "xcom_input": {"p": "a", "P": "a"}}),
+            ["'p': xcom_input: the parameters 'p' and 'P' are one variable, LEOFLOW_XCOM_P"],
+            id="one parameter twice",
+        ),
         pytest.param(document({**BASH, "secrets": [{"name": "X", "source": "post-it"}]}), ["secrets"], id="secret"),
         pytest.param(document("a"), ["tasks[0]"], id="task that is no object"),
     ],

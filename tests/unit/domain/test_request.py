@@ -139,6 +139,7 @@ BAD = [
     # names
     ({**BASH, "xcom_input": {"x=y": "a"}}, "xcom_input.x=y", f"{NO_NAME} (got 'x=y')"),
     ({**BASH, "xcom_input": {"": "a"}}, "xcom_input.", NO_NAME),
+    ({**BASH, "xcom_input": {"p": "a", "P": "b"}}, "xcom_input", "'p' and 'P' are one variable, LEOFLOW_XCOM_P"),
     ({**BASH, "xcom_input": {"x\0": "a"}}, "xcom_input.x\ufffd", NO_NAME),
     ({**BASH, "xcom_input": {HALF: "a"}}, "xcom_input.\ufffd\ufffd\ufffd", f"{NO_NAME} (got '\\ud800')"),
     ({**BASH, "secrets": [{"name": "A=B", "source": "env"}]}, "secrets.0.name", f"{NO_NAME} (got 'A=B')"),
