@@ -112,7 +112,11 @@ class System:
 
 
 def wait_for(
-    ready: Callable[[], bool], what: str, process: subprocess.Popen[bytes] | None = None, seconds: float = 60
+    ready: Callable[[], bool],
+    what: str,
+    process: subprocess.Popen[bytes] | None = None,
+    seconds: float = 60,
+    interval: float = 0.02,
 ) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
@@ -120,7 +124,7 @@ def wait_for(
             raise SystemExit(f"{what} ended with {process.returncode}")
         if time.monotonic() > deadline:
             raise SystemExit(f"{what} is not ready after {seconds:.0f} s")
-        time.sleep(0.02)
+        time.sleep(interval)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
