@@ -15,9 +15,7 @@ from leoflow_celery.errors import TaskFailed
 from tests.support.engine import TestEngine, system_name
 from tests.support.host import host_address
 from tests.support.images import task_image
-from tests.support.leaks import keep_process, release_process
 from tests.support.ports import free_port
-from tests.support.process import ManagedProcess
 from tests.support.system import System
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_until
@@ -39,7 +37,6 @@ class DockerSystem(System):
 
     def __init__(self, directory: Path, broker_url: str, engine: TestEngine, **overrides: object) -> None:
         self.engine, self.name = engine, system_name()
-        self._kept: list[int] = []
         socket = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://")
         self.engine_proxy = TcpProxy(socket)
         address = f"{host_address()}:{free_port(host_address())}"
@@ -57,18 +54,6 @@ class DockerSystem(System):
         self.start_gateway()
         self.start_workers("workers.docker", "workers.control")
         self.start_beat()
-
-    def process(self, name: str) -> ManagedProcess:
-        """The one started under this name."""
-        return next(one for one in self.processes if one.name == name)
-
-    def restart(self, name: str) -> ManagedProcess:
-        """Start an ended process again; it may outlive the running test, as the system does."""
-        process = self.process(name)
-        process.restart()
-        keep_process(process.pid)
-        self._kept.append(process.pid)
-        return process
 
     def submit_bash(self, name: str, command: str, run_id: str = "", **fields: Any) -> Handle:
         """A bash task in our task image, in a run of its own unless named."""
@@ -99,8 +84,6 @@ class DockerSystem(System):
     def close(self) -> None:
         self.engine_proxy.resume_if_stopped()
         super().close()
-        for pid in self._kept:
-            release_process(pid)
         self.engine_proxy.close()
         self.engine.remove_all(self.name)
 

@@ -15,7 +15,6 @@ import yaml
 
 from tests.support.cluster import Namespace, kubeconfig
 from tests.support.host import host_address
-from tests.support.leaks import keep_process, release_process
 from tests.support.ports import free_port
 from tests.support.process import ManagedProcess
 from tests.support.system import ROOT, System
@@ -40,7 +39,6 @@ class KubernetesSystem(System):
         self, directory: Path, broker_url: str, database_url: str, namespace: Namespace, **overrides: object
     ) -> None:
         self.namespace = namespace
-        self._kept: list[int] = []
         worker_config = yaml.safe_load(namespace.worker_kubeconfig().read_text())
         server = urlsplit(worker_config["clusters"][0]["cluster"]["server"])
         self.api_proxy = TcpProxy((str(server.hostname), server.port or 443), is_tls=server.scheme == "https")
@@ -67,18 +65,6 @@ class KubernetesSystem(System):
         self.start_workers("workers.k8s", "workers.control")
         self.start_beat()
 
-    def process(self, name: str) -> ManagedProcess:
-        """The one started under this name, the newest of several."""
-        return next(one for one in reversed(self.processes) if one.name == name)
-
-    def restart(self, name: str) -> ManagedProcess:
-        """Start an ended process again; it may outlive the running test, as the system does."""
-        process = self.process(name)
-        process.restart()
-        keep_process(process.pid)
-        self._kept.append(process.pid)
-        return process
-
     def run_dag(self, dag: dict[str, Any], run_id: str, directory: Path) -> ManagedProcess:
         """``leoflow run`` of a DAG, as a process that was just started."""
         path = directory / f"{dag['dag_id']}.json"
@@ -92,8 +78,6 @@ class KubernetesSystem(System):
     def close(self) -> None:
         self.api_proxy.resume_if_stopped()
         super().close()
-        for pid in self._kept:
-            release_process(pid)
         self.api_proxy.close()
 
 

@@ -18,6 +18,7 @@ from cryptography.fernet import Fernet
 from leoflow_celery.client import Client
 from leoflow_celery.settings import Settings
 from tests.support import process
+from tests.support.leaks import keep_process, release_process
 from tests.support.ports import free_port
 from tests.support.postgres_databases import migrate
 from tests.support.process import ManagedProcess
@@ -36,6 +37,7 @@ class System:
         self.directory = directory
         self.broker_url = broker_url
         self.processes: list[ManagedProcess] = []
+        self._kept: list[int] = []
         address = f"127.0.0.1:{free_port()}"
         values: dict[str, object] = {
             "BROKER_URL": broker_url,
@@ -99,6 +101,18 @@ class System:
         gateway.wait_for_line("gateway listening on", _START_SECONDS)
         return gateway
 
+    def process(self, name: str) -> ManagedProcess:
+        """The one started under this name, the newest of several."""
+        return next(one for one in reversed(self.processes) if one.name == name)
+
+    def restart(self, name: str) -> ManagedProcess:
+        """Start an ended process again; it may outlive the running test, as the system does."""
+        process = self.process(name)
+        process.restart()
+        keep_process(process.pid)
+        self._kept.append(process.pid)
+        return process
+
     # -- looking and asking -------------------------------------------------------------------------------------
 
     @cached_property
@@ -130,6 +144,8 @@ class System:
         """End all processes, the newest first, and the client."""
         for one in reversed(self.processes):
             one.stop(20)
+        for pid in self._kept:
+            release_process(pid)
         if "client" in self.__dict__:
             self.client.close()
         if "redis" in self.__dict__:
