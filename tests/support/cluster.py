@@ -88,8 +88,8 @@ def _message(text: str) -> str:
 
 
 def _session() -> str:
-    """The run's name as a label value, which may not end with an underscore as some names do."""
-    return f"{os.environ.get(SESSION_VARIABLE, 'no')}-session"
+    """The run's name as a label value."""
+    return os.environ.get(SESSION_VARIABLE, "none")
 
 
 class Cluster:
@@ -237,6 +237,24 @@ class Namespace:
         except ApiRefused as error:
             if error.status != 404:
                 raise
+
+    def drop_finalizers(self, resource: str, name: str) -> None:
+        """Let an object go that was created with finalizers, which keep it and its namespace."""
+
+        def dropped() -> bool:
+            current = self.get(resource, name)
+            if current is None:
+                return True
+            current["metadata"]["finalizers"] = []
+            try:
+                self.api.call("PUT", self.path(resource, name), current)
+            except ApiRefused as error:
+                if error.status != 409:  # a controller changed it in between
+                    raise
+                return False
+            return True
+
+        wait_until(dropped, _WAIT_SECONDS, f"the finalizers of {name} go", 0.1)
 
     def log(self, pod: str) -> str:
         """All that a pod's container printed."""

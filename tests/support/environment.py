@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,9 +26,9 @@ def isolate_temporary_directory() -> Path:
     was, to be looked at after a failure.
     """
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    # The random part may end with an underscore, which no label of a Kubernetes object may.
-    directory = Path(tempfile.mkdtemp(prefix="lf-", suffix="0"))
-    directory.chmod(0o711)  # the PostgreSQL user has to pass through it
+    # Tests name volumes and labels after it, which may hold no underscore; one of mkdtemp's names in four does.
+    directory = Path(tempfile.gettempdir()) / f"lf-{secrets.token_hex(4)}"
+    directory.mkdir(0o711)  # the PostgreSQL user has to pass through it
     os.environ["TMPDIR"] = str(directory)
     tempfile.tempdir = None
     state = directory / "state"

@@ -23,14 +23,17 @@ def plane() -> Iterator[ControlPlane]:
 
 
 class AgentProcess:
-    """A running agent; ``termination()`` is what it left in its termination log."""
+    """A running agent; ``termination()`` is what it left in its termination log.
 
-    def __init__(self, plane: ControlPlane, directory: Path, **env: str) -> None:
+    ``defect`` is Python that the agent's process runs first, to break what cannot be broken from outside.
+    """
+
+    def __init__(self, plane: ControlPlane, directory: Path, defect: str = "", **env: str) -> None:
         self.log = directory / "termination"
         self.tmp = directory / "tmp"
         self.tmp.mkdir(exist_ok=True)
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "leoflow_celery.agent"],
+            [sys.executable, "-c", f"{defect}\nfrom leoflow_celery.agent.__main__ import command\ncommand()"],
             cwd=directory,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -62,8 +65,8 @@ class AgentProcess:
 def start_agent(plane: ControlPlane, tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
     started: list[AgentProcess] = []
 
-    def start(**env: str) -> AgentProcess:
-        started.append(AgentProcess(plane, tmp_path, **env))
+    def start(defect: str = "", **env: str) -> AgentProcess:
+        started.append(AgentProcess(plane, tmp_path, defect, **env))
         return started[-1]
 
     yield start

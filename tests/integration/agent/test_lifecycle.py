@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
@@ -11,9 +10,6 @@ import grpc
 import psutil
 import pytest
 
-from leoflow_celery.agent.__main__ import run_agent
-from leoflow_celery.agent.config import AgentConfig
-from leoflow_celery.agent.run import TaskRun
 from leoflow_celery.protocol import agent_pb2 as pb
 from tests.integration.agent.control_plane import Refusal
 from tests.support.waiting import wait_until
@@ -237,14 +233,10 @@ def test_a_directory_in_place_of_the_value_fails_the_task(plane, start_agent):
     assert "return_value.json cannot be read: " in plane.final().request.error_message
 
 
-def test_a_defect_after_the_process_ended_is_not_the_loss_of_the_agent(plane, tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("a defect")
-
-    monkeypatch.setattr(TaskRun, "return_value", fail)
+def test_a_defect_after_the_process_ended_is_not_the_loss_of_the_agent(plane, start_agent):
     plane.spec = bash("true")
-    config = AgentConfig(plane.address, "t0ken", "ti-1", work_dir=str(tmp_path))
-    assert asyncio.run(run_agent(config, os.environ)) == 1
+    defect = "from leoflow_celery.agent.run import TaskRun\ndef fail(*_): raise RuntimeError('a defect')\n"
+    assert start_agent(f"{defect}TaskRun.return_value = fail").wait() == 1
     assert plane.final().metadata["x-leoflow-reason"] == "invalid_xcom"
     assert plane.final().request.error_message == "exit code 0; then the agent failed: RuntimeError: a defect"
 

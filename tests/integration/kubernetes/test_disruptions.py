@@ -45,10 +45,10 @@ def scarce_resource(cluster: Cluster) -> Iterator[str]:
         return name in cluster.api.call("GET", f"/api/v1/nodes/{node}")["status"]["allocatable"]
 
     _change_capacity(cluster, node, lambda capacity: capacity.update({name: "1"}))
-    wait_until(offered, 60, "the kubelet offers it", 0.2)
+    wait_until(offered, 60, "the node offers it", 0.2)
     yield name
     _change_capacity(cluster, node, lambda capacity: capacity.pop(name, None))
-    wait_until(lambda: not offered(), 60, "the kubelet offers it no more", 0.2)
+    wait_until(lambda: not offered(), 60, "the node offers it no more", 0.2)
 
 
 def _change_capacity(cluster: Cluster, node: str, change: Callable[[Manifest], object]) -> None:
@@ -56,7 +56,8 @@ def _change_capacity(cluster: Cluster, node: str, change: Callable[[Manifest], o
 
     def changed() -> bool:
         current = cluster.api.call("GET", path)
-        change(current["status"]["capacity"])
+        for what in ("capacity", "allocatable"):  # the kubelet derives one from the other in its own time
+            change(current["status"][what])
         try:
             cluster.api.call("PUT", f"{path}/status", current)
         except ApiRefused as error:

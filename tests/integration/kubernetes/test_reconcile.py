@@ -137,20 +137,13 @@ def test_a_task_that_was_interrupted_by_a_deletion_is_told_so(namespace: Namespa
         assert outcome.reason is Reason.POD_DELETED
         assert outcome.log_tail in (("ready",), ())  # the kubelet may have removed the container by now
     finally:
-        _drop_finalizers(namespace, pod)
+        namespace.drop_finalizers("pods", name_of(pod))
 
 
 def _log(namespace: Namespace, pod: Manifest) -> str:
     state = namespace.pod(name_of(pod)) or {}
     started = state.get("status", {}).get("phase") == "Running"
     return namespace.log(name_of(pod)) if started else ""
-
-
-def _drop_finalizers(namespace: Namespace, pod: Manifest) -> None:
-    path = namespace.path("pods", name_of(pod))
-    current = namespace.api.call("GET", path)
-    current["metadata"]["finalizers"] = []
-    namespace.api.call("PUT", path, current)
 
 
 def test_pages_make_one_complete_list(namespace: Namespace, make_scene: MakeScene) -> None:
