@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from tests.support.launches import launch_spec
 
 #: Nothing is too young, nothing is waited for.
 AT_ONCE = ReconcilePolicy(0, 0, 0, 0)
+#: Gives up a pending pod whatever its age, which is none in the first moment: the cluster writes whole seconds.
+GIVES_UP = replace(AT_ONCE, pending_timeout_seconds=1e-9)
 #: A scheduler that no cluster has: the pod costs nothing and stays pending.
 PARKED = {"schedulerName": "nobody"}
 

@@ -17,7 +17,7 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.executors.kubernetes.classify import ReconcilePolicy
 from leoflow_celery.executors.kubernetes.errors import ApiError, Unreachable
 from leoflow_celery.executors.kubernetes.identity import SYSTEM_LABEL
-from tests.integration.kubernetes.scene import AT_ONCE, PARKED, Scene, leaving, name_of, task_pod
+from tests.integration.kubernetes.scene import AT_ONCE, GIVES_UP, PARKED, Scene, leaving, name_of, task_pod
 from tests.support.cluster import Manifest, Namespace, kubeconfig
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_until
@@ -214,7 +214,7 @@ def test_a_claim_that_nothing_provides_is_named_with_the_provisioner_s_words(
         namespace.create(pod)
         wait_until(lambda: namespace.events("unbound"), 60, "the provisioner's words", 0.2)
         namespace.wait_for_pod(name_of(pod), lambda one: "PersistentVolume" in str(one["status"].get("conditions")))
-        scene = make_scene(policy=replace(AT_ONCE, pending_timeout_seconds=0.1))
+        scene = make_scene(policy=GIVES_UP)
         assert scene.reconcile(pod).reported == 1
         outcome = scene.reports.outcome(pod)
         assert outcome.reason is Reason.UNSCHEDULABLE
@@ -231,15 +231,14 @@ def test_a_report_that_cannot_be_sent_keeps_its_pod_for_the_next_pass(
 ) -> None:
     pod = task_pod(spec=PARKED)
     namespace.create(pod)
-    policy = replace(AT_ONCE, pending_timeout_seconds=0.1)
 
     def broker_is_away(*_: object) -> None:
         raise ConnectionError("the broker is away")
 
     with pytest.raises(ConnectionError):
-        make_scene(policy=policy, reporter=broker_is_away).reconcile(pod)
+        make_scene(policy=GIVES_UP, reporter=broker_is_away).reconcile(pod)
     assert _names(namespace) == {name_of(pod)}
-    scene = make_scene(policy=policy)
+    scene = make_scene(policy=GIVES_UP)
     assert scene.reconcile(pod).deleted == 1
     assert scene.reports.outcome(pod).reason is Reason.UNSCHEDULABLE
 
@@ -255,7 +254,7 @@ def test_without_the_right_to_read_events_and_logs_or_to_delete_ends_are_reporte
     with pytest.raises(ApiError, match="cannot list resource"):
         make_scene(config).reconcile(failed)
     _allow_listing(namespace, "powerless")
-    scene = make_scene(config, policy=replace(AT_ONCE, pending_timeout_seconds=0.1))
+    scene = make_scene(config, policy=GIVES_UP)
     done = scene.reconcile(failed, pending)
     assert (done.reported, done.deleted) == (2, 0)
     outcome = scene.reports.outcome(failed)
