@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.memory import with_memory_limit
 from leoflow_celery.domain.quantity import format_bytes
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, RESULTS_QUEUE, STOP_PREFIX, ExecutorType, task_name
@@ -82,8 +83,7 @@ class MessageSender:
         if not view.oom_relaunches:
             return request
         memory = format_bytes(view.memory.current(self._runtime.store.relaunch_policy))
-        limits = request.resources.limits.model_copy(update={"memory": memory})
-        return request.evolve(resources=request.resources.model_copy(update={"limits": limits}))
+        return with_memory_limit(request, memory)
 
     def stop(self, view: TaskInstanceView) -> None:
         """Ask the server that runs a cancelled attempt to stop it now; nothing when no server is known.

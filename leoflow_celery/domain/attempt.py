@@ -15,6 +15,8 @@ from typing import Any
 
 #: The tenant of a system that has only one.
 STANDARD_TENANT = "default"
+#: The container of the user's code in a pod.
+TASK_CONTAINER = "task"
 
 _NAMESPACE = uuid.UUID("6f0b9c5e-4a55-5f0e-9d0a-1e0f5ca1ab1e")
 _NAME_LIMIT = 63

@@ -13,11 +13,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId, celery_task_id
+from leoflow_celery.domain.memory import memory_limit
 from leoflow_celery.domain.outcome import Outcome
-from leoflow_celery.domain.quantity import parse_quantity
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.domain.routing import RECONCILED, ExecutorType, task_name
+from leoflow_celery.domain.routing import ExecutorType, task_name
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store import statements
@@ -30,7 +30,6 @@ from leoflow_celery.store.xcom.base import XComStore
 
 _TI = table_of(TaskInstance)
 _TASK = ("tenant_id", "dag_id", "run_id", "task_id")
-_MAX_BIGINT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +51,7 @@ class NewTry:
     @property
     def memory_limit(self) -> int:
         """Bytes; 0 without a limit."""
-        limit = self.request.resources.limits.memory if self.executor in RECONCILED else None
-        return min(int(parse_quantity(limit)), _MAX_BIGINT) if limit else 0
+        return memory_limit(self.request, self.executor)
 
 
 class SubmissionStore:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from secrets import token_hex
 
+from leoflow_celery.domain.attempt import TASK_CONTAINER
 from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.staging import StagingPlan
@@ -28,7 +29,7 @@ from leoflow_celery.executors.kubernetes.errors import (
     QuotaExceeded,
     to_launch_error,
 )
-from leoflow_celery.executors.kubernetes.identity import TASK_CONTAINER, another_system, attempt_of, system_of
+from leoflow_celery.executors.kubernetes.identity import another_system, attempt_of, system_of
 from leoflow_celery.executors.kubernetes.merge import Json
 from leoflow_celery.executors.kubernetes.pod import build_pod
 from leoflow_celery.executors.kubernetes.reconcile import Reconciler

@@ -23,8 +23,6 @@ STAGING_SELECTOR = f"{STAGING_LABEL}=true"
 SYSTEM_LABEL = f"{PREFIX}system"
 #: What the request gives its task, less than the pod's deadline; absent without a limit.
 TIMEOUT_ANNOTATION = f"{PREFIX}timeout-seconds"
-#: The container of the user's code.
-TASK_CONTAINER = "task"
 _MANAGED_BY = {"app.kubernetes.io/managed-by": "leoflow-celery"}
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.executors.kubernetes.identity import TASK_CONTAINER, attempt_of, system_of, timeout_of
+from leoflow_celery.domain.attempt import TASK_CONTAINER, AttemptId
+from leoflow_celery.executors.kubernetes.identity import attempt_of, system_of, timeout_of
 
 Json = dict[str, Any]
 _ENDED_PHASES = frozenset({"Succeeded", "Failed"})

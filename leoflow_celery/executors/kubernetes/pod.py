@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from leoflow_celery.domain.attempt import TASK_CONTAINER
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import Resources, TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
@@ -21,7 +22,6 @@ from leoflow_celery.executors.kubernetes.environment import (
 )
 from leoflow_celery.executors.kubernetes.identity import (
     SYSTEM_LABEL,
-    TASK_CONTAINER,
     attempt_annotations,
     attempt_labels,
 )

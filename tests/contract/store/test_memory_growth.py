@@ -55,6 +55,14 @@ def killed(store: Store) -> str:
     return str(store.attempts.get("ti-1").reason)
 
 
+def test_a_limit_of_the_pod_override_is_the_one_that_grows(store: Store) -> None:
+    part = {"spec": {"containers": [{"name": "task", "resources": {"limits": {"memory": "64Mi"}}}]}}
+    resources = {"limits": {"memory": "1Gi"}}
+    item = new_try("ti-1", on=ExecutorType.KUBERNETES, oom_memory_factor=2, resources=resources, pod_override=part)
+    store.submissions.record([item])
+    assert killed(store) == "64Mi → 128Mi"
+
+
 def test_the_limit_grows_to_the_cap_and_then_the_kill_is_final(store: Store) -> None:
     submit(store)
     assert [killed(store) for _ in range(3)] == ["128Mi → 256Mi", "256Mi → 512Mi", "oom_killed"]
