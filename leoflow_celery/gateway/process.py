@@ -8,6 +8,8 @@ import resource
 import signal
 import sys
 
+import uvloop
+
 from leoflow_celery import metrics
 from leoflow_celery.app.logging import log_to_stderr
 from leoflow_celery.gateway.server import GatewayServer
@@ -26,7 +28,8 @@ def run(settings: Settings) -> int:
     raise_open_files_limit()
     end_metrics = metrics.serve(settings.gateway.metrics_port)
     try:
-        return asyncio.run(_serve(settings))
+        # grpc.aio goes through the loop six times for each call: a seventh more calls per core with this one.
+        return uvloop.run(_serve(settings))
     finally:
         end_metrics()
 
