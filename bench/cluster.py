@@ -92,16 +92,25 @@ def _is_default_toleration(toleration: Object) -> bool:
     return str(toleration.get("key", "")).startswith("node.kubernetes.io/") and "tolerationSeconds" in toleration
 
 
-@contextmanager
-def official_client(connections: int) -> Iterator[Any]:
+def official_client(connections: int) -> Any:
     """The ``CoreV1Api`` of the package kubernetes."""
     from kubernetes import client, config
 
     settings = client.Configuration()
     config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
     settings.connection_pool_maxsize = connections
-    with client.ApiClient(settings) as connection:
-        yield client.CoreV1Api(connection)
+    return client.CoreV1Api(client.ApiClient(settings))
+
+
+def post_pair(core: Any, namespace: str, pod: Object, secret: Object | None, *, as_bytes: bool = False) -> None:
+    """Create copies of a pod and its Secret, under a name of their own."""
+    name = f"floor-{uuid.uuid4().hex[:16]}"
+    for body, create in ((pod, core.create_namespaced_pod), (secret, core.create_namespaced_secret)):
+        if body is not None:
+            body = {**body, "metadata": {**body["metadata"], "name": name}}
+            answer = create(namespace, body, _preload_content=not as_bytes)
+            # Bytes that are not read keep the connection, and each call makes a new one.
+            assert answer.data if as_bytes else answer.metadata.uid
 
 
 def in_threads(number: int, work: Any, inputs: list[Any]) -> float:

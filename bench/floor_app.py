@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -38,3 +39,17 @@ def get(url: str) -> Any:
 @app.task(name="floor.python")
 def python() -> int:
     return subprocess.run([sys.executable, "-c", "pass"], check=True).returncode
+
+
+@app.task(name="floor.post")
+def post(namespace: str, pod: dict[str, Any], secret: dict[str, Any] | None) -> None:
+    from bench.cluster import post_pair
+
+    post_pair(_client(), namespace, pod, secret)
+
+
+@functools.cache
+def _client() -> Any:
+    from bench.cluster import official_client
+
+    return official_client(int(os.environ["BENCH_CONNECTIONS"]))

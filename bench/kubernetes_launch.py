@@ -1,7 +1,8 @@
 """Pods launched through the queue, against the same pods and Secrets posted by the plain client in as many threads.
 
 The pods ask for a node that does not exist, so that no kubelet takes part. Ours counts from the submit of all requests
-to the last pod and the last Secret: recording, sealing, the queue and the worker are in it.
+to the last pod and the last Secret: recording, sealing, the queue and the worker are in it. The same posts by plain
+Celery tasks, which record nothing, show what of the difference is the queue's.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import argparse
 import os
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
-from bench.cluster import Object, blank, count, delete_all, in_threads, items, namespace, official_client
+from bench.cluster import Object, blank, count, delete_all, in_threads, items, namespace, official_client, post_pair
 from bench.system import System, report, wait_for
 from leoflow_celery.client import Client
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
@@ -40,14 +42,19 @@ def requests(number: int, run_id: str) -> list[dict[str, Any]]:
     ]
 
 
-def run_ours(api: KubernetesApi, client: Client, number: int, run_id: str, *, secrets: bool) -> float:
-    batch = requests(number, run_id)
-    expected = count(api, "secrets") + (number if secrets else 0)
+def rate(api: KubernetesApi, number: int, secrets: int, send: Callable[[], object]) -> float:
+    """Pods per second from the first call of ``send`` to the last pod and the last Secret."""
+    expected = count(api, "secrets") + secrets
     started = time.perf_counter()
-    client.submit_many(batch)
+    send()
     wait_for(lambda: count(api, "pods") >= number, f"{number} pods", seconds=600, interval=_LOOK_SECONDS)
     wait_for(lambda: count(api, "secrets") >= expected, f"{expected} Secrets", seconds=600, interval=_LOOK_SECONDS)
     return number / (time.perf_counter() - started)
+
+
+def run_ours(api: KubernetesApi, client: Client, number: int, run_id: str, *, secrets: bool) -> float:
+    batch = requests(number, run_id)
+    return rate(api, number, number * secrets, lambda: client.submit_many(batch))
 
 
 def clean(api: KubernetesApi) -> None:
@@ -70,19 +77,23 @@ def run_floor(
     api: KubernetesApi, objects: list[tuple[Object, Object | None]], threads: int, *, as_bytes: bool = False
 ) -> float:
     """The same objects, posted by the official client as everybody calls it, or with its answers left as bytes."""
-    with official_client(threads) as core:
+    core = official_client(threads)
 
-        def post(pair: tuple[Object, Object | None]) -> None:
-            pod, secret = pair
-            name = f"floor-{uuid.uuid4().hex[:16]}"
-            for body, create in ((pod, core.create_namespaced_pod), (secret, core.create_namespaced_secret)):
-                if body is not None:
-                    body = {**body, "metadata": {**body["metadata"], "name": name}}
-                    answer = create(api.namespace, body, _preload_content=not as_bytes)
-                    # Bytes that are not read keep the connection, and each call makes a new one.
-                    assert answer.data if as_bytes else answer.metadata.uid
+    def post(pair: tuple[Object, Object | None]) -> None:
+        post_pair(core, api.namespace, *pair, as_bytes=as_bytes)
 
-        return len(objects) / in_threads(threads, post, objects)
+    return len(objects) / in_threads(threads, post, objects)
+
+
+def run_celery(api: KubernetesApi, objects: list[tuple[Object, Object | None]]) -> float:
+    """The same objects, posted by plain Celery tasks that record nothing of it."""
+    from bench.floor_app import post
+
+    def send() -> None:
+        for pod, secret in objects:
+            post.apply_async((api.namespace, pod, secret), ignore_result=True)
+
+    return rate(api, len(objects), sum(secret is not None for _, secret in objects), send)
 
 
 def main() -> None:
@@ -94,14 +105,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.plain:
         os.environ["LEOFLOW_KUBERNETES_AGENT_ENVIRONMENT"] = "plain"
-    ours, floor, bare = [], [], []
+    os.environ["BENCH_CONNECTIONS"] = str(options.threads)
+    ours, floor, bare, celery = [], [], [], []
     with namespace(options.threads) as api, System() as system:
         system.start_redis()
         with Client() as client:
             migrate.upgrade(client.runtime.store.database)
             system.start_worker("workers.control")
             system.start_worker("workers.k8s", "-c", str(options.threads))
+            system.start_worker("bench.floor_app", "-Q", "floor", "-c", str(options.threads))
             run_ours(api, client, options.threads, "warm-up", secrets=not options.plain)
+            run_celery(api, pods_and_secrets(api))
             clean(api)
             for number in range(options.rounds):
                 ours.append(run_ours(api, client, options.pods, f"run{number}", secrets=not options.plain))
@@ -111,8 +125,11 @@ def main() -> None:
                 clean(api)
                 bare.append(run_floor(api, objects, options.threads, as_bytes=True))
                 clean(api)
+                celery.append(run_celery(api, objects))
+                clean(api)
     report("launch rate", ours, floor, "pods/s", "≥ 0.8")
     report("launch rate, answers left as bytes", ours, bare, "pods/s", "no aim")
+    report("launch rate, plain Celery tasks", ours, celery, "pods/s", "no aim")
 
 
 if __name__ == "__main__":

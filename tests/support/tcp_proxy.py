@@ -23,6 +23,8 @@ class TcpProxy:
     ) -> None:
         self.target, self._listen, self._is_tls = target, listen, is_tls
         self.connections = 0
+        # The loop forgets a connection of which one direction has ended, and with it the task that serves it.
+        self._serving: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         self._answers_pass = asyncio.Event()
         self._answers_pass.set()
@@ -79,13 +81,16 @@ class TcpProxy:
         if self._server is not None:
             self._server.close()
             self._server = None
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         try:
             if self._server is not None:  # else stopped since it was accepted
                 await self._connect(reader, writer)
@@ -93,6 +98,7 @@ class TcpProxy:
             return  # stopped; asyncio complains about a handler that was cancelled
         finally:
             writer.transport.abort()
+            self._serving.discard(task)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if isinstance(self.target, str):
