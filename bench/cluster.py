@@ -92,14 +92,16 @@ def _is_default_toleration(toleration: Object) -> bool:
     return str(toleration.get("key", "")).startswith("node.kubernetes.io/") and "tolerationSeconds" in toleration
 
 
-def official_client(connections: int) -> Any:
+@contextmanager
+def official_client(connections: int) -> Iterator[Any]:
     """The ``CoreV1Api`` of the package kubernetes."""
     from kubernetes import client, config
 
     settings = client.Configuration()
     config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
     settings.connection_pool_maxsize = connections
-    return client.CoreV1Api(client.ApiClient(settings))
+    with client.ApiClient(settings) as connection:
+        yield client.CoreV1Api(connection)
 
 
 def post_pair(core: Any, namespace: str, pod: Object, secret: Object | None, *, as_bytes: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -52,4 +53,4 @@ def post(namespace: str, pod: dict[str, Any], secret: dict[str, Any] | None) -> 
 def _client() -> Any:
     from bench.cluster import official_client
 
-    return official_client(int(os.environ["BENCH_CONNECTIONS"]))
+    return contextlib.ExitStack().enter_context(official_client(int(os.environ["BENCH_CONNECTIONS"])))

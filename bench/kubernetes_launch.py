@@ -77,12 +77,12 @@ def run_floor(
     api: KubernetesApi, objects: list[tuple[Object, Object | None]], threads: int, *, as_bytes: bool = False
 ) -> float:
     """The same objects, posted by the official client as everybody calls it, or with its answers left as bytes."""
-    core = official_client(threads)
+    with official_client(threads) as core:
 
-    def post(pair: tuple[Object, Object | None]) -> None:
-        post_pair(core, api.namespace, *pair, as_bytes=as_bytes)
+        def post(pair: tuple[Object, Object | None]) -> None:
+            post_pair(core, api.namespace, *pair, as_bytes=as_bytes)
 
-    return len(objects) / in_threads(threads, post, objects)
+        return len(objects) / in_threads(threads, post, objects)
 
 
 def run_celery(api: KubernetesApi, objects: list[tuple[Object, Object | None]]) -> float:

@@ -100,15 +100,15 @@ def create_pods(api: KubernetesApi, specs: Sequence[LaunchSpec], threads: int) -
 
     in_threads(threads, post, list(specs[1:]))
     executor.close()
-    core = official_client(threads)
+    with official_client(threads) as core:
 
-    def run(spec: LaunchSpec) -> None:
-        answer = core.patch_namespaced_pod_status(
-            spec.name, api.namespace, {"status": _RUNNING}, _preload_content=False
-        )
-        assert answer.data  # which gives the connection back
+        def run(spec: LaunchSpec) -> None:
+            answer = core.patch_namespaced_pod_status(
+                spec.name, api.namespace, {"status": _RUNNING}, _preload_content=False
+            )
+            assert answer.data  # which gives the connection back
 
-    in_threads(threads, run, list(specs))
+        in_threads(threads, run, list(specs))
 
 
 def record(client: Client, specs: Sequence[LaunchSpec]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from leoflow_celery.domain.attempt import TASK_CONTAINER
@@ -19,8 +20,9 @@ def memory_limit(request: TaskRequest, executor: ExecutorType) -> int:
     limits = _override(request) if executor is ExecutorType.KUBERNETES else {}
     limit = limits.get("memory", request.resources.limits.memory)
     try:
-        return min(int(parse_quantity(limit)), _MAX_BIGINT) if limit else 0
-    except (TypeError, ValueError):  # the override is the API server's to check
+        # A number is a quantity too, to the API server that checks the override.
+        return min(int(parse_quantity(str(limit))), _MAX_BIGINT) if limit else 0
+    except ValueError:
         return 0
 
 
@@ -30,7 +32,7 @@ def with_memory_limit(request: TaskRequest, limit: str) -> TaskRequest:
     changed = request.evolve(resources=request.resources.model_copy(update={"limits": limits}))
     if "memory" not in _override(request):
         return changed
-    part = changed.model_copy(deep=True).pod_override
+    part = copy.deepcopy(request.pod_override)
     _limits(part)["memory"] = limit
     return changed.evolve(pod_override=part)
 

@@ -100,7 +100,7 @@ def _call(runtime: Runtime, view: TaskInstanceView, must_stop: Callable[[], bool
     except Exception as error:
         log.exception("inline.unexpected_error", extra={"attempt": str(view.attempt)})
         # The call may have been made: whether it is made again is the scheduler's decision, and no relaunch.
-        message = f"the inline worker failed after the call began: {type(error).__name__} (see its log)"
+        message = f"the inline worker failed: {type(error).__name__} (see its log); the call may have been made"
         outcome = Outcome.failed(FailureReason.HTTP_ERROR, message)
     _log(runtime, view, "error", f"{outcome.reason}: {outcome.message}")
     return outcome.evolve(log_tail=runtime.store.logs.last_lines(view.log_key)), None

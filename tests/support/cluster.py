@@ -249,7 +249,7 @@ class Namespace:
             try:
                 self.api.call("PUT", self.path(resource, name), current)
             except ApiRefused as error:
-                if error.status != 409:  # a controller changed it in between
+                if error.status not in (404, 409):  # a controller let it go or changed it in between
                     raise
                 return False
             return True

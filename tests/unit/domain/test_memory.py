@@ -43,7 +43,7 @@ def task(**limits: Any) -> dict[str, Any]:
         (request("64Mi", {"name": "sidecar", "resources": {"limits": {"memory": "8Mi"}}}), 64),
         (request("64Mi", task(memory=None)), 0),
         (request("64Mi", task(memory="much")), 0),
-        (request("64Mi", task(memory=33554432)), 0),
+        (request("64Mi", task(memory=33554432)), 32),
         (request("64Mi", "task", {"name": "task", "resources": []}), 64),
     ],
 )
