@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlencode
 
+from bench.system import wait_for
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, Unreachable
 from leoflow_celery.settings import KubernetesSettings
@@ -31,7 +32,7 @@ def namespace(pool_size: int = 8) -> Iterator[KubernetesApi]:
     api = KubernetesApi.from_settings(KubernetesSettings(namespace=name), pool_size)
     api.post("/api/v1/namespaces", {"metadata": {"name": name}}, operation="create_namespace")
     try:
-        _wait_for_service_account(api)
+        wait_for(lambda: _has_service_account(api), "the service account of pods")
         yield api
     finally:
         delete_all(api, "pods")
@@ -39,17 +40,12 @@ def namespace(pool_size: int = 8) -> Iterator[KubernetesApi]:
         api.close()
 
 
-def _wait_for_service_account(api: KubernetesApi) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            api.get(api.path("serviceaccounts", "default"), operation="get_service_account")
-        except ApiError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-        else:
-            return
+def _has_service_account(api: KubernetesApi) -> bool:
+    try:
+        api.get(api.path("serviceaccounts", "default"), operation="get_service_account")
+    except ApiError:
+        return False
+    return True
 
 
 def items(api: KubernetesApi, resource: str) -> list[Object]:
@@ -65,14 +61,17 @@ def count(api: KubernetesApi, resource: str) -> int:
 
 def delete_all(api: KubernetesApi, resource: str, fields: str = "") -> None:
     """Delete everything of a kind at once, or what a field selector chooses, and wait until it is gone."""
-    deadline, path = time.monotonic() + _CLEAN_SECONDS, api.path(resource)
-    while api.get(path, operation=f"find_{resource}", limit=1, fieldSelector=fields)["items"]:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{resource} are still there after {_CLEAN_SECONDS} s")
+    path = api.path(resource)
+
+    def are_gone() -> bool:
+        if not api.get(path, operation=f"find_{resource}", limit=1, fieldSelector=fields)["items"]:
+            return True
         with contextlib.suppress(Unreachable):  # thousands take the server longer than one call may
             query = f"?{urlencode({'fieldSelector': fields})}" if fields else ""
             api.delete(f"{path}{query}", operation=f"delete_{resource}", grace_seconds=0)
-        time.sleep(0.2)
+        return False
+
+    wait_for(are_gone, f"an empty list of {resource}", seconds=_CLEAN_SECONDS, interval=0.2)
 
 
 def blank(original: Object) -> Object:

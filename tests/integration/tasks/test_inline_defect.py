@@ -18,7 +18,7 @@ def test_a_call_that_was_made_is_not_made_again_by_us(
     with System(tmp_path, redis_server.url()) as system:
         system.start_workers("tests.integration.tasks.defective_inline", "workers.control")
         handle = system.client.submit(http_task(target.url("a")))
-        with pytest.raises(TaskFailed, match="the inline worker failed: RuntimeError .*; the call may have been made"):
+        with pytest.raises(TaskFailed, match="the inline worker failed: RuntimeError "):
             handle.get(timeout=30)
         view = handle.task_instance()
         assert (str(view.reason), view.launch, target.calls["a"]) == ("http_error", 1, 1)
