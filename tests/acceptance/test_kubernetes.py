@@ -39,6 +39,7 @@ def check(total):
     assert found == total, (found, total)
     return "same"
 """.replace("\\\\n", "\\n")
+EAT = 'python -c "print(len(bytearray(300_000_000)))"'
 #: The cluster's hostpath volumes belong to root, and nobody changes that for a pod's fsGroup.
 AS_ROOT = {"spec": {"securityContext": {"runAsNonRoot": False, "runAsUser": 0}}}
 
@@ -166,10 +167,9 @@ def _scalar(system: KubernetesSystem, statement: sa.TextClause, **values: object
 @pytest.mark.timeout(400)
 def test_every_failure_ends_with_its_own_reason(client: Client, module_namespace: Namespace) -> None:
     memory = {"limits": {"memory": "160Mi"}}
-    eat = 'python -c "print(len(bytearray(300_000_000)))"'
     cases = {
         "non_zero_exit": bash("exit", "echo last words >&2; exit 3"),
-        "oom_killed": bash("memory", eat, resources=memory),
+        "oom_killed": bash("memory", EAT, resources=memory),
         "unschedulable": bash("nowhere", "true", execution={"node_selector": {"leoflow.io/nobody": "has-this"}}),
         "image_pull_failed": bash("unknown", "true", image="registry.invalid/nobody/has-this:1"),
         "invalid_image": bash("wrong", "true", image="UPPER:::case"),
@@ -188,6 +188,17 @@ def test_every_failure_ends_with_its_own_reason(client: Client, module_namespace
     relaunched = {reason for reason, view in views.items() if view.launch > 1}
     assert relaunched == {"unschedulable", "image_pull_failed"}
     wait_until(lambda: not module_namespace.pods(), 90, lambda: str(module_namespace.leftovers()), 0.5)
+
+
+def test_a_pod_killed_for_the_memory_of_its_override_succeeds_with_more(client: Client) -> None:
+    override = {"spec": {"containers": [{"name": "task", "resources": {"limits": {"memory": "160Mi"}}}]}}
+    limit = {"limits": {"memory": "1Gi"}}
+    handle = client.submit(bash("hungry", EAT, resources=limit, pod_override=override, oom_memory_factor=3))
+    handle.get(timeout=200)
+    view = handle.task_instance()
+    assert (view.launch, view.try_number, view.oom_relaunches) == (2, 1, 1)
+    (relaunch,) = [event for event in client.events(view.task_instance_id) if event.event == "relaunched"]
+    assert (relaunch.details["reason"], relaunch.details["memory_limit"]) == ("oom_killed", "160Mi → 480Mi")
 
 
 def test_a_deleted_pod_is_started_again_without_spending_a_try(
