@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from bench.cluster import blank, delete_all, in_threads, namespace, official_client
 from bench.system import ROOT, System, report
 from leoflow_celery.client import Client
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
@@ -117,7 +117,7 @@ def record(client: Client, specs: Sequence[LaunchSpec]) -> int:
     migrate.upgrade(store.database)
     store.submissions.record([NewTry(spec.request, ExecutorType.KUBERNETES, "") for spec in specs])
     for spec in specs:
-        store.attempts.launched(spec.attempt, spec.name, "worker", "kubernetes")
+        store.attempts.launched([LaunchReport(spec.attempt, spec.name, "worker", "kubernetes")])
     statements: list[str] = []
     engine = store.database.engine
     sa.event.listen(engine, "before_cursor_execute", lambda *call: statements.append(call[2]))

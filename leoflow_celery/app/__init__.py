@@ -19,6 +19,7 @@ __all__ = ["LeoflowCelery", "create_app"]
 class LeoflowCelery(Celery):
     """A Celery app that knows the settings it was made with; tasks reach them through it."""
 
+    amqp_cls = "leoflow_celery.app.transport:AMQP"
     settings: Settings
 
 

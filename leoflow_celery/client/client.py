@@ -13,7 +13,8 @@ from leoflow_celery.app import create_app
 from leoflow_celery.client.callbacks import signatures
 from leoflow_celery.client.handle import Handle
 from leoflow_celery.client.measuring import count_submitted, refusals_counted
-from leoflow_celery.client.messages import MessageSender, seal_request
+from leoflow_celery.client.messages import LaunchMessage, MessageSender, seal_request
+from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import TaskRequest, check_size, parse_request
 from leoflow_celery.domain.routing import (
     QUEUE_OF,
@@ -29,6 +30,7 @@ from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.settings import Settings
+from leoflow_celery.store.database import batched
 from leoflow_celery.store.events import EventView
 from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.logs import LogKey
@@ -37,6 +39,8 @@ from leoflow_celery.store.views import RunView, Submitted, TaskInstanceView
 
 log = logging.getLogger(__name__)
 _STANDARD_TENANT = "default"
+#: More make a submit no faster, and let the first of them wait for the last.
+_MESSAGES_AT_ONCE = 50
 
 
 class Client:
@@ -137,19 +141,23 @@ class Client:
         return [host_queue(executor, host) for host in hosts]
 
     def _send(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> None:
-        sent = []
+        sent: list[AttemptId] = []
         try:
-            for item, done in zip(tries, submitted, strict=True):
-                queue = self._queue_to_send_to(item, done)
-                if queue is not None:
-                    self.messages.launch(item.request, item.executor, done.attempt, done.celery_task_id, queue)
-                    sent.append(done.attempt)
+            for messages in batched(self._messages(tries, submitted), _MESSAGES_AT_ONCE):
+                self.messages.launch(*messages)
+                sent += [message.attempt for message in messages]
         except BrokerUnavailable as error:
             raise BrokerUnavailable(
                 f"{error}; recorded as queued and sent when the broker answers again (submitting again is safe)"
             ) from error
         finally:
             self.runtime.store.submissions.mark_sent(sent)
+
+    def _messages(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> Iterator[LaunchMessage]:
+        for item, done in zip(tries, submitted, strict=True):
+            queue = self._queue_to_send_to(item, done)
+            if queue is not None:
+                yield LaunchMessage(item.request, item.executor, done.attempt, done.celery_task_id, queue)
 
     def _queue_to_send_to(self, item: NewTry, done: Submitted) -> str | None:
         """None: it was sent before, or waits for a host of its staging volume (maintenance sends it then)."""

@@ -7,11 +7,14 @@ SQL. The message of an inline task carries ids only: its worker reads the row it
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError, OperationalError
 from pydantic import ValidationError
+from redis.exceptions import RedisError
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.backend import BackEnd
@@ -26,6 +29,19 @@ from leoflow_celery.store.views import TaskInstanceView
 
 log = logging.getLogger(__name__)
 SETTLE_TASK = "leoflow.results.settle"
+#: A message and its event.
+_COMMANDS_PER_LAUNCH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchMessage:
+    """What the message of one launch is made of; ``queue`` is the executor's own when empty."""
+
+    request: TaskRequest
+    executor: ExecutorType
+    attempt: AttemptId
+    celery_task_id: str
+    queue: str = ""
 
 
 class MessageSender:
@@ -35,14 +51,34 @@ class MessageSender:
         self._app = app
         self._runtime = runtime
 
-    def launch(
-        self, request: TaskRequest, executor: ExecutorType, attempt: AttemptId, celery_task_id: str, queue: str = ""
-    ) -> None:
-        """Send the message that launches an attempt, to the executor's own queue unless named; again is harmless.
+    def launch(self, *messages: LaunchMessage) -> None:
+        """Send the messages that launch attempts, in few round trips; again is harmless.
 
         Raises:
-            BrokerUnavailable: the broker did not take it.
+            BrokerUnavailable: the broker did not take all of them.
         """
+        if len(messages) > 1 and self._are_sent_together(messages):
+            return
+        for message in messages:
+            self._launch(message)
+
+    def _are_sent_together(self, messages: Sequence[LaunchMessage]) -> bool:
+        """False when nobody knows which of them the broker has: a connection may have been closed since its last use,
+        which is noticed and mended when they are sent one by one."""
+        try:
+            with (
+                self._app.producer_pool.acquire(block=True) as producer,
+                producer.batch(len(messages) * _COMMANDS_PER_LAUNCH),  # type: ignore[attr-defined]
+            ):
+                for message in messages:
+                    self._launch(message, producer=producer, retry=False)
+        except (KombuError, RedisError, OSError) as error:
+            log.info("launch.sent_one_by_one", extra={"error": repr(error)})
+            return False
+        return True
+
+    def _launch(self, message: LaunchMessage, **options: Any) -> None:
+        request, executor, attempt = message.request, message.executor, message.attempt
         summary = f"{request.operator} {request.dag_id}.{request.task_id} {attempt}"
         payload: dict[str, Any] = {"attempt": attempt.to_json()}
         if executor is not ExecutorType.INLINE:
@@ -52,14 +88,15 @@ class MessageSender:
         self.send(
             task_name(executor),
             payload,
-            queue=queue or QUEUE_OF[executor],
-            task_id=celery_task_id,
+            queue=message.queue or QUEUE_OF[executor],
+            task_id=message.celery_task_id,
             priority=request.priority,
             # The result comes from SQL, not from this task; a subscription per message would need the result backend
             # to answer, and make a dead broker hang the publisher for 20 s.
             ignore_result=True,
             argsrepr="()",
             kwargsrepr=f"{{'attempt': '{summary}', 'image': '{request.image}'}}",
+            **options,
         )
 
     def _sealed(self, request: TaskRequest, attempt: AttemptId) -> str:
@@ -77,7 +114,8 @@ class MessageSender:
             Unsealable: the row was sealed with a key this process does not have.
         """
         request = self._with_grown_memory(open_request(self._runtime, view.sealed_request), view)
-        self.launch(request, ExecutorType(view.executor), view.attempt, view.celery_task_id, view.queue)
+        executor = ExecutorType(view.executor)
+        self.launch(LaunchMessage(request, executor, view.attempt, view.celery_task_id, view.queue))
 
     def _with_grown_memory(self, request: TaskRequest, view: TaskInstanceView) -> TaskRequest:
         if not view.oom_relaunches:

@@ -45,6 +45,26 @@ class AttemptId:
         return f"{self.task_instance_id}/{self.try_number}.{self.launch}"
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchReport:
+    """An executor started an attempt: what it is called there, by which host, and which back end (``BackEnd`` as text)
+    runs it, empty when nobody can ask that."""
+
+    attempt: AttemptId
+    external_name: str
+    hostname: str
+    back_end: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        named = {"external_name": self.external_name, "hostname": self.hostname, "back_end": self.back_end}
+        return {"attempt": self.attempt.to_json(), **named}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LaunchReport:
+        name, host = str(data["external_name"]), str(data["hostname"])
+        return cls(AttemptId.from_json(data["attempt"]), name, host, str(data.get("back_end", "")))
+
+
 def celery_task_id(task_instance_id: str, try_number: int) -> str:
     """The Celery id of a try. A relaunch keeps it: the scheduler waits on the try, not on its launches."""
     return str(uuid.uuid5(_NAMESPACE, f"{task_instance_id}\x00{try_number}"))

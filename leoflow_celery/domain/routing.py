@@ -33,6 +33,8 @@ MAINTENANCE_QUEUE = "maintenance"
 LAUNCH_QUEUES = tuple(QUEUE_OF.values())
 ALL_QUEUES = (*LAUNCH_QUEUES, DISPATCH_QUEUE, RESULTS_QUEUE, MAINTENANCE_QUEUE)
 
+DISPATCH_TASK = "leoflow.dispatch"
+_OUR_PREFIX = "leoflow."
 _EXECUTE_PREFIX = "leoflow.execute."
 #: Tasks of the workers that hold a back end: ``<prefix><executor>``.
 RECONCILE_PREFIX = "leoflow.reconcile."
@@ -42,10 +44,15 @@ _BACK_END_PREFIXES = (_EXECUTE_PREFIX, RECONCILE_PREFIX, STOP_PREFIX, STAGING_PR
 #: Executors whose attempts and volumes live elsewhere and are compared with SQL.
 RECONCILED = (ExecutorType.KUBERNETES, ExecutorType.DOCKER)
 _QUEUE_OF_PREFIX = {
-    "leoflow.dispatch": DISPATCH_QUEUE,
+    DISPATCH_TASK: DISPATCH_QUEUE,
     "leoflow.results.": RESULTS_QUEUE,
     "leoflow.maintenance.": MAINTENANCE_QUEUE,
 }
+
+
+def is_of_users(name: str) -> bool:
+    """Whether a Celery task is an attempt, a request or a stranger's: of all others no monitor needs to hear."""
+    return name.startswith((_EXECUTE_PREFIX, DISPATCH_TASK)) or not name.startswith(_OUR_PREFIX)
 
 
 def executor_for(request: TaskRequest, standard: ExecutorType) -> ExecutorType:

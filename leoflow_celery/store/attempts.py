@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.outcome import Outcome, storable
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.relaunch import Memory, Relaunch, RelaunchPolicy, relaunch_decision
@@ -20,7 +20,7 @@ from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import ClaimRefused, Fenced, InvalidRequest, NotFound
 from leoflow_celery.store import statements
-from leoflow_celery.store.database import Database, batched
+from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.events import append_event
 from leoflow_celery.store.heartbeats import Beat, BeatVerdicts, record_heartbeats
 from leoflow_celery.store.listeners import Listeners
@@ -95,6 +95,17 @@ class AttemptStore:
             which = "" if try_number is None else f" try {try_number}"
             raise NotFound(f"task instance {task_instance_id!r}{which} does not exist")
         return TaskInstanceView.from_row(row)
+
+    def ended(self, attempts: Collection[AttemptId]) -> list[TaskInstanceView]:
+        """The tries of these attempts that are over."""
+        tries = {(one.task_instance_id, one.try_number) for one in attempts}
+        found = []
+        with self._database.reading() as connection:
+            for chunk in batched(tries, CHUNK_ROWS):
+                parameters = {"p_ids": [task_instance_id for task_instance_id, _ in chunk]}
+                rows = connection.execute(statements.select_ended(), parameters).mappings()
+                found += [TaskInstanceView.from_row(row) for row in rows]
+        return [view for view in found if (view.task_instance_id, view.try_number) in tries]
 
     # -- the claim ----------------------------------------------------------------------------------------------
 
@@ -253,24 +264,16 @@ class AttemptStore:
 
     # -- launching ----------------------------------------------------------------------------------------------
 
-    def launched(self, attempt: AttemptId, external_name: str, hostname: str, back_end: str = "") -> bool:
-        """Record that an executor started the attempt; False when it is no longer waiting for that.
-
-        ``back_end`` is the server that runs it (``BackEnd`` as text), empty when nobody can ask that server.
-        """
-        update = (
-            sa.update(table_of(TaskInstance))
-            .where(statements.is_attempt(), is_live())
-            .values(
-                launched_at=time.time(),
-                external_name=external_name,
-                # The first one: a second delivery may have started it elsewhere too, and only one of them is served.
-                back_end=sa.case((_T.back_end == "", back_end), else_=_T.back_end),
-                hostname=sa.case((_T.hostname == "", storable(hostname)[:_HOSTNAME_CHARACTERS]), else_=_T.hostname),
-            )
-        )
+    def launched(self, reports: Sequence[LaunchReport]) -> frozenset[AttemptId]:
+        """Record that an executor started attempts; those of them that are still waiting for that."""
+        now = time.time()
         with self._database.transaction() as connection:
-            return connection.execute(update, statements.attempt_parameters(attempt)).rowcount > 0
+            # In one order everywhere: a second delivery of some of them may be recorded at the same time.
+            return frozenset(
+                report.attempt
+                for report in sorted(reports, key=lambda one: one.attempt.task_instance_id)
+                if connection.execute(statements.launched(), _launched_parameters(report, now)).rowcount
+            )
 
     def request_cancel(self, task_instance_id: str, try_number: int | None = None) -> TaskInstanceView:
         """Ask a try to stop. One that nobody runs yet ends at once; a holder is told at its next call.
@@ -301,6 +304,16 @@ def _claim(
 ) -> TaskInstanceView | None:
     row = connection.execute(statements.claim(free, start), parameters).mappings().first()
     return None if row is None else TaskInstanceView.from_row(row)
+
+
+def _launched_parameters(report: LaunchReport, now: float) -> dict[str, object]:
+    return {
+        **statements.attempt_parameters(report.attempt),
+        "p_now": now,
+        "p_external_name": report.external_name,
+        "p_back_end": report.back_end,
+        "p_hostname": storable(report.hostname)[:_HOSTNAME_CHARACTERS],
+    }
 
 
 def _cancelled_message(outcome: Outcome) -> str:

@@ -54,6 +54,13 @@ def select_try(newest: bool) -> sa.Select[tuple[object, ...]]:
 
 
 @cache
+def select_ended() -> sa.Select[tuple[object, ...]]:
+    """The rows of those tries of the task instances ``p_ids`` that are over."""
+    of_these = _T.task_instance_id.in_(sa.bindparam("p_ids", expanding=True))
+    return sa.select(TASK_INSTANCE).where(of_these, _T.state.in_([state.value for state in TERMINAL]))
+
+
+@cache
 def claim(free: Free, start: bool) -> sa.Executable:
     """Give the attempt to ``p_holder`` on ``p_hostname`` until ``p_until``; ``start`` makes it running at ``p_now``."""
     newer = TASK_INSTANCE.alias("newer")
@@ -97,6 +104,24 @@ def start() -> sa.Executable:
         sa.update(TASK_INSTANCE)
         .where(is_attempt(), _T.holder == sa.bindparam("p_holder"), _from_states(TaskState.RUNNING))
         .values(state=TaskState.RUNNING.value, started_at=first_start())
+    )
+
+
+@cache
+def launched() -> sa.Executable:
+    """An executor started the attempt at ``p_now``: ``p_external_name`` at ``p_back_end``, by ``p_hostname``."""
+    back_end: sa.BindParameter[str] = sa.bindparam("p_back_end")
+    hostname: sa.BindParameter[str] = sa.bindparam("p_hostname")
+    return (
+        sa.update(TASK_INSTANCE)
+        .where(is_attempt(), is_live())
+        .values(
+            launched_at=sa.bindparam("p_now"),
+            external_name=sa.bindparam("p_external_name"),
+            # The first one: a second delivery may have started it elsewhere too, and only one of them is served.
+            back_end=sa.case((_T.back_end == "", back_end), else_=_T.back_end),
+            hostname=sa.case((_T.hostname == "", hostname), else_=_T.hostname),
+        )
     )
 
 

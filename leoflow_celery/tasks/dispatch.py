@@ -20,6 +20,7 @@ from leoflow_celery.client import Client, Handle
 from leoflow_celery.client.measuring import refusals_counted
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import check_celery_id
+from leoflow_celery.domain.routing import DISPATCH_TASK
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, Unavailable
 from leoflow_celery.tasks.completion import saved_context, store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
@@ -52,7 +53,7 @@ class DispatchTask(LeoflowTask):
     Request = f"{__name__}:QuietRequest"
 
 
-@leoflow_task("leoflow.dispatch", DispatchTask, autoretry_for=(Unavailable, AtCapacity, RedisError, OperationalError))
+@leoflow_task(DISPATCH_TASK, DispatchTask, autoretry_for=(Unavailable, AtCapacity, RedisError, OperationalError))
 def dispatch(self: DispatchTask, request: dict[str, Any]) -> None:
     """Record and send a request; the message's own id ends with the try.
 

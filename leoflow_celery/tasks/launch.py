@@ -1,7 +1,7 @@
 """``leoflow.execute.kubernetes``, ``.docker`` and ``.subprocess``: start an attempt, report that, acknowledge.
 
 These workers have no SQL. What they learn goes to the queue ``results``; the attempt's own Celery result is written
-when the attempt ends, so the task leaves with ``Ignore`` and stays open for the scheduler.
+when the attempt ends, so nothing is stored here and the monitor is told nothing of a success.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import random
 import time
 from typing import Any
 
-from celery.exceptions import Ignore
+from celery.worker.request import Request as CeleryRequest
 
 from leoflow_celery import metrics
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
@@ -25,7 +25,7 @@ from leoflow_celery.errors import LeoflowError, PermanentLaunchError, TransientL
 from leoflow_celery.executors.base import Launched, LaunchSpec
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.executors import executor_of
-from leoflow_celery.tasks.reporting import report_launched, report_outcome
+from leoflow_celery.tasks.reporting import launch_reports, report_outcome
 
 log = logging.getLogger(__name__)
 #: For so long a server may be away; then the launch counts as failed, and spends a relaunch.
@@ -33,22 +33,46 @@ OUTAGE_SECONDS = 300.0
 _MAX_BACKOFF_SECONDS = 60.0
 
 
+class OpenRequest(CeleryRequest):
+    """A worker's view of a message whose task goes on when its function has returned.
+
+    Leaving with ``Ignore`` would say the same, and cost a formatted traceback: as much as the call to the API server.
+    """
+
+    def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's name for it
+        if type != "task-succeeded":
+            super().send_event(type, **fields)
+
+
+class LaunchTask(LeoflowTask):
+    """The tasks that start attempts."""
+
+    abstract = True
+    Request = f"{__name__}:OpenRequest"
+
+
 def launch(
     self: LeoflowTask, attempt: dict[str, Any], sealed: str, tried_since: float | None = None, **_summary: Any
-) -> None:
-    """Start one attempt. A second delivery finds it started; ``tried_since`` is when its first try failed."""
-    identity = AttemptId.from_json(attempt)
+) -> str:
+    """Start one attempt; what the worker's log says of it.
+
+    A second delivery finds it started; ``tried_since`` is when its first try failed.
+    """
+    identity, reports = AttemptId.from_json(attempt), launch_reports(self.app)
     try:
-        launched = _start(self, identity, sealed)
+        with reports.launching():
+            launched = _start(self, identity, sealed)
     except TransientLaunchError as error:
         _retry_or_give_up(self, identity, error, time.time() if tried_since is None else tried_since)
     except PermanentLaunchError as error:
         outcome = Outcome.failed(parse_reason(error.reason, FailureReason.INVALID_SPEC), error.message)
         report_outcome(self, identity, outcome, unclaimed=True)
     else:
-        executor_type = ExecutorType(self.name.rpartition(".")[2])
-        report_launched(self, identity, launched, BackEnd(executor_type, launched.host))
-    raise Ignore
+        back_end = BackEnd(ExecutorType(self.name.rpartition(".")[2]), launched.host)
+        host = launched.host or self.runtime.hostname
+        reports.report(LaunchReport(identity, launched.external_name, host, str(back_end)))
+        return f"launched {launched.external_name}"
+    return "not launched"
 
 
 def _start(task: LeoflowTask, attempt: AttemptId, sealed: str) -> Launched:
@@ -114,6 +138,6 @@ def next_try_seconds(
     return max(asked_seconds or 0.0, random.uniform(backoff / 2, backoff))  # noqa: S311 - no secret
 
 
-kubernetes = leoflow_task(task_name(ExecutorType.KUBERNETES))(launch)
-docker = leoflow_task(task_name(ExecutorType.DOCKER))(launch)
-subprocess = leoflow_task(task_name(ExecutorType.SUBPROCESS))(launch)
+kubernetes = leoflow_task(task_name(ExecutorType.KUBERNETES), LaunchTask)(launch)
+docker = leoflow_task(task_name(ExecutorType.DOCKER), LaunchTask)(launch)
+subprocess = leoflow_task(task_name(ExecutorType.SUBPROCESS), LaunchTask)(launch)

@@ -6,18 +6,22 @@ Outcomes travel sealed: messages of failures and values of XComs are nobody's bu
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from celery import Celery
 from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.routing import RESULTS_QUEUE
-from leoflow_celery.executors.base import FailureReporter, Launched
+from leoflow_celery.executors.base import FailureReporter
 from leoflow_celery.tasks.context import LeoflowTask, runtime_of
+from leoflow_celery.tasks.launch_reports import LaunchReports
 
 log = logging.getLogger(__name__)
 LAUNCHED_TASK = "leoflow.results.launched"
@@ -27,16 +31,20 @@ PRESENT_TASK = "leoflow.results.present"
 #: How long a report waits for the broker: longer than a restart of it.
 _DELIVERY_SECONDS = 300
 
+_launch_reports: weakref.WeakKeyDictionary[Celery, LaunchReports] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
-def report_launched(task: LeoflowTask, attempt: AttemptId, launched: Launched, back_end: BackEnd) -> None:
-    """Tell that an executor started the attempt."""
-    payload = {
-        "attempt": attempt.to_json(),
-        "external_name": launched.external_name,
-        "hostname": launched.host or task.runtime.hostname,
-        "back_end": str(back_end),
-    }
-    _send(task.app, LAUNCHED_TASK, payload)
+
+def launch_reports(app: Celery) -> LaunchReports:
+    """Where launches of this process tell that they are done."""
+    with _lock:
+        if app not in _launch_reports:
+            _launch_reports[app] = LaunchReports(partial(_send_launched, weakref.proxy(app)))
+        return _launch_reports[app]
+
+
+def _send_launched(app: Celery, reports: Sequence[LaunchReport]) -> None:
+    _send(app, LAUNCHED_TASK, {"launches": [report.to_json() for report in reports]})
 
 
 def report_staging_deleted(task: LeoflowTask, gone: Mapping[str, str]) -> None:

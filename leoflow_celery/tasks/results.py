@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from leoflow_celery import metrics
 from leoflow_celery.client.messages import open_request
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport, celery_task_id
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
@@ -29,25 +29,35 @@ log = logging.getLogger(__name__)
 
 
 @leoflow_task("leoflow.results.launched", autoretry_for=(Unavailable, RedisError, OperationalError))
-def launched(self: LeoflowTask, attempt: dict[str, Any], external_name: str, hostname: str, back_end: str = "") -> None:
-    """Record that an executor started an attempt; its Celery id is STARTED from now on.
+def launched(self: LeoflowTask, launches: list[dict[str, Any]]) -> None:
+    """Record that an executor started attempts (``LaunchReport``); their Celery ids are STARTED from now on.
 
     An attempt may end while STARTED is written, perhaps over its result, and a worker may die right after that: so
-    every delivery that finds the try over writes the result again.
+    every delivery that finds a try over writes its result again.
     """
-    store = self.runtime.store
-    identity = AttemptId.from_json(attempt)
-    is_live = store.attempts.launched(identity, external_name, hostname, back_end)
-    try:
-        view = store.attempts.get(identity.task_instance_id, identity.try_number)
-    except NotFound:
-        log.warning("launched.unknown", extra={"attempt": str(identity), "external_name": external_name})
-        return
-    if is_live and not view.is_terminal:
-        self.backend.store_result(view.celery_task_id, {"hostname": hostname, "external_name": external_name}, STARTED)
-        view = store.attempts.get(identity.task_instance_id, identity.try_number)
-    if view.is_terminal:
+    attempts = self.runtime.store.attempts
+    reports = [LaunchReport.from_json(one) for one in launches]
+    waiting = attempts.launched(reports)
+    for report in reports:
+        if report.attempt in waiting:
+            _mark_started(self, report)
+        else:
+            _warn_of_unknown(self, report)
+    for view in attempts.ended([report.attempt for report in reports]):
         store_result(self.app, self.runtime, view)
+
+
+def _mark_started(task: LeoflowTask, report: LaunchReport) -> None:
+    celery_id = celery_task_id(report.attempt.task_instance_id, report.attempt.try_number)
+    meta = {"hostname": report.hostname, "external_name": report.external_name}
+    task.backend.store_result(celery_id, meta, STARTED)
+
+
+def _warn_of_unknown(task: LeoflowTask, report: LaunchReport) -> None:
+    try:
+        task.runtime.store.attempts.get(report.attempt.task_instance_id, report.attempt.try_number)
+    except NotFound:
+        log.warning("launched.unknown", extra={"attempt": str(report.attempt), "external_name": report.external_name})
 
 
 @leoflow_task("leoflow.results.record", autoretry_for=(Unavailable,))

@@ -24,6 +24,9 @@ from leoflow_celery.settings import KubernetesSettings
 
 log = logging.getLogger(__name__)
 
+_ANY_ANSWER = "application/json, */*"
+#: Of what was just sent only the server's part is news; an old server answers with the whole object.
+_METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json"
 #: At most so often is the configuration read again because the server did not know us.
 _RELOAD_SECONDS = 10.0
 
@@ -76,8 +79,12 @@ class KubernetesApi:
         return self._call("GET", path, operation, query=query).decode("utf-8", "replace")
 
     def post(self, path: str, body: dict[str, Any], *, operation: str, **query: Any) -> dict[str, Any]:
-        """Create an object; raises AlreadyExists when there is one of that name."""
-        return _decoded(self._call("POST", path, operation, query=query, body=body))
+        """Create an object, and return its metadata; raises AlreadyExists when there is one of that name."""
+        answer = self._call("POST", path, operation, query=query, body=body, accept=_METADATA_ONLY)
+        metadata = _decoded(answer).get("metadata")
+        if not isinstance(metadata, dict):
+            raise Unreachable("garbled", f"the answer is no object of the API: {answer[:100]!r}")
+        return metadata
 
     def delete(self, path: str, uid: str = "", *, operation: str, grace_seconds: int | None = None) -> dict[str, Any]:
         """Delete an object; raises NotFound when there is none.
@@ -128,29 +135,32 @@ class KubernetesApi:
         *,
         query: dict[str, Any] | None = None,
         body: dict[str, Any] | None = None,
+        accept: str = _ANY_ANSWER,
     ) -> bytes:
         try:
-            answer = self._authorised(method, path, query, body)
+            answer = self._authorised(method, path, query, body, accept)
         except ApiError as error:
             self._observer.api_call(operation, error.kind)
             raise
         self._observer.api_call(operation, "ok")
         return answer
 
-    def _authorised(self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None) -> bytes:
+    def _authorised(
+        self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None, accept: str
+    ) -> bytes:
         """The call; once more when our credentials had expired and there may be new ones."""
         target = f"{path}?{text}" if (text := _query(query)) else path
         content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         try:
-            return self._send(method, target, content)
+            return self._send(method, target, content, accept)
         except ApiError as error:
             if not error.is_unauthenticated or not self._reload():
                 raise
-        return self._send(method, target, content)
+        return self._send(method, target, content, accept)
 
-    def _send(self, method: str, target: str, content: bytes | None) -> bytes:
+    def _send(self, method: str, target: str, content: bytes | None, accept: str) -> bytes:
         connection = self._connection
-        headers = {"Accept": "application/json, */*", "User-Agent": "leoflow-celery", **connection.credentials()}
+        headers = {"Accept": accept, "User-Agent": "leoflow-celery", **connection.credentials()}
         if content is not None:
             headers["Content-Type"] = "application/json"
         response = self._exchange(connection, method, target, headers, content)

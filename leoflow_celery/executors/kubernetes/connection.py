@@ -6,6 +6,7 @@ Only its loading is used (service account, kubeconfig, exec and OIDC plugins, pr
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import urllib3
@@ -19,6 +20,8 @@ from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.kubernetes.errors import Unreachable
 from leoflow_celery.settings import KubernetesSettings
 
+#: The package reads its whole configuration again for each token it is asked for. It renews one minutes before its end.
+_SAME_TOKEN_SECONDS = 5.0
 _NAMESPACE_FILE = Path(SERVICE_TOKEN_FILENAME).with_name("namespace")
 
 
@@ -32,6 +35,7 @@ class Connection:
         self._configuration.retries = False
         self._configuration.keep_alive = True
         self._lock = threading.Lock()
+        self._token, self._token_until = "", 0.0
         self.pool: urllib3.PoolManager = RESTClientObject(self._configuration).pool_manager
 
     @property
@@ -47,7 +51,10 @@ class Connection:
         """
         try:
             with self._lock:  # a plugin that fetches a new token runs once, not once per thread
-                token = self._configuration.get_api_key_with_prefix("BearerToken")
+                if not self._token or time.monotonic() >= self._token_until:
+                    self._token = self._configuration.get_api_key_with_prefix("BearerToken") or ""
+                    self._token_until = time.monotonic() + _SAME_TOKEN_SECONDS
+                token = self._token
         except (ConfigException, OSError, ValueError) as error:
             raise Unreachable("unauthorized", f"no credentials for {self.host}: {error}") from error
         return {"Authorization": token} if token else {}

@@ -68,10 +68,10 @@ class KubernetesExecutor:
         with _launch_errors():
             if launch.request.staging_claim:
                 self._claims.ensure(launch.request)
-            created, already = self._create(launch, pod)
-            if secret := _awaited_secret(created):
-                self._create_secret(launch, secret, created["metadata"]["uid"])
-        return Launched(launch.name, already, details={"uid": created["metadata"]["uid"]})
+            found, already = self._create(launch, pod)
+            if secret := _awaited_secret(found):
+                self._create_secret(launch, secret, found["metadata"]["uid"])
+        return Launched(launch.name, already, details={"uid": found["metadata"]["uid"]})
 
     def cancel(self, name: str, grace_seconds: float) -> None:
         """Delete the pod when it is ours: SIGTERM now, SIGKILL after the grace, which is a second at least.
@@ -108,7 +108,7 @@ class KubernetesExecutor:
         A quota is asked before the name is looked at, and what fills it may be this very pod.
         """
         try:
-            return self._api.post(self._api.pods_path(), pod, operation="create_pod", **self._validation(launch)), False
+            metadata = self._api.post(self._api.pods_path(), pod, operation="create_pod", **self._validation(launch))
         except (AlreadyExists, QuotaExceeded) as error:
             found = self._find(launch.name)
             if found is not None:
@@ -118,6 +118,7 @@ class KubernetesExecutor:
                 raise
             message = f"pod {launch.name} existed a moment ago and is gone"
             raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message) from error
+        return {**pod, "metadata": metadata}, False
 
     def _validation(self, launch: LaunchSpec) -> dict[str, str]:
         """Foreign JSON is checked for unknown fields where the server can (1.25); before, it drops them silently."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from leoflow_celery.domain.attempt import LaunchReport
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
@@ -17,7 +18,7 @@ from tests.contract.store.rows import EVICTED, EXIT_1, LEASE_SECONDS, claim, eve
 def test_what_nobody_claimed_ends_at_once(store: Store, launched: bool) -> None:
     attempt = submit(store)
     if launched:
-        store.attempts.launched(attempt, "pod", "node")
+        store.attempts.launched([LaunchReport(attempt, "pod", "node")])
     view = store.attempts.request_cancel("ti-1")
     assert (view.state, view.reason) == (TaskState.FAILED, FailureReason.CANCELLED)
     assert event_names(store) == ["submitted", "cancel_requested", "finished"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
@@ -266,20 +266,30 @@ def test_processes_race_for_attempts_and_each_is_run_and_ended_by_one(store: Sto
 
 def test_launched_is_recorded_for_the_launch_that_waits_for_it(store: Store) -> None:
     attempt = submit(store)
-    assert store.attempts.launched(attempt, "leoflow-pod", "worker-1")
+    assert store.attempts.launched([LaunchReport(attempt, "leoflow-pod", "worker-1")]) == {attempt}
     view = store.attempts.get("ti-1")
     assert (view.external_name, view.hostname) == ("leoflow-pod", "worker-1")
     assert view.launched_at is not None
     claim(store, attempt)
-    store.attempts.launched(attempt, "leoflow-pod", "worker-2")
+    store.attempts.launched([LaunchReport(attempt, "leoflow-pod", "worker-2")])
     assert store.attempts.get("ti-1").hostname == "host-of-h1"
     store.attempts.finish(attempt, EVICTED)
-    assert not store.attempts.launched(attempt, "leoflow-pod", "worker-1")
+    assert not store.attempts.launched([LaunchReport(attempt, "leoflow-pod", "worker-1")])
     assert store.attempts.get("ti-1").external_name == ""
+
+
+def test_launches_are_recorded_together_and_each_by_itself(store: Store) -> None:
+    waiting, ended, stranger = submit(store, "ti-1"), submit(store, "ti-2"), AttemptId("ti-3")
+    store.attempts.finish(ended, Outcome(TaskState.SUCCESS))
+    reports = [LaunchReport(one, f"pod of {one.task_instance_id}", "w") for one in (stranger, ended, waiting)]
+    assert store.attempts.launched(reports) == {waiting}
+    assert [store.attempts.get(ti).external_name for ti in ("ti-1", "ti-2")] == ["pod of ti-1", ""]
+    assert [view.attempt for view in store.attempts.ended([waiting, ended, stranger])] == [ended]
+    assert store.attempts.ended([ended.evolve(try_number=2)]) == []
 
 
 def test_a_hostname_of_any_length_and_bytes_is_kept_as_far_as_it_fits(store: Store) -> None:
     attempt = submit(store)
     view = store.attempts.claim(attempt, "h1", "n\x00\udcff" + "x" * 400, LEASE_SECONDS)
     assert len(view.hostname) == 255
-    assert store.attempts.launched(attempt, "name", "\x00" * 300)
+    assert store.attempts.launched([LaunchReport(attempt, "name", "\x00" * 300)]) == {attempt}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from leoflow_celery.domain.attempt import LaunchReport
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TRANSITIONS, TaskState
@@ -133,7 +134,7 @@ def test_guard_unclaimed(store: Store) -> None:
 def test_guard_unlaunched(store: Store) -> None:
     """A launch that was told after the reaper looked is no lost message."""
     started, waiting = submit(store, "started"), submit(store, "waiting")
-    store.attempts.launched(started, "pod", "node")
+    store.attempts.launched([LaunchReport(started, "pod", "node")])
     assert not store.attempts.finish(started, EVICTED, Guard(unclaimed=True, unlaunched=True)).recorded
     assert store.attempts.finish(waiting, EVICTED, Guard(unclaimed=True, unlaunched=True)).recorded
 
@@ -159,7 +160,7 @@ def test_infrastructure_failures_spend_the_launches_of_the_try_and_then_it_ends(
         current = attempt.evolve(launch=launch)
         claim(store, current, f"h{launch}")
         store.attempts.start(current, f"h{launch}")
-        store.attempts.launched(current, "pod", "node")
+        store.attempts.launched([LaunchReport(current, "pod", "node")])
         store.submissions.mark_sent([current])
         finished = store.attempts.finish(current, EVICTED, Guard(holder=f"h{launch}"))
         assert finished.relaunch is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import choose_host
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
@@ -172,7 +172,7 @@ def test_without_a_host_a_try_waits_unsent_and_is_placed_when_one_comes(store: S
 def test_a_relaunch_stays_with_the_volume(store: Store) -> None:
     announce(store, "docker:h1")
     attempt = record(store, "a", DOCKER).attempt
-    store.attempts.launched(attempt, "name", "host", "docker:h1")
+    store.attempts.launched([LaunchReport(attempt, "name", "host", "docker:h1")])
     assert store.attempts.finish(attempt, EVICTED).relaunch
     view = store.attempts.get("a")
     assert (view.launch, view.queue, view.back_end) == (2, "docker.h1", "")
@@ -228,7 +228,7 @@ def test_a_failure_may_be_final_although_its_budget_is_not_spent(store: Store) -
 def test_the_first_server_that_started_an_attempt_is_the_one_recorded(store: Store) -> None:
     attempt = record(store, "a", DOCKER, staging_claim="").attempt
     for host in ("h1", "h2"):
-        store.attempts.launched(attempt, "name", host, f"docker:{host}")
+        store.attempts.launched([LaunchReport(attempt, "name", host, f"docker:{host}")])
     assert store.attempts.get("a").back_end == "docker:h1"
 
 
@@ -239,7 +239,7 @@ def test_expectations_are_the_live_attempts_of_each_executor_with_their_names(st
     announce(store, "docker:h1")
     waiting = record(store, "waiting", K8S).attempt
     started = record(store, "started", DOCKER, staging_claim="c2").attempt
-    store.attempts.launched(started, "its-name", "worker", "docker:h1")
+    store.attempts.launched([LaunchReport(started, "its-name", "worker", "docker:h1")])
     claim(store, started)
     ended = record(store, "ended", K8S).attempt
     store.attempts.finish(ended, Outcome.success())
@@ -267,7 +267,7 @@ def test_the_oldest_of_each_queue_is_the_one_that_waits_for_a_worker(store: Stor
         "docker.h1": queued_at["c"],
         "subprocess": queued_at["elsewhere"],
     }
-    store.attempts.launched(first, "pod", "worker", "kubernetes")
+    store.attempts.launched([LaunchReport(first, "pod", "worker", "kubernetes")])
     store.submissions.mark_sent([second])
     assert store.sweeps.oldest_waiting()["k8s"] == store.attempts.get("b").sent_at
     claim(store, second)

@@ -199,8 +199,8 @@ def test_a_plugin_that_gave_no_token_is_asked_again_before_anybody_is_told_that_
     api = make_api(**plugin)
     (tmp_path / "token").write_text("late")
     nobody = 'pods is forbidden: User "system:anonymous" cannot create resource "pods"'
-    server.script = [status(403, "Forbidden", message=nobody), (200, {}, b"{}")]
-    assert api.post("/x", {}, operation="create_pod") == {}
+    server.script = [status(403, "Forbidden", message=nobody), (201, {}, b'{"metadata": {"uid": "1"}}')]
+    assert api.post("/x", {}, operation="create_pod") == {"uid": "1"}
     assert authorizations(server) == [None, "Bearer late"]
 
 

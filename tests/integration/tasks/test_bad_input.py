@@ -9,7 +9,7 @@ import pytest
 from cryptography.fernet import Fernet
 
 from leoflow_celery.client import Client
-from leoflow_celery.client.messages import seal_request
+from leoflow_celery.client.messages import LaunchMessage, seal_request
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import (
@@ -97,7 +97,7 @@ def test_a_row_sealed_with_another_key_fails_and_says_so(client: Client, target:
     foreign = Sealer(Fernet.generate_key().decode()).seal({"request": parsed.model_dump(mode="json")})
     assert seal_request(client.runtime, parsed) != foreign
     [submitted] = client.runtime.store.submissions.record([NewTry(parsed, ExecutorType.INLINE, foreign)])
-    client.messages.launch(parsed, ExecutorType.INLINE, submitted.attempt, submitted.celery_task_id)
+    client.messages.launch(LaunchMessage(parsed, ExecutorType.INLINE, submitted.attempt, submitted.celery_task_id))
     with pytest.raises(TaskFailed) as caught:
         client.app.AsyncResult(submitted.celery_task_id).get(timeout=20)
     assert caught.value.reason == "invalid_spec"

@@ -123,7 +123,7 @@ def test_a_launch_whose_report_waits_is_not_taken_for_lost(own_system: System) -
     handle = client.submit({**BASH, "executor": "kubernetes"})
     own_system.redis.delete(*keys)
     launched = {"attempt": handle.attempt.to_json(), "external_name": "pod", "hostname": "node"}
-    client.app.send_task("leoflow.results.launched", kwargs=launched, queue="results")
+    client.app.send_task("leoflow.results.launched", kwargs={"launches": [launched]}, queue="results")
     lost_after = own_system.settings.maintenance.lost_message_seconds
     wait_until(lambda: list(client.runtime.store.sweeps.waiting(lost_after)), 20, "the reaper to look at it")
     reaper = own_system.start_worker("workers.control", "-Q", "maintenance")

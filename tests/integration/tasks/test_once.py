@@ -12,7 +12,7 @@ import pytest
 from celery.result import AsyncResult
 
 from leoflow_celery.client import Client
-from leoflow_celery.client.messages import seal_request
+from leoflow_celery.client.messages import LaunchMessage, seal_request
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
@@ -58,7 +58,7 @@ def test_a_launch_message_delivered_again_and_again_makes_one_call(
     handle = client.submit(request)
 
     def deliver() -> None:
-        client.messages.launch(request, ExecutorType.INLINE, handle.attempt, handle.id)
+        client.messages.launch(LaunchMessage(request, ExecutorType.INLINE, handle.attempt, handle.id))
 
     wait_until(lambda: target.calls["a"], 20, "the call")
     deliver()

@@ -219,7 +219,7 @@ def test_a_launch_reported_after_the_end_writes_the_result_again(client: Client)
         handle.get(timeout=20)
     client.app.backend.store_result(handle.id, {}, "STARTED")
     launched = {"attempt": handle.attempt.to_json(), "external_name": "pod", "hostname": "node"}
-    client.app.send_task("leoflow.results.launched", kwargs=launched, queue="results")
+    client.app.send_task("leoflow.results.launched", kwargs={"launches": [launched]}, queue="results")
     fresh = AsyncResult(handle.id, app=client.app)
     wait_until(lambda: fresh.state == "FAILURE", 20, lambda: f"FAILURE, not {fresh.state}")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from cryptography.fernet import Fernet
 
-from leoflow_celery.client.messages import MessageSender, open_request, seal_request
+from leoflow_celery.client.messages import LaunchMessage, MessageSender, open_request, seal_request
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import Unsealable
@@ -37,7 +37,7 @@ class RecordingApp:
 def test_a_launch_message_shows_ids_and_seals_the_rest():
     app, process = RecordingApp(), runtime()
     secret = request(env={"TOKEN": CANARY}, call_args={"a": CANARY}, image="img:1", priority=7)
-    MessageSender(app, process).launch(secret, ExecutorType.DOCKER, secret.attempt, "celery-id")
+    MessageSender(app, process).launch(LaunchMessage(secret, ExecutorType.DOCKER, secret.attempt, "celery-id"))
     [(name, kwargs, options)] = app.sent
     assert name == "leoflow.execute.docker"
     assert (options["queue"], options["task_id"], options["priority"]) == ("docker", "celery-id", 7)
@@ -52,7 +52,9 @@ def test_a_launch_message_shows_ids_and_seals_the_rest():
 def test_a_relaunch_gets_a_token_of_its_own_launch():
     app, process = RecordingApp(), runtime()
     given = request(agent_token="of-launch-1")
-    MessageSender(app, process).launch(given, ExecutorType.SUBPROCESS, given.attempt.evolve(launch=2), "id")
+    MessageSender(app, process).launch(
+        LaunchMessage(given, ExecutorType.SUBPROCESS, given.attempt.evolve(launch=2), "id")
+    )
     sealed = process.sealer.open(app.sent[0][1]["sealed"])["request"]
     assert process.tokens.verify(sealed["agent_token"]).attempt.launch == 2
 
@@ -60,7 +62,7 @@ def test_a_relaunch_gets_a_token_of_its_own_launch():
 def test_an_inline_message_carries_ids_only():
     app = RecordingApp()
     call = request(operator="http_api", http_request={"method": "GET", "url": f"http://h/{CANARY}"})
-    MessageSender(app, runtime()).launch(call, ExecutorType.INLINE, call.attempt, "id")
+    MessageSender(app, runtime()).launch(LaunchMessage(call, ExecutorType.INLINE, call.attempt, "id"))
     assert app.sent[0][1] == {"attempt": {"task_instance_id": "ti", "try_number": 1, "launch": 1}}
     assert CANARY not in str(app.sent)
 
