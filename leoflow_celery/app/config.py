@@ -29,6 +29,9 @@ INCLUDE_OF_QUEUE: dict[str, tuple[str, ...]] = {
 #: Threads of a worker unless -c says otherwise. A launch waits for a server, an inline task for somebody else's.
 _CONCURRENCY = {QUEUE_OF[ExecutorType.INLINE]: 16, RESULTS_QUEUE: 4, MAINTENANCE_QUEUE: 4, DISPATCH_QUEUE: 4}
 _DEFAULT_CONCURRENCY = 8
+#: Messages that a worker of pods may hold, per thread: one that is launched, and one whose launch is being reported. Of
+#: other launches, which may pull an image for minutes, a message that waits is better off with another worker.
+_POD_PREFETCH = 2
 
 
 def route_task(name: str, *_: object, **__: object) -> dict[str, str] | None:
@@ -73,7 +76,7 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
         "task_default_queue": DISPATCH_QUEUE,
         # The claim makes a second delivery harmless, so a message is kept until its work is done.
         "task_acks_late": True,
-        "worker_prefetch_multiplier": 1,
+        "worker_prefetch_multiplier": _POD_PREFETCH if set(queues) == {QUEUE_OF[ExecutorType.KUBERNETES]} else 1,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_consumer": "leoflow_celery.app.consumer:Consumer",
         "worker_pool": "threads",

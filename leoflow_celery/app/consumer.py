@@ -41,11 +41,12 @@ class Consumer(CeleryConsumer):
         self.hub.call_later(_EVENT_GROUP_SECONDS, self._flush_events)
 
     def shutdown(self) -> None:
-        """The last events: the loop that would send them does not run any more."""
-        try:
-            self._flush_events()
-        except Exception as error:  # noqa: BLE001 - the broker may be away in many ways; a monitor misses an event
-            log.warning("event.not_sent", extra={"error": repr(error)})
+        """The end of a worker, whose loop does not run any more: what waits for it leaves now."""
+        for leave in (*getattr(self.app, "before_leaving", ()), self._flush_events):
+            try:
+                leave()
+            except Exception as error:  # noqa: BLE001 - the broker may be away in many ways
+                log.warning("worker.left_unsaid", extra={"error": repr(error)})
         super().shutdown()
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:

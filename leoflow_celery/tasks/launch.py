@@ -12,6 +12,7 @@ import random
 import time
 from typing import Any
 
+from celery import current_app
 from celery.worker.request import Request as CeleryRequest
 
 from leoflow_celery import metrics
@@ -36,8 +37,17 @@ _MAX_BACKOFF_SECONDS = 60.0
 class OpenRequest(CeleryRequest):
     """A worker's view of a message whose task goes on when its function has returned.
 
-    Leaving with ``Ignore`` would say the same, and cost a formatted traceback: as much as the call to the API server.
+    Its success is no news to a monitor, and it is acknowledged when the broker has the report of the launch. Leaving
+    with ``Ignore`` would say the first as well, and cost a formatted traceback: as much as the call to the API server.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reports = launch_reports(self.app or current_app)
+        self._reports.will_acknowledge()
+
+    def acknowledge(self) -> None:
+        self._reports.acknowledge(super().acknowledge)
 
     def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's name for it
         if type != "task-succeeded":
@@ -59,9 +69,9 @@ def launch(
     A second delivery finds it started; ``tried_since`` is when its first try failed.
     """
     identity, reports = AttemptId.from_json(attempt), launch_reports(self.app)
+    reports.begin()
     try:
-        with reports.launching():
-            launched = _start(self, identity, sealed)
+        launched = _start(self, identity, sealed)
     except TransientLaunchError as error:
         _retry_or_give_up(self, identity, error, time.time() if tried_since is None else tried_since)
     except PermanentLaunchError as error:

@@ -1,77 +1,110 @@
-"""Reports of launches, sent in groups: one message for all that end while it is made ready.
+"""Reports of launches, sent in groups; a message is acknowledged when the broker has the report of its launch.
 
-A message of its own per launch costs the control plane more than what it says. A launch that is done waits for the
-others that are under way in its process, until it is no longer the smaller part of them or a moment has passed; the
-first of a group sends for all, and nobody's message is acknowledged before the broker has the report.
+A message of its own for each launch costs the control plane more than what it says, and a thread that waits for others
+launches nothing. So a launch leaves its report here and its thread goes on to the next one; a thread of its own sends
+what came together, and only then acknowledges the messages behind it. A worker that dies in between has acknowledged
+none of them: they come again and find their attempts started.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from leoflow_celery.domain.attempt import LaunchReport
 
-#: The longest that a finished launch waits for company.
-_WAIT_SECONDS = 0.02
-
-
-@dataclass(slots=True)
-class _Group:
-    reports: list[LaunchReport] = field(default_factory=list)
-    sent: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
+log = logging.getLogger(__name__)
+#: A group leaves when it is so large, or when its first report has waited so long.
+_GROUP_SIZE = 8
+_WAIT_SECONDS = 0.03
+#: A worker that shuts down waits so long for the broker; what is not acknowledged then comes again.
+_CLOSE_SECONDS = 10.0
 
 
 class LaunchReports:
     """Groups the reports of one process. Thread-safe."""
 
-    def __init__(self, send: Callable[[list[LaunchReport]], None], wait_seconds: float = _WAIT_SECONDS) -> None:
+    def __init__(
+        self,
+        send: Callable[[list[LaunchReport]], None],
+        group_size: int = _GROUP_SIZE,
+        wait_seconds: float = _WAIT_SECONDS,
+    ) -> None:
         """``send`` returns when the broker has them, or raises."""
-        self._send, self._wait_seconds = send, wait_seconds
+        self._send, self._group_size, self._wait_seconds = send, group_size, wait_seconds
+        self._own = threading.local()
         self._changed = threading.Condition()
-        self._under_way = 0
-        self._group = _Group()
+        self._waiting: list[tuple[LaunchReport, Callable[[], None]]] = []
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._acknowledging_process = 0
 
-    @contextmanager
-    def launching(self) -> Iterator[None]:
-        """A launch is under way; what ended before may wait for its report."""
-        with self._changed:
-            self._under_way += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._under_way -= 1
-                self._changed.notify_all()
+    def will_acknowledge(self) -> None:
+        """In this process each launch is acknowledged by the thread it ran in, through ``acknowledge``.
+
+        Not so in the processes of a pool: their parent acknowledges, and reports leave at once, each by itself.
+        """
+        self._acknowledging_process = os.getpid()
+
+    def begin(self) -> None:
+        """A launch begins in this thread."""
+        self._own.report = None
 
     def report(self, report: LaunchReport) -> None:
-        """Send a report, alone or with others; returns when the broker has it.
+        """The launch in this thread is done.
 
         Raises:
-            Whatever ``send`` raised for the group.
+            Whatever ``send`` raises, where the report leaves at once.
         """
-        with self._changed:
-            group = self._group
-            group.reports.append(report)
-            is_first = len(group.reports) == 1
-            self._changed.notify_all()
-            if is_first:
-                self._changed.wait_for(lambda: len(group.reports) >= self._under_way, self._wait_seconds)
-                self._group = _Group()
-        if is_first:
-            self._send_all(group)
-        group.sent.wait()
-        if group.error is not None:
-            raise group.error
+        if self._acknowledging_process == os.getpid():
+            self._own.report = report
+        else:
+            self._send([report])
 
-    def _send_all(self, group: _Group) -> None:
-        try:
-            self._send(group.reports)
-        except BaseException as error:
-            group.error = error
-            raise
-        finally:
-            group.sent.set()
+    def acknowledge(self, acknowledge: Callable[[], None]) -> None:
+        """Acknowledge the message of the launch in this thread: now, or when the broker has its report."""
+        report: LaunchReport | None = getattr(self._own, "report", None)
+        self._own.report = None
+        if report is None:
+            acknowledge()
+            return
+        with self._changed:
+            self._waiting.append((report, acknowledge))
+            if self._thread is None or not self._thread.is_alive():
+                self._closing = False
+                self._thread = threading.Thread(target=self._run, name="leoflow-launch-reports", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Send what waits, and return when its messages are acknowledged or the broker does not answer."""
+        with self._changed:
+            thread, self._closing = self._thread, self._thread is not None
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join(_CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        while group := self._next_group():
+            try:
+                self._send([report for report, _ in group])
+            except Exception:
+                log.exception("launch.not_reported", extra={"launches": len(group)})
+                continue  # not acknowledged: the broker delivers them again
+            for report, acknowledge in group:
+                try:
+                    acknowledge()
+                except Exception as error:  # noqa: BLE001 - the connection is gone: the message comes again
+                    log.warning("launch.not_acknowledged", extra={"attempt": str(report.attempt), "error": repr(error)})
+
+    def _next_group(self) -> list[tuple[LaunchReport, Callable[[], None]]]:
+        """What leaves next; nothing when there is nothing more to come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            self._changed.wait_for(lambda: len(self._waiting) >= self._group_size or self._closing, self._wait_seconds)
+            group, self._waiting = self._waiting, []
+            if not group:
+                self._thread = None
+            return group

@@ -15,6 +15,7 @@ from typing import Any
 from celery import Celery
 from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
@@ -39,7 +40,9 @@ def launch_reports(app: Celery) -> LaunchReports:
     """Where launches of this process tell that they are done."""
     with _lock:
         if app not in _launch_reports:
-            _launch_reports[app] = LaunchReports(partial(_send_launched, weakref.proxy(app)))
+            reports = _launch_reports[app] = LaunchReports(partial(_send_launched, weakref.proxy(app)))
+            if isinstance(app, LeoflowCelery):
+                app.before_leaving.append(reports.close)
         return _launch_reports[app]
 
 

@@ -5,6 +5,7 @@ Only its loading is used (service account, kubeconfig, exec and OIDC plugins, pr
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.kubernetes.errors import Unreachable
 from leoflow_celery.settings import KubernetesSettings
 
+log = logging.getLogger(__name__)
+
 #: The package reads its whole configuration again for each token it is asked for. It renews one minutes before its end.
 _SAME_TOKEN_SECONDS = 5.0
 _NAMESPACE_FILE = Path(SERVICE_TOKEN_FILENAME).with_name("namespace")
@@ -34,6 +37,9 @@ class Connection:
         self._configuration.connection_pool_maxsize = pool_size
         self._configuration.retries = False
         self._configuration.keep_alive = True
+        if not self._configuration.verify_ssl:
+            log.warning("kubernetes.tls_not_verified", extra={"server": self.host})
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # which comes with every call
         self._lock = threading.Lock()
         self._token, self._token_until = "", 0.0
         self.pool: urllib3.PoolManager = RESTClientObject(self._configuration).pool_manager

@@ -1,10 +1,9 @@
-"""Which reports of launches leave together, and what becomes of them when the broker is away."""
+"""Which reports of launches leave together, and when the messages behind them are acknowledged."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -15,57 +14,21 @@ from tests.support.waiting import wait_until
 LONG = 60.0
 
 
-def of(name: str) -> LaunchReport:
-    return LaunchReport(AttemptId(name), f"pod-{name}", "node")
-
-
 class Broker:
-    """Takes what is sent, or raises; ``holding`` makes a send last."""
+    """Takes reports, or raises; ``slow`` makes a send last until it is set."""
 
     def __init__(self) -> None:
-        self.sent: list[set[str]] = []
-        self.error: Exception | None = None
-        self.holding, self.held = threading.Event(), threading.Event()
-        self.holding.set()
+        self.sent: list[list[str]] = []
+        self.acknowledged: list[str] = []
+        self.errors: list[Exception] = []
+        self.slow = threading.Event()
+        self.slow.set()
 
     def send(self, reports: list[LaunchReport]) -> None:
-        self.sent.append({report.attempt.task_instance_id for report in reports})
-        self.held.set()
-        assert self.holding.wait(20)
-        if self.error is not None:
-            raise self.error
-
-
-class Launches:
-    """Launches in threads, each of which is under way until the test ends it."""
-
-    def __init__(self, reports: LaunchReports, pool: ThreadPoolExecutor) -> None:
-        self.reports, self._pool = reports, pool
-        self._ends: dict[str, threading.Event] = {}
-        self._fails: set[str] = set()
-        self.done: dict[str, Future[None]] = {}
-
-    def start(self, *names: str) -> None:
-        for name in names:
-            self._ends[name], started = threading.Event(), threading.Event()
-            self.done[name] = self._pool.submit(self._run, name, started)
-            assert started.wait(20)
-
-    def end(self, *names: str) -> None:
-        for name in names:
-            self._ends[name].set()
-
-    def fail(self, name: str) -> None:
-        self._fails.add(name)
-        self._ends[name].set()
-
-    def _run(self, name: str, started: threading.Event) -> None:
-        with self.reports.launching():
-            started.set()
-            assert self._ends[name].wait(20)
-            if name in self._fails:
-                return
-        self.reports.report(of(name))
+        self.sent.append([report.attempt.task_instance_id for report in reports])
+        assert self.slow.wait(20)
+        if self.errors:
+            raise self.errors.pop()
 
 
 @pytest.fixture
@@ -73,79 +36,125 @@ def broker() -> Broker:
     return Broker()
 
 
+Make = Callable[..., LaunchReports]
+
+
 @pytest.fixture
-def launches_of(broker: Broker) -> Iterator[Callable[[float], Launches]]:
-    with ThreadPoolExecutor(8) as pool:
-        yield lambda wait_seconds: Launches(LaunchReports(broker.send, wait_seconds), pool)
+def make(broker: Broker) -> Iterator[Make]:
+    made: list[LaunchReports] = []
+
+    def make_reports(group_size: int = 8, wait_seconds: float = LONG) -> LaunchReports:
+        made.append(LaunchReports(broker.send, group_size, wait_seconds))
+        made[-1].will_acknowledge()
+        return made[-1]
+
+    yield make_reports
+    for reports in made:
+        reports.close()
 
 
-def test_a_launch_alone_is_reported_at_once(broker: Broker, launches_of: Callable[[float], Launches]) -> None:
-    launches = launches_of(LONG)
-    launches.start("a")
-    launches.end("a")
-    launches.done["a"].result(20)
-    assert broker.sent == [{"a"}]
+def launch(reports: LaunchReports, broker: Broker, name: str) -> None:
+    """What a thread of the pool does with a launch that succeeds."""
+    reports.begin()
+    reports.report(LaunchReport(AttemptId(name), f"pod-{name}", "node"))
+    reports.acknowledge(lambda: broker.acknowledged.append(name))
 
 
-def test_launches_wait_for_each_other_while_more_are_under_way(
-    broker: Broker, launches_of: Callable[[float], Launches]
-) -> None:
-    launches = launches_of(LONG)
-    launches.start("a", "b", "c", "d")
-    launches.end("a")
-    launches.end("b")
+def test_a_group_leaves_when_it_is_full_and_is_acknowledged_then(broker: Broker, make: Make) -> None:
+    reports = make(group_size=3)
+    broker.slow.clear()
     for name in "ab":
-        launches.done[name].result(20)
-    assert broker.sent == [{"a", "b"}], "two of four are done: the others are not waited for"
+        launch(reports, broker, name)
+    assert broker.sent == []
+    launch(reports, broker, "c")
+    wait_until(lambda: broker.sent == [["a", "b", "c"]], 20, "the group")
+    assert broker.acknowledged == [], "the broker does not have it yet"
+    broker.slow.set()
+    wait_until(lambda: broker.acknowledged == ["a", "b", "c"], 20, "the acknowledgements")
 
 
-def test_a_launch_that_fails_keeps_nobody_waiting(broker: Broker, launches_of: Callable[[float], Launches]) -> None:
-    launches = launches_of(LONG)
-    launches.start("a", "b", "c")
-    launches.end("a")
-    launches.fail("b")
-    launches.done["a"].result(20)
-    assert broker.sent == [{"a"}]
-    launches.end("c")
+def test_a_report_waits_for_others_a_moment_only(broker: Broker, make: Make) -> None:
+    launch(make(wait_seconds=0.01), broker, "a")
+    wait_until(lambda: broker.acknowledged == ["a"], 20, "the report of one launch")
 
 
-def test_a_slow_launch_is_waited_for_a_moment_only(broker: Broker, launches_of: Callable[[float], Launches]) -> None:
-    launches = launches_of(0.01)
-    launches.start("a", "slow", "slower")
-    launches.end("a")
-    launches.done["a"].result(20)
-    assert broker.sent == [{"a"}]
-    launches.end("slow", "slower")
+def test_launches_go_on_while_a_group_is_sent(broker: Broker, make: Make) -> None:
+    reports = make(group_size=1)
+    broker.slow.clear()
+    launch(reports, broker, "a")
+    wait_until(lambda: broker.sent == [["a"]], 20, "the first")
+    for name in "bc":
+        launch(reports, broker, name)
+    broker.slow.set()
+    wait_until(lambda: broker.acknowledged == ["a", "b", "c"], 20, "all")
+    assert broker.sent == [["a"], ["b", "c"]]
 
 
-def test_nobody_goes_on_before_the_broker_has_the_report(
-    broker: Broker, launches_of: Callable[[float], Launches]
-) -> None:
-    launches = launches_of(LONG)
-    broker.holding.clear()
-    launches.start("a", "b", "c")
-    launches.end("a", "b")
-    assert broker.held.wait(20)
-    launches.end("c")
-    wait_until(lambda: len(broker.sent) == 2, 20, "the second group, which does not wait for the first")
-    assert not any(done.done() for done in launches.done.values())
-    broker.holding.set()
-    for done in launches.done.values():
-        done.result(20)
-    assert set.union(*broker.sent) == {"a", "b", "c"}
+def test_what_was_not_sent_is_not_acknowledged(broker: Broker, make: Make) -> None:
+    reports = make(group_size=1)
+    broker.errors = [OSError("no broker")]
+    launch(reports, broker, "lost")
+    wait_until(lambda: not broker.errors, 20, "the failure")
+    launch(reports, broker, "next")
+    wait_until(lambda: broker.acknowledged == ["next"], 20, "the next one")
 
 
-def test_a_report_that_fails_fails_for_all_of_its_group(
-    broker: Broker, launches_of: Callable[[float], Launches]
-) -> None:
-    launches = launches_of(LONG)
-    broker.error = OSError("no broker")
-    launches.start("a", "b", "c", "d")
-    launches.end("a", "b")
+def test_an_acknowledgement_that_fails_keeps_no_other_back(broker: Broker, make: Make) -> None:
+    reports = make(group_size=2)
+
+    def fail() -> None:
+        raise ConnectionError
+
+    reports.begin()
+    reports.report(LaunchReport(AttemptId("a"), "pod", "node"))
+    reports.acknowledge(fail)
+    launch(reports, broker, "b")
+    wait_until(lambda: broker.acknowledged == ["b"], 20, "the other one")
+
+
+def test_a_launch_that_failed_is_acknowledged_at_once_and_reports_nothing(broker: Broker, make: Make) -> None:
+    reports = make(group_size=1)
+    reports.begin()
+    reports.report(LaunchReport(AttemptId("never-acknowledged"), "pod", "node"))
+    reports.begin()
+    reports.acknowledge(lambda: broker.acknowledged.append("failed"))
+    assert broker.acknowledged == ["failed"]
+    launch(reports, broker, "next")
+    wait_until(lambda: broker.acknowledged == ["failed", "next"], 20, "the next one")
+    assert broker.sent == [["next"]]
+
+
+def test_threads_do_not_take_each_others_reports(broker: Broker, make: Make) -> None:
+    reports = make()
+    reports.begin()
+    reports.report(LaunchReport(AttemptId("mine"), "pod", "node"))
+    other = threading.Thread(target=reports.acknowledge, args=(lambda: broker.acknowledged.append("other"),))
+    other.start()
+    other.join()
+    assert broker.acknowledged == ["other"]
+    reports.acknowledge(lambda: broker.acknowledged.append("mine"))
+    reports.close()
+    assert broker.acknowledged == ["other", "mine"]
+
+
+def test_the_end_of_a_worker_waits_for_nothing_and_leaves_nothing_behind(broker: Broker, make: Make) -> None:
+    reports = make()
+    reports.close()
     for name in "ab":
-        with pytest.raises(OSError, match="no broker"):
-            launches.done[name].result(20)
-    broker.error = None
-    launches.end("c", "d")
-    for name in "cd":
-        launches.done[name].result(20)
+        launch(reports, broker, name)
+    reports.close()
+    assert broker.sent == [["a", "b"]]
+    assert broker.acknowledged == ["a", "b"]
+    launch(reports, broker, "c")
+    reports.close()
+    assert broker.acknowledged == ["a", "b", "c"]
+
+
+def test_a_process_that_another_one_acknowledges_for_reports_at_once(broker: Broker) -> None:
+    reports = LaunchReports(broker.send, wait_seconds=LONG)
+    reports.begin()
+    reports.report(LaunchReport(AttemptId("a"), "pod", "node"))
+    assert broker.sent == [["a"]]
+    broker.errors = [OSError("no broker")]
+    with pytest.raises(OSError, match="no broker"):
+        reports.report(LaunchReport(AttemptId("b"), "pod", "node"))
