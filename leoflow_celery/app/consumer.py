@@ -1,4 +1,4 @@
-"""A worker's consumer that survives a broker restart while a late-ack task runs, and sends its events in groups.
+"""A worker's consumer: survives a broker restart while a late-ack task runs, ends cleanly, sends its events in groups.
 
 Celery 5.7.0 exits there, twice over. It closes the broken connection on the way to the next one; with unacknowledged
 messages that close fails in kombu with an AttributeError that nobody expects. And when the task ends later, its message
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
-from functools import wraps
+from contextlib import suppress
+from functools import partial, wraps
 from typing import Any
 
 from celery.worker.consumer import Consumer as CeleryConsumer
@@ -30,6 +32,10 @@ class Consumer(CeleryConsumer):
     _flush_events: Callable[[], None]
     _events_leave_at = 0.0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._acknowledgements: deque[Callable[[], Any]] = deque()
+        super().__init__(*args, **kwargs)
+
     def on_send_event_buffered(self) -> None:  # type: ignore[override]
         """Called after each event, from any thread. A flush that gets lost with its loop is replaced by the next."""
         now = time.monotonic()
@@ -42,12 +48,32 @@ class Consumer(CeleryConsumer):
 
     def shutdown(self) -> None:
         """The end of a worker, whose loop does not run any more: what waits for it leaves now."""
-        for leave in (*getattr(self.app, "before_leaving", ()), self._flush_events):
+        for leave in (*getattr(self.app, "before_leaving", ()), self._acknowledge, self._flush_events):
             try:
                 leave()
             except Exception as error:  # noqa: BLE001 - the broker may be away in many ways
                 log.warning("worker.left_unsaid", extra={"error": repr(error)})
         super().shutdown()
+
+    def call_soon_ack(self, p: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Acknowledge or reject a message from any thread.
+
+        Celery leaves it to the loop, which ends before the last tasks do: what they did would be delivered again.
+        """
+        self._acknowledgements.append(partial(p, *args, **kwargs))
+        if self.hub:
+            self.hub.call_soon(self._acknowledge)
+        else:
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        with suppress(IndexError):
+            while True:
+                acknowledge = self._acknowledgements.popleft()
+                try:
+                    acknowledge()
+                except Exception:
+                    log.exception("broker.ack_failed")
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         connection: Any = self.connection

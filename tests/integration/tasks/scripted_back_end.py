@@ -29,7 +29,7 @@ class WrittenDown:
     """A ReconcilableExecutor that follows keys of the broker's Redis.
 
     ``busy``: so many launches fail for now. ``gone``: the set of names that a reconcile reports as deleted. ``held``:
-    a reconcile waits while it exists.
+    a reconcile waits while it exists, and a launch while ``held_launch`` does.
     """
 
     def __init__(self, host: str, client: redis.Redis[bytes], reporter: FailureReporter, observer: Observer) -> None:
@@ -45,6 +45,7 @@ class WrittenDown:
             self._observer.api_call("create_pod", "429")
             raise TransientLaunchError(FailureReason.LAUNCH_FAILED, "busy", retry_after_seconds=0.1)
         self._observer.api_call("create_pod", "ok")
+        wait_until(lambda: not self._redis.exists("held_launch"), 60, "the test to let go", interval=0.05)
         return Launched(launch.name, host=self.host)
 
     def cancel(self, name: str, grace_seconds: float) -> None:

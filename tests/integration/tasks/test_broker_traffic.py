@@ -68,3 +68,4 @@ def test_what_ends_while_its_worker_shuts_down_is_heard_of(
     target.release("a")
     assert worker.wait(20) == 0
     monitor.wait_for(handle.id, "task-succeeded")
+    assert own_system.client.runtime.queues.depth("inline") == 0, "it was acknowledged: nobody gets it again"
