@@ -51,7 +51,7 @@ def test_a_worker_that_shuts_down_has_reported_and_acknowledged_what_it_launched
     of_task = {handle.task_instance().task_id: handle for handle in handles}
     for task in launched:
         back_ends.wait_until_launched(of_task[task])
-    assert unacknowledged(back_ends) == 0
+    wait_until(lambda: unacknowledged(back_ends) == 0, 20, "all messages to be acknowledged")
     assert back_ends.client.runtime.queues.depth("k8s") == MANY - len(launched)
 
 
