@@ -10,8 +10,9 @@ import json
 import logging
 import queue
 import threading
+import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _MAX_WAITING = 10_000
 _CLOSE_SECONDS = 5
+#: An end is told so much later than it happened: workers send their events in groups, a tenth of a second apart, and a
+#: start that comes after its end would take the place of the true one.
+_AFTER_START_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class MonitorEvent:
     kind: str
     hostname: str
     fields: dict[str, Any]
+    due: float = field(default_factory=lambda: time.monotonic() + _AFTER_START_SECONDS)
 
 
 class EventSender:
@@ -41,6 +46,7 @@ class EventSender:
         self._waiting: queue.Queue[MonitorEvent | None] = queue.Queue(_MAX_WAITING)
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._closing = threading.Event()
 
     def put(self, event: MonitorEvent) -> None:
         """Queue an event; never blocks and never fails."""
@@ -57,6 +63,7 @@ class EventSender:
         """Send what waits, within a few seconds."""
         thread = self._thread
         if thread is not None and thread.is_alive():
+            self._closing.set()
             self._waiting.put(None)
             thread.join(_CLOSE_SECONDS)
 
@@ -76,6 +83,7 @@ class EventSender:
                 if event.hostname not in dispatchers:
                     dispatcher = self._app.events.Dispatcher(connection, hostname=event.hostname)
                     dispatchers[event.hostname] = dispatcher
+                self._closing.wait(max(0.0, event.due - time.monotonic()))
                 dispatchers[event.hostname].send(event.kind, **event.fields)
                 event = self._waiting.get()
         return event

@@ -40,7 +40,8 @@ def test_a_failure_is_seen_once_with_its_reason(client: Client, monitor: Monitor
     [failed] = monitor.wait_for(handle.id, "task-failed")
     assert "http_status" in failed["exception"]
     assert failed["hostname"].startswith("inline@")
-    assert not monitor.of(handle.id, "task-succeeded")
+    monitor.wait_for(handle.id, "task-started")
+    assert [event["type"] for event in monitor.events if event.get("uuid") == handle.id][-1] == "task-failed"
 
 
 def test_a_dispatch_message_ends_in_the_monitor_when_its_try_ends(
