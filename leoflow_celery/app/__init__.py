@@ -7,6 +7,7 @@ Flower, the client, the gateway). ``celery -A leoflow_celery.app flower`` finds 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from celery import Celery
 
@@ -23,8 +24,11 @@ class LeoflowCelery(Celery):
 
     amqp_cls = "leoflow_celery.app.transport:AMQP"
     settings: Settings
-    #: Called when a worker has ended its tasks, before it leaves the broker.
-    before_leaving: list[Callable[[], None]]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        #: Called when a worker has ended its tasks, before it leaves the broker.
+        self.before_leaving: list[Callable[[], None]] = []
 
 
 def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
@@ -36,7 +40,7 @@ def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
     settings = settings or Settings.load()
     include = sorted({module for queue in queues for module in INCLUDE_OF_QUEUE[queue]})
     app = LeoflowCelery("leoflow_celery", include=include, set_as_current=bool(queues))
-    app.settings, app.before_leaving = settings, []
+    app.settings = settings
     app.conf.update(celery_config(settings, queues))
     if queues:
         # Not task_queues: a worker must be able to send to queues that it does not consume.

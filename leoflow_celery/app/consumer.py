@@ -1,10 +1,10 @@
 """A worker's consumer: survives a broker restart while a late-ack task runs, ends cleanly, sends its events in groups.
 
-Celery 5.7.0 exits there, twice over. It closes the broken connection on the way to the next one; with unacknowledged
-messages that close fails in kombu with an AttributeError that nobody expects. And when the task ends later, its message
-is acknowledged on the channel that was closed, with the same error. A connection that is gone needs no orderly close,
-and the broker delivers a message of it again whatever is said; so both failures are logged and forgotten. Drop this
-class when a Celery release survives ``tests/integration/tasks/test_broker_restart.py`` without it.
+Celery 5.7.0 exits at such a restart, twice over. It closes the broken connection on the way to the next one; with
+unacknowledged messages that close fails in kombu with an AttributeError that nobody expects. And when the task ends
+later, its message is acknowledged on the channel that was closed, with the same error. A connection that is gone needs
+no orderly close, and the broker delivers a message of it again whatever is said; so both failures are logged and
+forgotten. Drop that part when a Celery release survives ``tests/integration/tasks/test_broker_restart.py`` without it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from functools import partial, wraps
 from typing import Any
 
 from celery.worker.consumer import Consumer as CeleryConsumer
+from redis.exceptions import RedisError
 
 log = logging.getLogger(__name__)
 #: A monitor may see an event so much later than it happened (which the event itself says exactly). Celery sends at
 #: every turn of its loop, and a message per event costs a busy worker as much as the task.
 _EVENT_GROUP_SECONDS = 0.1
+_ACKNOWLEDGE_AGAIN_SECONDS = 1.0
 
 
 class Consumer(CeleryConsumer):
@@ -47,7 +49,10 @@ class Consumer(CeleryConsumer):
         self.hub.call_later(_EVENT_GROUP_SECONDS, self._flush_events)
 
     def shutdown(self) -> None:
-        """The end of a worker, whose loop does not run any more: what waits for it leaves now."""
+        """The end of a worker: reports that were held, the acknowledgements behind them, and the last events.
+
+        Celery has closed its loop by then, after the last task.
+        """
         for leave in (*getattr(self.app, "before_leaving", ()), self._acknowledge, self._flush_events):
             try:
                 leave()
@@ -56,10 +61,7 @@ class Consumer(CeleryConsumer):
         super().shutdown()
 
     def call_soon_ack(self, p: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Acknowledge or reject a message from any thread.
-
-        Celery leaves it to the loop, which ends before the last tasks do: what they did would be delivered again.
-        """
+        """Acknowledge or reject a message from any thread: in the loop, or in ``shutdown`` when that has ended."""
         self._acknowledgements.append(partial(p, *args, **kwargs))
         if self.hub:
             self.hub.call_soon(self._acknowledge)
@@ -67,15 +69,24 @@ class Consumer(CeleryConsumer):
             self._acknowledge()
 
     def _acknowledge(self) -> None:
+        """Each of them once. What the broker has no room for is tried again: it would take a slot for good."""
+        refused = []
         with suppress(IndexError):
             while True:
                 acknowledge = self._acknowledgements.popleft()
                 try:
                     acknowledge()
-                except Exception:
-                    log.exception("broker.ack_failed")
+                except RedisError as error:
+                    log.warning("broker.ack_failed", extra={"error": repr(error)})
+                    refused.append(acknowledge)
+        if refused and self.hub:
+            self._acknowledgements.extend(refused)
+            self.hub.call_later(_ACKNOWLEDGE_AGAIN_SECONDS, self._acknowledge)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
+        self._acknowledgements.clear()  # they belong to the channel that is gone; its messages come again
+        with suppress(Exception):
+            self._flush_events()  # what cannot be sent is kept for the next connection
         connection: Any = self.connection
         if connection is not None:
             connection.close = _forgiving(connection.close, "broker.close_failed", Exception)

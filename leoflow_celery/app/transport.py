@@ -2,8 +2,8 @@
 
 kombu 5.7.0 makes a new redis-py client for every message it publishes, takes or acknowledges. The connections behind
 it are pooled, but a client fills a table of some hundred entries when it is made, which costs as much as the command
-itself. A client is thread-safe, so each channel keeps one for as long as it keeps its pool. Drop this module when a
-kombu release does.
+itself. A client is thread-safe, so each channel keeps one for as long as it keeps its pool. Drop the classes from
+Channel to Pool when a kombu release does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Channel(redis.Channel):
         if client is None:
             client = self._pooled_client
             if client is None or client.connection_pool is not self.pool:
-                client = self._pooled_client = self.Client(connection_pool=self.pool)
+                channel: Any = self
+                client = self._pooled_client = channel._create_client()
         yield client
 
 

@@ -153,11 +153,13 @@ class Client:
         finally:
             self.runtime.store.submissions.mark_sent(sent)
 
-    def _messages(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> Iterator[LaunchMessage]:
-        for item, done in zip(tries, submitted, strict=True):
-            queue = self._queue_to_send_to(item, done)
-            if queue is not None:
-                yield LaunchMessage(item.request, item.executor, done.attempt, done.celery_task_id, queue)
+    def _messages(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> list[LaunchMessage]:
+        queues = [self._queue_to_send_to(item, done) for item, done in zip(tries, submitted, strict=True)]
+        return [
+            LaunchMessage(item.request, item.executor, done.attempt, done.celery_task_id, queue)
+            for item, done, queue in zip(tries, submitted, queues, strict=True)
+            if queue is not None
+        ]
 
     def _queue_to_send_to(self, item: NewTry, done: Submitted) -> str | None:
         """None: it was sent before, or waits for a host of its staging volume (maintenance sends it then)."""

@@ -63,16 +63,18 @@ class MessageSender:
             self._launch(message)
 
     def _are_sent_together(self, messages: Sequence[LaunchMessage]) -> bool:
-        """False when nobody knows which of them the broker has: a connection may have been closed since its last use,
-        which is noticed and mended when they are sent one by one."""
+        """False when nobody knows which of them the broker has.
+
+        A connection may have been closed since its last use, which sending them one by one notices and mends.
+        """
         try:
-            with (
-                self._app.producer_pool.acquire(block=True) as producer,
-                producer.batch(len(messages) * _COMMANDS_PER_LAUNCH),  # type: ignore[attr-defined]
-            ):
-                for message in messages:
-                    self._launch(message, producer=producer, retry=False)
-        except (KombuError, RedisError, OSError) as error:
+            with self._app.producer_pool.acquire(block=True) as producer:
+                connection: Any = producer.connection
+                connection.ensure_connection(max_retries=1, interval_start=0)
+                with producer.batch(len(messages) * _COMMANDS_PER_LAUNCH):  # type: ignore[attr-defined]
+                    for message in messages:
+                        self._launch(message, producer=producer, retry=False)
+        except (BrokerUnavailable, KombuError, RedisError, OSError) as error:
             log.info("launch.sent_one_by_one", extra={"error": repr(error)})
             return False
         return True
@@ -174,7 +176,7 @@ class MessageSender:
         """
         try:
             self._app.send_task(name, kwargs=kwargs, **options)
-        except (OperationalError, OSError) as error:
+        except (OperationalError, RedisError, OSError) as error:
             address = safe_url(self._runtime.settings.broker.url)
             raise BrokerUnavailable(f"broker {address} did not answer: {error}") from error
 

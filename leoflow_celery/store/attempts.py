@@ -271,7 +271,7 @@ class AttemptStore:
             # In one order everywhere: a second delivery of some of them may be recorded at the same time.
             return frozenset(
                 report.attempt
-                for report in sorted(reports, key=lambda one: one.attempt.task_instance_id)
+                for report in sorted(reports, key=lambda one: (one.attempt.task_instance_id, one.attempt.try_number))
                 if connection.execute(statements.launched(), _launched_parameters(report, now)).rowcount
             )
 

@@ -10,9 +10,12 @@ import logging
 import math
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import current_app
+from celery.exceptions import Reject
 from celery.worker.request import Request as CeleryRequest
 
 from leoflow_celery import metrics
@@ -75,14 +78,30 @@ def launch(
     except TransientLaunchError as error:
         _retry_or_give_up(self, identity, error, time.time() if tried_since is None else tried_since)
     except PermanentLaunchError as error:
-        outcome = Outcome.failed(parse_reason(error.reason, FailureReason.INVALID_SPEC), error.message)
-        report_outcome(self, identity, outcome, unclaimed=True)
+        _report_failure(
+            self, identity, Outcome.failed(parse_reason(error.reason, FailureReason.INVALID_SPEC), error.message)
+        )
     else:
         back_end = BackEnd(ExecutorType(self.name.rpartition(".")[2]), launched.host)
         host = launched.host or self.runtime.hostname
-        reports.report(LaunchReport(identity, launched.external_name, host, str(back_end)))
+        with _given_back_on_failure():
+            reports.report(LaunchReport(identity, launched.external_name, host, str(back_end)))
         return f"launched {launched.external_name}"
     return "not launched"
+
+
+@contextmanager
+def _given_back_on_failure() -> Iterator[None]:
+    """A report that the broker did not take for minutes: the message goes back to it, and is not acknowledged."""
+    try:
+        yield
+    except Exception as error:
+        raise Reject(error, requeue=True) from error
+
+
+def _report_failure(task: LeoflowTask, attempt: AttemptId, outcome: Outcome) -> None:
+    with _given_back_on_failure():
+        report_outcome(task, attempt, outcome, unclaimed=True)
 
 
 def _start(task: LeoflowTask, attempt: AttemptId, sealed: str) -> Launched:
@@ -121,7 +140,7 @@ def _retry_or_give_up(task: LeoflowTask, attempt: AttemptId, error: TransientLau
     if delay is None:
         reason = parse_reason(error.reason, FailureReason.LAUNCH_FAILED)
         message = f"{error.message} (given up after {task.request.retries + 1} attempts to start in {tried:.0f} s)"
-        report_outcome(task, attempt, Outcome.failed(reason, message), unclaimed=True)
+        _report_failure(task, attempt, Outcome.failed(reason, message))
         return
     log.warning("launch.retry", extra={"attempt": str(attempt), "error": error.message, "delay_seconds": delay})
     raise task.retry(countdown=delay, exc=error, kwargs={**(task.request.kwargs or {}), "tried_since": tried_since})

@@ -2,8 +2,8 @@
 
 A message of its own for each launch costs the control plane more than what it says, and a thread that waits for others
 launches nothing. So a launch leaves its report here and its thread goes on to the next one; a thread of its own sends
-what came together, and only then acknowledges the messages behind it. A worker that dies in between has acknowledged
-none of them: they come again and find their attempts started.
+what came together, and only then acknowledges the messages behind it. A worker that dies in between leaves messages
+that come again and find their attempts started.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from leoflow_celery.domain.attempt import LaunchReport
 
 log = logging.getLogger(__name__)
-#: A group leaves when it is so large, or when its first report has waited so long.
+#: A group leaves when it is so large, or when the sender has waited so long for more.
 _GROUP_SIZE = 8
 _WAIT_SECONDS = 0.03
 #: A worker that shuts down waits so long for the broker; what is not acknowledged then comes again.
@@ -88,16 +88,30 @@ class LaunchReports:
 
     def _run(self) -> None:
         while group := self._next_group():
-            try:
-                self._send([report for report, _ in group])
-            except Exception:
-                log.exception("launch.not_reported", extra={"launches": len(group)})
-                continue  # not acknowledged: the broker delivers them again
+            if not self._is_sent([report for report, _ in group]):
+                return
             for report, acknowledge in group:
                 try:
                     acknowledge()
                 except Exception as error:  # noqa: BLE001 - the connection is gone: the message comes again
                     log.warning("launch.not_acknowledged", extra={"attempt": str(report.attempt), "error": repr(error)})
+
+    def _is_sent(self, reports: list[LaunchReport]) -> bool:
+        """True when the broker has them, however long that takes: their messages would be held for ever otherwise.
+
+        False when the worker ends before that. It has acknowledged none of them, so they come again.
+        """
+        while True:
+            try:
+                self._send(reports)
+            except Exception:
+                log.exception("launch.not_reported", extra={"launches": len(reports)})
+                with self._changed:
+                    if self._closing:
+                        self._thread = None
+                        return False
+            else:
+                return True
 
     def _next_group(self) -> list[tuple[LaunchReport, Callable[[], None]]]:
         """What leaves next; nothing when there is nothing more to come."""

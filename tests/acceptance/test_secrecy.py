@@ -128,6 +128,8 @@ def test_no_canary_is_readable_anywhere(system: System, target: HttpTarget, spy:
         values = outcomes(handles)
         assert dispatched.get(timeout=60)["call"] == 1
         monitor.wait_for(handles["good"].id, "task-succeeded")
+        for name in ("bad", "fails"):
+            monitor.wait_for(handles[name].id, "task-failed")
 
     # The secrets did reach those they were for.
     assert CANARY["body"].encode() in b"".join(target.bodies)

@@ -23,7 +23,7 @@ from leoflow_celery.settings import KubernetesSettings
 
 log = logging.getLogger(__name__)
 
-#: The package reads its whole configuration again for each token it is asked for. It renews one minutes before its end.
+#: The package sets its whole configuration again for each token it is asked for. It renews one minutes before its end.
 _SAME_TOKEN_SECONDS = 5.0
 _NAMESPACE_FILE = Path(SERVICE_TOKEN_FILENAME).with_name("namespace")
 

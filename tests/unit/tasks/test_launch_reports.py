@@ -90,13 +90,27 @@ def test_launches_go_on_while_a_group_is_sent(broker: Broker, make: Make) -> Non
     assert broker.sent == [["a"], ["b", "c"]]
 
 
-def test_what_was_not_sent_is_not_acknowledged(broker: Broker, make: Make) -> None:
+def test_what_could_not_be_sent_is_sent_again_before_it_is_acknowledged(broker: Broker, make: Make) -> None:
     reports = make(group_size=1)
+    broker.errors = [OSError("no broker"), OSError("still none")]
+    launch(reports, broker, "a")
+    wait_until(lambda: broker.acknowledged == ["a"], 20, "the acknowledgement")
+    assert broker.sent == [["a"]] * 3
+
+
+def test_a_worker_that_ends_without_a_broker_acknowledges_nothing(broker: Broker, make: Make) -> None:
+    reports = make(group_size=1)
+    broker.slow.clear()
     broker.errors = [OSError("no broker")]
-    launch(reports, broker, "lost")
-    wait_until(lambda: not broker.errors, 20, "the failure")
-    launch(reports, broker, "next")
-    wait_until(lambda: broker.acknowledged == ["next"], 20, "the next one")
+    launch(reports, broker, "a")
+    wait_until(lambda: broker.sent, 20, "the first try")
+    closing = threading.Thread(target=reports.close)
+    closing.start()
+    wait_until(lambda: reports._closing, 20, "the end of the worker")
+    broker.slow.set()
+    closing.join(20)
+    assert broker.sent == [["a"]]
+    assert broker.acknowledged == []
 
 
 def test_an_acknowledgement_that_fails_keeps_no_other_back(broker: Broker, make: Make) -> None:
