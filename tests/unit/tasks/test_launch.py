@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.exceptions import Reject
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.errors import TransientLaunchError
+from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.tasks import launch
 from leoflow_celery.tasks.launch import OUTAGE_SECONDS, next_try_seconds
 from tests.unit.executors.kubernetes.built import SETTINGS
@@ -141,3 +142,16 @@ def test_delays_double_up_to_a_minute_and_half_of_one_is_chance(retries: int) ->
     delays = [next_try_seconds(retries, 0, 1) or 0 for _ in range(200)]
     backoff = min(2**retries, 60)
     assert backoff / 2 <= min(delays) < max(delays) <= backoff
+
+
+def test_a_failure_that_cannot_be_reported_goes_back_to_the_broker(
+    queue: Queue, failing: Callable[[Exception], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(*_: Any, **__: Any) -> None:
+        raise OSError("no broker")
+
+    monkeypatch.setattr(launch, "report_outcome", report)
+    failing(PermanentLaunchError(FailureReason.INVALID_SPEC, "no such field"))
+    with pytest.raises(Reject) as caught:
+        queue.deliver_until_over()
+    assert caught.value.requeue
