@@ -39,7 +39,7 @@ class Consumer(CeleryConsumer):
         super().__init__(*args, **kwargs)
 
     def on_send_event_buffered(self) -> None:  # type: ignore[override]
-        """Called after each event, from any thread. A flush that gets lost with its loop is replaced by the next."""
+        """Called after each event, from any thread."""
         now = time.monotonic()
         if self.hub and now >= self._events_leave_at:
             self._events_leave_at = now + _EVENT_GROUP_SECONDS
@@ -70,18 +70,19 @@ class Consumer(CeleryConsumer):
 
     def _acknowledge(self) -> None:
         """Each of them once. What the broker has no room for is tried again: it would take a slot for good."""
-        refused = []
-        with suppress(IndexError):
-            while True:
+        refused: list[Callable[[], Any]] = []
+        try:
+            while self._acknowledgements:
                 acknowledge = self._acknowledgements.popleft()
                 try:
                     acknowledge()
                 except RedisError as error:
                     log.warning("broker.ack_failed", extra={"error": repr(error)})
                     refused.append(acknowledge)
-        if refused and self.hub:
+        finally:
             self._acknowledgements.extend(refused)
-            self.hub.call_later(_ACKNOWLEDGE_AGAIN_SECONDS, self._acknowledge)
+            if refused and self.hub:
+                self.hub.call_later(_ACKNOWLEDGE_AGAIN_SECONDS, self._acknowledge)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         self._acknowledgements.clear()  # they belong to the channel that is gone; its messages come again

@@ -17,7 +17,7 @@ from celery.app import amqp
 from kombu.connection import ConnectionPool
 from kombu.transport import redis
 
-from leoflow_celery.domain.routing import is_of_users
+from leoflow_celery.domain.routing import is_monitored
 
 __all__ = ["AMQP"]
 
@@ -72,4 +72,4 @@ class AMQP(amqp.AMQP):
     def as_task_v2(self, task_id: str, name: str, *args: Any, **options: Any) -> Any:
         """A message, without the event ``task-sent`` when no monitor is to see the task."""
         message = super().as_task_v2(task_id, name, *args, **options)
-        return message if is_of_users(name) else message._replace(sent_event=None)
+        return message if is_monitored(name) else message._replace(sent_event=None)

@@ -47,8 +47,11 @@ class AttemptId:
 
 @dataclass(frozen=True, slots=True)
 class LaunchReport:
-    """An executor started an attempt: what it is called there, by which host, and which back end (``BackEnd`` as text)
-    runs it, empty when nobody can ask that."""
+    """An executor started an attempt.
+
+    ``external_name`` is what it is called there, ``hostname`` who started it, ``back_end`` the server that runs it
+    (``BackEnd`` as text), empty when nobody can ask that.
+    """
 
     attempt: AttemptId
     external_name: str

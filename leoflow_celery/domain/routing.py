@@ -50,8 +50,13 @@ _QUEUE_OF_PREFIX = {
 }
 
 
-def is_of_users(name: str) -> bool:
-    """Whether a Celery task is an attempt, a request or a stranger's: of all others no monitor needs to hear."""
+def executor_of_task(name: str) -> ExecutorType:
+    """The executor that a task named ``<prefix><executor>`` speaks of."""
+    return ExecutorType(name.rpartition(".")[2])
+
+
+def is_monitored(name: str) -> bool:
+    """Whether a monitor hears of a Celery task: of attempts, requests and strangers' tasks, not of the system's own."""
     return name.startswith((_EXECUTE_PREFIX, DISPATCH_TASK)) or not name.startswith(_OUR_PREFIX)
 
 

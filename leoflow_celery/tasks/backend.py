@@ -13,7 +13,7 @@ from typing import Any, cast
 from leoflow_celery import metrics
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.expectation import Expectation
-from leoflow_celery.domain.routing import RECONCILE_PREFIX, STAGING_PREFIX, STOP_PREFIX, ExecutorType
+from leoflow_celery.domain.routing import RECONCILE_PREFIX, STAGING_PREFIX, STOP_PREFIX, ExecutorType, executor_of_task
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.errors import BrokerUnavailable, TransientLaunchError
 from leoflow_celery.executors.base import ReconcilableExecutor
@@ -34,7 +34,7 @@ def executor_of(task: LeoflowTask) -> ReconcilableExecutor:
 
 
 def _type_of(task: LeoflowTask) -> ExecutorType:
-    return ExecutorType(task.name.rpartition(".")[2])
+    return executor_of_task(task.name)
 
 
 def reconcile(self: LeoflowTask, expectation: dict[str, Any]) -> None:

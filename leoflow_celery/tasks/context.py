@@ -13,7 +13,7 @@ from celery.signals import worker_process_init, worker_ready, worker_shutdown
 
 from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
-from leoflow_celery.domain.routing import is_of_users
+from leoflow_celery.domain.routing import is_monitored
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.settings import Settings
 from leoflow_celery.tasks.monitoring import close_senders
@@ -96,6 +96,6 @@ class LeoflowTask(Task[Any, Any]):
 
 def leoflow_task(name: str, base: type[LeoflowTask] = LeoflowTask, **options: Any) -> Callable[[Any], Any]:
     """``shared_task`` for a bound function of ours; ``autoretry_for`` and other options are Celery's."""
-    options = {"send_events": is_of_users(name), **options}
+    options = {"send_events": is_monitored(name), **options}
     register: Callable[[Any], Any] = shared_task(name=name, bind=True, base=base, **options)
     return register

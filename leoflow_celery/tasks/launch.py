@@ -24,7 +24,7 @@ from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.domain.routing import ExecutorType, task_name
+from leoflow_celery.domain.routing import ExecutorType, executor_of_task, task_name
 from leoflow_celery.errors import LeoflowError, PermanentLaunchError, TransientLaunchError, Unsealable
 from leoflow_celery.executors.base import Launched, LaunchSpec
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
@@ -82,7 +82,7 @@ def launch(
             self, identity, Outcome.failed(parse_reason(error.reason, FailureReason.INVALID_SPEC), error.message)
         )
     else:
-        back_end = BackEnd(ExecutorType(self.name.rpartition(".")[2]), launched.host)
+        back_end = BackEnd(executor_of_task(self.name), launched.host)
         host = launched.host or self.runtime.hostname
         with _given_back_on_failure():
             reports.report(LaunchReport(identity, launched.external_name, host, str(back_end)))
@@ -120,7 +120,7 @@ def _start(task: LeoflowTask, attempt: AttemptId, sealed: str) -> Launched:
 
 
 def _execute(task: LeoflowTask, launch_spec: LaunchSpec) -> Launched:
-    executor_type = ExecutorType(task.name.rpartition(".")[2])
+    executor_type = executor_of_task(task.name)
     executor, started, result = executor_of(task.app, executor_type), time.monotonic(), "transient"
     try:
         launched = executor.execute(launch_spec)

@@ -63,13 +63,13 @@ def test_what_the_broker_refuses_is_acknowledged_when_it_takes_it(consumer: Any)
 
 
 def test_another_error_is_the_loops_to_handle_and_keeps_no_other_back(consumer: Any) -> None:
-    broken, other = Message(1, KeyError), Message()
-    for message in (broken, other):
+    refused, broken, other = Message(1), Message(1, KeyError), Message()
+    for message in (refused, broken, other):
         consumer.call_soon_ack(message.ack)
     with pytest.raises(KeyError):
         consumer._acknowledge()
     consumer._acknowledge()
-    assert other.acknowledged == 1
+    assert (refused.acknowledged, other.acknowledged) == (1, 1)
 
 
 def test_without_a_loop_it_is_done_at_once(consumer: Any) -> None:

@@ -14,7 +14,7 @@ from leoflow_celery.domain.routing import (
     check_inline_timeout,
     check_secrets,
     executor_for,
-    is_of_users,
+    is_monitored,
     queue_for_task,
     task_name,
 )
@@ -80,7 +80,7 @@ def test_a_celery_task_goes_to_its_queue(name: str, queue: str | None) -> None:
 def test_a_monitor_hears_of_users_tasks_only() -> None:
     of_users = ["leoflow.execute.kubernetes", "leoflow.dispatch", "shop.send_mail", "celery.chord_unlock"]
     ours = ["leoflow.results.launched", "leoflow.maintenance.reap", "leoflow.reconcile.docker", "leoflow.stop.docker"]
-    assert [name for name in (*of_users, *ours) if is_of_users(name)] == of_users
+    assert [name for name in (*of_users, *ours) if is_monitored(name)] == of_users
 
 
 def test_an_inline_task_may_ask_for_the_cap_and_not_a_second_more() -> None:
