@@ -59,6 +59,7 @@ METRICS: dict[str, Metric] = {
     "leoflow_dispatch_at_capacity_total": Metric("counter", "Requests refused because their queue was full."),
     "leoflow_dispatch_latency_seconds": Metric("histogram", "Time to record and send one request."),
     "leoflow_tasks_undispatchable_total": Metric("counter", "Requests that can never be sent.", ("reason",)),
+    "leoflow_messages_refused_total": Metric("counter", "Internal messages that nobody believes.", ("task",)),
     "leoflow_auth_failures_total": Metric("counter", "Agent calls without an acceptable token.", ("reason",)),
     # Ours
     "leoflow_queue_depth": Metric("gauge", "Messages in a queue.", ("queue",)),
@@ -210,6 +211,11 @@ def record_at_capacity() -> None:
 def record_undispatchable(reason: str) -> None:
     """A request can never be sent."""
     _count("leoflow_tasks_undispatchable_total", reason)
+
+
+def record_message_refused(task: str) -> None:
+    """A message of ours, or of somebody who says so, was not believed; ``task`` is its task, or ``launched``."""
+    _count("leoflow_messages_refused_total", task)
 
 
 def set_queue_depths(depths: Mapping[str, int], launch_queues: Iterable[str]) -> None:

@@ -72,10 +72,10 @@ def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
 
 def check_keys(settings: Settings) -> Finding:
     """Both keys are set and usable."""
-    from leoflow_celery.security import Sealer, TokenIssuer
+    from leoflow_celery.security import KeyRing, TokenIssuer
 
     security = settings.security
-    Sealer(security.seal_keys.get_secret_value())
+    KeyRing(security.seal_keys.get_secret_value())
     TokenIssuer(security.jwt_secret.get_secret_value(), security.agent_token_ttl_seconds)
     return Finding("keys", True, "LEOFLOW_JWT_SECRET and LEOFLOW_SEAL_KEYS are set and usable")
 
@@ -106,7 +106,7 @@ def check_broker(settings: Settings) -> Finding:
     from kombu.exceptions import OperationalError
 
     from leoflow_celery.app import create_app
-    from leoflow_celery.runtime.queues import safe_url
+    from leoflow_celery.queueing.depths import safe_url
 
     address = safe_url(settings.broker.url)
     app = create_app(settings=settings)

@@ -13,9 +13,8 @@ from leoflow_celery.app import create_app
 from leoflow_celery.client.callbacks import signatures
 from leoflow_celery.client.handle import Handle
 from leoflow_celery.client.measuring import count_submitted, refusals_counted
-from leoflow_celery.client.messages import LaunchMessage, MessageSender, seal_request
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.request import TaskRequest, check_size, parse_request
+from leoflow_celery.domain.request import TaskRequest, parse_request
 from leoflow_celery.domain.routing import (
     QUEUE_OF,
     RECONCILED,
@@ -28,6 +27,8 @@ from leoflow_celery.domain.routing import (
 from leoflow_celery.domain.states import RunState, TaskState
 from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
+from leoflow_celery.queueing.messages import seal_request
+from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
@@ -53,7 +54,7 @@ class Client:
         self.app = app or create_app(settings=self.settings)
         self._owns_runtime = runtime is None
         self.runtime = runtime or Runtime(self.settings)
-        self.messages = MessageSender(self.app, self.runtime)
+        self.publisher = Publisher(self.app, self.runtime)
 
     @classmethod
     def from_environment(cls) -> Client:
@@ -110,8 +111,7 @@ class Client:
         if executor is ExecutorType.INLINE:
             check_inline_timeout(request, self.settings.inline.max_duration)
         check_secrets(request, executor)
-        sealed = seal_request(self.runtime, request)
-        check_size(len(sealed) * 3 // 4)
+        sealed = seal_request(self.runtime.keys, request)
         factor = request.oom_memory_factor
         factor = self.settings.maintenance.oom_memory_factor if factor is None else factor
         return NewTry(request, executor, sealed, context, factor)
@@ -144,7 +144,7 @@ class Client:
         sent: list[AttemptId] = []
         try:
             for messages in batched(self._messages(tries, submitted), _MESSAGES_AT_ONCE):
-                self.messages.launch(*messages)
+                self.publisher.launch(*messages)
                 sent += [message.attempt for message in messages]
         except BrokerUnavailable as error:
             raise BrokerUnavailable(
@@ -153,10 +153,10 @@ class Client:
         finally:
             self.runtime.store.submissions.mark_sent(sent)
 
-    def _messages(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> list[LaunchMessage]:
+    def _messages(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> list[LaunchOrder]:
         queues = [self._queue_to_send_to(item, done) for item, done in zip(tries, submitted, strict=True)]
         return [
-            LaunchMessage(item.request, item.executor, done.attempt, done.celery_task_id, queue)
+            LaunchOrder(item.request, item.executor, done.attempt, done.celery_task_id, queue)
             for item, done, queue in zip(tries, submitted, queues, strict=True)
             if queue is not None
         ]
@@ -173,7 +173,7 @@ class Client:
         """Record a try that the scheduler decided without running it: skipped or upstream_failed."""
         parsed = parse_request(request)
         executor = executor_for(parsed, ExecutorType(self.settings.dispatch.executor_type))
-        item = NewTry(parsed, executor, seal_request(self.runtime, parsed))
+        item = NewTry(parsed, executor, seal_request(self.runtime.keys, parsed))
         self.runtime.store.submissions.record([item], state)
 
     def cancel(self, task_instance_id: str, try_number: int | None = None) -> bool:
@@ -187,9 +187,9 @@ class Client:
             return False
         view = self.runtime.store.attempts.request_cancel(task_instance_id, before.try_number)
         try:
-            self.messages.stop(view)
+            self.publisher.stop(view)
             if view.is_terminal:
-                self.messages.settle(view.task_instance_id, view.try_number)
+                self.publisher.advance_try(view.task_instance_id, view.try_number)
         except BrokerUnavailable as error:  # maintenance does both later
             log.warning("cancel.delayed", extra={"attempt": str(view.attempt), "error": str(error)})
         return True

@@ -33,31 +33,77 @@ MAINTENANCE_QUEUE = "maintenance"
 LAUNCH_QUEUES = tuple(QUEUE_OF.values())
 ALL_QUEUES = (*LAUNCH_QUEUES, DISPATCH_QUEUE, RESULTS_QUEUE, MAINTENANCE_QUEUE)
 
-DISPATCH_TASK = "leoflow.dispatch"
-_OUR_PREFIX = "leoflow."
-_EXECUTE_PREFIX = "leoflow.execute."
-#: Tasks of the workers that hold a back end: ``<prefix><executor>``.
-RECONCILE_PREFIX = "leoflow.reconcile."
-STOP_PREFIX = "leoflow.stop."
-STAGING_PREFIX = "leoflow.staging."
-_BACK_END_PREFIXES = (_EXECUTE_PREFIX, RECONCILE_PREFIX, STOP_PREFIX, STAGING_PREFIX)
 #: Executors whose attempts and volumes live elsewhere and are compared with SQL.
 RECONCILED = (ExecutorType.KUBERNETES, ExecutorType.DOCKER)
-_QUEUE_OF_PREFIX = {
-    DISPATCH_TASK: DISPATCH_QUEUE,
-    "leoflow.results.": RESULTS_QUEUE,
-    "leoflow.maintenance.": MAINTENANCE_QUEUE,
-}
+
+
+#: What the names of our tasks begin with.
+OUR_PREFIX = "leoflow."
+
+
+class TaskName(StrEnum):
+    """Every Celery task of ours. The last part of a back end's task is its executor."""
+
+    DISPATCH = "leoflow.dispatch"
+
+    EXECUTE_KUBERNETES = "leoflow.execute.kubernetes"
+    EXECUTE_DOCKER = "leoflow.execute.docker"
+    EXECUTE_SUBPROCESS = "leoflow.execute.subprocess"
+    EXECUTE_INLINE = "leoflow.execute.inline"
+    RECONCILE_KUBERNETES = "leoflow.reconcile.kubernetes"
+    RECONCILE_DOCKER = "leoflow.reconcile.docker"
+    STOP_KUBERNETES = "leoflow.stop.kubernetes"
+    STOP_DOCKER = "leoflow.stop.docker"
+    STAGING_KUBERNETES = "leoflow.staging.kubernetes"
+    STAGING_DOCKER = "leoflow.staging.docker"
+
+    RECORD_END = "leoflow.results.record"
+    RECORD_STAGING = "leoflow.results.staging_deleted"
+    RECORD_PRESENCE = "leoflow.results.present"
+    ADVANCE_TRY = "leoflow.results.advance"
+
+    SEND_DUE = "leoflow.maintenance.send_due"
+    COMPLETE_DUE = "leoflow.maintenance.complete_due"
+    REAP = "leoflow.maintenance.reap"
+    REQUEST_RECONCILE = "leoflow.maintenance.reconcile"
+    REQUEST_STAGING = "leoflow.maintenance.collect_staging"
+    EXPIRE_XCOMS = "leoflow.maintenance.expire_xcoms"
+    PRUNE_LOGS = "leoflow.maintenance.prune_logs"
+    PRUNE_HISTORY = "leoflow.maintenance.prune_history"
+
+    @classmethod
+    def of(cls, kind: str, executor: ExecutorType) -> TaskName:
+        """The task of a back end: ``kind`` is execute, reconcile, stop or staging.
+
+        Raises:
+            ValueError: the executor has none of that kind.
+        """
+        return cls(f"{OUR_PREFIX}{kind}.{executor}")
+
+    @property
+    def queue(self) -> str:
+        """The executor's or the control plane's own queue."""
+        kind, _, what = self.removeprefix(OUR_PREFIX).partition(".")
+        queues = {"dispatch": DISPATCH_QUEUE, "results": RESULTS_QUEUE, "maintenance": MAINTENANCE_QUEUE}
+        return queues[kind] if kind in queues else QUEUE_OF[ExecutorType(what)]
+
+    @property
+    def is_monitored(self) -> bool:
+        """Whether a monitor hears of it: of attempts and requests, not of the system's own work."""
+        return self.startswith((f"{OUR_PREFIX}execute.", TaskName.DISPATCH))
+
+
+TASK_NAMES = frozenset(TaskName)
 
 
 def executor_of_task(name: str) -> ExecutorType:
-    """The executor that a task named ``<prefix><executor>`` speaks of."""
+    """The executor of a back end's task."""
     return ExecutorType(name.rpartition(".")[2])
 
 
 def is_monitored(name: str) -> bool:
-    """Whether a monitor hears of a Celery task: of attempts, requests and strangers' tasks, not of the system's own."""
-    return name.startswith((_EXECUTE_PREFIX, DISPATCH_TASK)) or not name.startswith(_OUR_PREFIX)
+    """Whether a monitor hears of a Celery task, ours or a user's."""
+    return not name.startswith(OUR_PREFIX) or (name in TASK_NAMES and TaskName(name).is_monitored)
 
 
 def executor_for(request: TaskRequest, standard: ExecutorType) -> ExecutorType:
@@ -134,11 +180,6 @@ def check_task(request: TaskRequest, standard: ExecutorType, max_inline_seconds:
     return executor
 
 
-def task_name(executor: ExecutorType) -> str:
-    """The Celery task that launches on an executor, e.g. ``leoflow.execute.kubernetes``."""
-    return f"{_EXECUTE_PREFIX}{executor.value}"
-
-
 def host_queue(executor: ExecutorType, host: str) -> str:
     """The queue that one host's workers consume beside the executor's own, e.g. ``docker.host-1``."""
     return f"{QUEUE_OF[executor]}.{host}"
@@ -146,7 +187,4 @@ def host_queue(executor: ExecutorType, host: str) -> str:
 
 def queue_for_task(name: str) -> str | None:
     """The queue of one of our Celery tasks, or None for a task that is not ours."""
-    for prefix in _BACK_END_PREFIXES:
-        if name.startswith(prefix):
-            return QUEUE_OF[ExecutorType(name.removeprefix(prefix))]
-    return next((queue for prefix, queue in _QUEUE_OF_PREFIX.items() if name.startswith(prefix)), None)
+    return TaskName(name).queue if name in TASK_NAMES else None

@@ -20,9 +20,9 @@ _MAX_WAITING = 1_000
 def nudge_results(runtime: Runtime) -> OnFinished:
     """The standard notification: a results worker completes the try, or sends its next launch."""
     from leoflow_celery.app import create_app  # Celery costs 200 ms, and embedders may bring their own
-    from leoflow_celery.client.messages import MessageSender
+    from leoflow_celery.queueing.publisher import Publisher
 
-    return MessageSender(create_app(settings=runtime.settings), runtime).settle
+    return Publisher(create_app(settings=runtime.settings), runtime).advance_try
 
 
 class Notifier:

@@ -89,7 +89,7 @@ class GatewayServer:
     def _unary(self, settings: Settings, policy: ChannelPolicy) -> dict[str, Unary]:
         store, threads, gateway = self._runtime.store, self._threads, settings.gateway
         task_secrets = open_provider(gateway.secrets_path, "LEOFLOW_GATEWAY_SECRETS_PATH")
-        specs = Specs(store.attempts, self._runtime.sealer, policy, task_secrets, self._notifier, threads)
+        specs = Specs(store.attempts, self._runtime.keys, policy, task_secrets, self._notifier, threads)
         xcoms = XComMethods(store, specs, self._claims, threads, settings.xcom)
         secrets = SecretMethods(gateway, policy, self._claims, threads)
         lifecycle = Lifecycle(store, self._registry, self._foreign, self._notifier, threads, gateway.lease_seconds)

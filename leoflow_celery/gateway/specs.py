@@ -21,7 +21,8 @@ from leoflow_celery.gateway.secrets import ChannelPolicy
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.gateway.values import ValueProvider
 from leoflow_celery.protocol import agent_pb2 as pb
-from leoflow_celery.security import Sealer
+from leoflow_celery.queueing.messages import open_request
+from leoflow_celery.security import KeyRing
 from leoflow_celery.store.attempts import AttemptStore, Guard
 from leoflow_celery.store.views import TaskInstanceView
 
@@ -93,13 +94,13 @@ class Specs:
     def __init__(
         self,
         attempts: AttemptStore,
-        sealer: Sealer,
+        keys: KeyRing,
         policy: ChannelPolicy,
         secrets: ValueProvider,
         notifier: Notifier,
         threads: Threads,
     ) -> None:
-        self._attempts, self._sealer, self._policy = attempts, sealer, policy
+        self._attempts, self._keys, self._policy = attempts, keys, policy
         self._secrets, self._notifier, self._threads = secrets, notifier, threads
         self._wirings: Recent[tuple[str, int], Wiring] = Recent(4_096)
 
@@ -128,7 +129,7 @@ class Specs:
 
     def _read(self, caller: Caller) -> tuple[TaskInstanceView, TaskRequest]:
         view = self._attempts.get(caller.attempt.task_instance_id, caller.attempt.try_number)
-        return view, TaskRequest.model_validate(self._sealer.open(view.sealed_request)["request"])
+        return view, open_request(self._keys, view.sealed_request)
 
     async def _resolved(self, request: TaskRequest) -> dict[str, str]:
         if not any(secret.source == _RESOLVED_SOURCE for secret in request.secrets):

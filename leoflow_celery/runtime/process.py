@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.executors.base import Executor, FailureReporter, Observer
 from leoflow_celery.runtime.once import once
-from leoflow_celery.security import Sealer, TokenIssuer
+from leoflow_celery.security import KeyRing, TokenIssuer
 from leoflow_celery.settings import Settings
 
 if TYPE_CHECKING:
     from leoflow_celery.executors.inline_http import InlineHttpExecutor
+    from leoflow_celery.queueing.depths import QueueDepths
+    from leoflow_celery.queueing.launch_notes import LaunchNotes
+    from leoflow_celery.queueing.locks import BrokerLocks
     from leoflow_celery.runtime.leases import LeaseKeeper
-    from leoflow_celery.runtime.locks import BrokerLocks
-    from leoflow_celery.runtime.queues import QueueInspector
     from leoflow_celery.store import Store
 
 
@@ -49,8 +50,8 @@ class Runtime:
         return Store(self.settings)
 
     @once
-    def sealer(self) -> Sealer:
-        return Sealer(self.settings.security.seal_keys.get_secret_value())
+    def keys(self) -> KeyRing:
+        return KeyRing(self.settings.security.seal_keys.get_secret_value())
 
     @once
     def tokens(self) -> TokenIssuer:
@@ -70,16 +71,22 @@ class Runtime:
         return LeaseKeeper(self.store.attempts.heartbeat, self.settings.gateway.lease_seconds)
 
     @once
-    def queues(self) -> QueueInspector:
-        from leoflow_celery.runtime.queues import QueueInspector
+    def queues(self) -> QueueDepths:
+        from leoflow_celery.queueing.depths import QueueDepths
 
-        return QueueInspector(self.settings.broker)
+        return QueueDepths(self.settings.broker)
 
     @once
     def locks(self) -> BrokerLocks:
-        from leoflow_celery.runtime.locks import BrokerLocks
+        from leoflow_celery.queueing.locks import BrokerLocks
 
         return BrokerLocks(self.queues.client, self.settings.broker.key_prefix)
+
+    @once
+    def launch_notes(self) -> LaunchNotes:
+        from leoflow_celery.queueing.launch_notes import LaunchNotes
+
+        return LaunchNotes(self.queues.client, self.settings.broker, self.keys)
 
     def executor(
         self,
@@ -101,7 +108,8 @@ class Runtime:
             for executor in self._executors.values():
                 executor.close()
             self._executors.clear()
-            self.__dict__.pop("locks", None)
+            for name in ("locks", "launch_notes"):
+                self.__dict__.pop(name, None)
             for name in ("leases", "inline", "store", "queues"):
                 part = self.__dict__.pop(name, None)
                 if part is not None and hasattr(part, "close"):

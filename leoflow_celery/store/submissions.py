@@ -17,7 +17,7 @@ from leoflow_celery.domain.memory import memory_limit
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.domain.routing import ExecutorType, task_name
+from leoflow_celery.domain.routing import ExecutorType, TaskName
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store import statements
@@ -263,7 +263,7 @@ def _completion_row(item: NewTry, now: float) -> dict[str, Any]:
         "celery_task_id": celery_task_id(request.task_instance_id, request.try_number),
         "task_instance_id": request.task_instance_id,
         "try_number": request.try_number,
-        "context": {"task": task_name(item.executor), **item.context},
+        "context": {"task": TaskName.of("execute", item.executor).value, **item.context},
         "result_callback": callback.model_dump() if callback else None,
         "created_at": now,
     }

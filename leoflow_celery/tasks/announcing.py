@@ -16,8 +16,10 @@ from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, ExecutorType
 from leoflow_celery.errors import LeoflowError
 from leoflow_celery.executors.base import ReconcilableExecutor
+from leoflow_celery.queueing.messages import Present
+from leoflow_celery.queueing.publisher import Publisher
+from leoflow_celery.tasks.context import runtime_of
 from leoflow_celery.tasks.executors import executor_of
-from leoflow_celery.tasks.reporting import report_present
 
 log = logging.getLogger(__name__)
 _EVERY_SECONDS = 15.0
@@ -46,7 +48,7 @@ class Announcer(threading.Thread):
             executor = executor_of(self._app, executor_type)
             back_end = BackEnd(executor_type, cast(ReconcilableExecutor, executor).host)
             self._serve(back_end)
-            report_present(self._app, back_end, _EVERY_SECONDS)
+            Publisher(self._app, runtime_of(self._app)).present(Present(back_end), _EVERY_SECONDS)
         except LeoflowError as error:
             log.warning("backend.not_announced", extra={"executor": executor_type, "error": str(error)})
         except Exception as error:  # noqa: BLE001 - the broker may be away in many ways; the next word follows soon

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,15 @@ from celery.signals import worker_process_init, worker_ready, worker_shutdown
 
 from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
-from leoflow_celery.domain.routing import is_monitored
+from leoflow_celery.domain.routing import ExecutorType, is_monitored
+from leoflow_celery.errors import DecryptionFailed
+from leoflow_celery.queueing.messages import EXECUTOR_OF, M, open_message
+from leoflow_celery.queueing.publisher import Publisher
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.settings import Settings
 from leoflow_celery.tasks.monitoring import close_senders
 
+log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _runtimes: dict[int, Runtime] = {}
 
@@ -85,6 +90,39 @@ class LeoflowTask(Task[Any, Any]):
     @property
     def runtime(self) -> Runtime:
         return runtime_of(self.app)
+
+    @property
+    def publisher(self) -> Publisher:
+        """Sends our messages."""
+        return Publisher(self.app, self.runtime)
+
+    def opened(self, kind: type[M], sealed: str, scope: str) -> M:
+        """The content of this task's message, sealed with the key of ``scope``.
+
+        Raises:
+            Reject: it cannot be opened; that was counted and logged.
+        """
+        try:
+            return open_message(self.runtime.keys, scope, kind, sealed)
+        except DecryptionFailed as error:
+            raise self.refused(str(error)) from error
+
+    def heard(self, kind: type[M], sealed: str, speaker: str) -> tuple[ExecutorType, M]:
+        """What the launch workers of an executor say; ``speaker`` names the key that it is sealed with.
+
+        Raises:
+            Reject: no launch worker said it; that was counted and logged.
+        """
+        executor = EXECUTOR_OF.get(speaker)
+        if executor is None:
+            raise self.refused("no launch worker may say this")
+        return executor, self.opened(kind, sealed, speaker)
+
+    def refused(self, why: str) -> Reject:
+        """The error to leave with when this task's message is believed by nobody."""
+        metrics.record_message_refused(self.name)
+        log.warning("message.refused", extra={"task": self.name, "celery_task_id": self.request.id, "why": why})
+        return Reject(why, requeue=False)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's retry, which drops the message when the broker does not take the next one; ours goes back to it."""

@@ -2,7 +2,7 @@
 
 The Celery id of the dispatch message waits for the try: its result, its chain and its chord go on when the task
 instance ends, whatever executor ran it. The argument is a request, or ``{"sealed": <Fernet token of one>}`` from a
-publisher that shares the sealing key and wants nothing readable on the broker.
+publisher that holds the key of scope ``dispatch`` and wants nothing readable on the broker.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from leoflow_celery.client import Client, Handle
 from leoflow_celery.client.measuring import refusals_counted
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import check_celery_id
-from leoflow_celery.domain.routing import DISPATCH_TASK
+from leoflow_celery.domain.routing import TaskName
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, Unavailable
+from leoflow_celery.security import Scope
+from leoflow_celery.tasks.advance_try import advance_try
 from leoflow_celery.tasks.completion import saved_context, store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
-from leoflow_celery.tasks.settling import settle_try
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class DispatchTask(LeoflowTask):
     Request = f"{__name__}:QuietRequest"
 
 
-@leoflow_task(DISPATCH_TASK, DispatchTask, autoretry_for=(Unavailable, AtCapacity, RedisError, OperationalError))
+@leoflow_task(TaskName.DISPATCH, DispatchTask, autoretry_for=(Unavailable, AtCapacity, RedisError, OperationalError))
 def dispatch(self: DispatchTask, request: dict[str, Any]) -> None:
     """Record and send a request; the message's own id ends with the try.
 
@@ -62,7 +63,7 @@ def dispatch(self: DispatchTask, request: dict[str, Any]) -> None:
     """
     attempt = _submit(self, request).attempt
     _await(self, attempt)
-    settle_try(self, attempt.task_instance_id, attempt.try_number)
+    advance_try(self, attempt.task_instance_id, attempt.try_number)
     raise Ignore
 
 
@@ -99,5 +100,5 @@ def _opened(task: DispatchTask, request: Any) -> Any:
     with refusals_counted():
         check_celery_id(str(task.request.id))
         if isinstance(request, dict) and set(request) == {"sealed"}:
-            return task.runtime.sealer.open(str(request["sealed"]))
+            return task.runtime.keys.sealer(Scope.DISPATCH).open(str(request["sealed"]))
     return request

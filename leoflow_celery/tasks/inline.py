@@ -10,29 +10,29 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 from celery.exceptions import Ignore
 from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from leoflow_celery import metrics
-from leoflow_celery.client.messages import open_request
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.domain.routing import ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
-from leoflow_celery.errors import ClaimRefused, Unavailable, Unsealable, XComRejected
+from leoflow_celery.errors import ClaimRefused, DecryptionFailed, Unavailable, XComRejected
 from leoflow_celery.executors.inline_http import HttpResult, HttpTaskError
+from leoflow_celery.queueing.messages import SCOPE_OF, LaunchInline, open_request
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.logs import LogRecord
 from leoflow_celery.store.views import Finished, TaskInstanceView
+from leoflow_celery.tasks.advance_try import advance_view
 from leoflow_celery.tasks.completion import Ended
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.monitoring import summary
-from leoflow_celery.tasks.settling import settle_view
 from leoflow_celery.tasks.started import StartedMark
 
 log = logging.getLogger(__name__)
@@ -40,14 +40,15 @@ log = logging.getLogger(__name__)
 _RECORD_SECONDS = 600
 
 
-@leoflow_task("leoflow.execute.inline", autoretry_for=(Unavailable,))
-def execute_inline(self: LeoflowTask, attempt: dict[str, Any], **_summary: Any) -> str:
+@leoflow_task(TaskName.EXECUTE_INLINE, autoretry_for=(Unavailable,))
+def execute_inline(self: LeoflowTask, sealed: str) -> str:
     """Run one http_api task; a second delivery is refused by the claim.
 
     A success returns a summary of its value, which becomes the monitor's event; the result itself was written by then.
     Any other end leaves with ``Ignore``, which costs a formatted traceback: too much for the usual case.
     """
-    runtime, identity, holder = self.runtime, AttemptId.from_json(attempt), self.runtime.new_holder()
+    runtime, holder = self.runtime, self.runtime.new_holder()
+    identity = self.opened(LaunchInline, sealed, SCOPE_OF[ExecutorType.INLINE]).attempt
     view = _claim(runtime, identity, holder)
     runtime.leases.hold(holder, identity)
     try:
@@ -61,9 +62,9 @@ def execute_inline(self: LeoflowTask, attempt: dict[str, Any], **_summary: Any) 
         raise Ignore
     if finished.recorded and finished.state is TaskState.SUCCESS:
         parsed = json.loads(value) if value else None
-        settle_view(self, finished.view, Ended(finished.view, parsed, monitored=True))
+        advance_view(self, finished.view, Ended(finished.view, parsed, monitored=True))
         return summary(parsed)
-    settle_view(self, finished.view)
+    advance_view(self, finished.view)
     raise Ignore
 
 
@@ -84,7 +85,7 @@ def _claim(runtime: Runtime, attempt: AttemptId, holder: str) -> TaskInstanceVie
 def _call(runtime: Runtime, view: TaskInstanceView, must_stop: Callable[[], bool]) -> tuple[Outcome, bytes | None]:
     """The outcome of the call and the JSON it returned. Never raises for what the task did wrong."""
     try:
-        request = open_request(runtime, view.sealed_request)
+        request = open_request(runtime.keys, view.sealed_request)
         result = runtime.inline.run(request, view.attempt, must_stop)
         _log(runtime, view, "info", result.summary)
         return Outcome.success(), _checked_value(runtime, request, result)
@@ -93,7 +94,7 @@ def _call(runtime: Runtime, view: TaskInstanceView, must_stop: Callable[[], bool
     except XComRejected as error:
         metrics.record_xcom_rejected(error.reason)
         outcome = Outcome.failed(parse_reason(error.reason), error.message)
-    except Unsealable as error:
+    except DecryptionFailed as error:
         outcome = Outcome.failed(FailureReason.INVALID_SPEC, str(error))
     except Unavailable:
         raise

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import cache, partial
 
 from leoflow_celery import metrics
-from leoflow_celery.client.messages import MessageSender, requested_grace
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reap import (
     ReapPolicy,
@@ -24,13 +23,14 @@ from leoflow_celery.domain.reap import (
     unplaced_verdict,
 )
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.routing import QUEUE_OF, RESULTS_QUEUE, ExecutorType, host_queue
-from leoflow_celery.errors import BrokerUnavailable, Unsealable
+from leoflow_celery.domain.routing import QUEUE_OF, RESULTS_QUEUE, ExecutorType, TaskName, host_queue
+from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed
+from leoflow_celery.queueing.publisher import requested_grace
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.views import TaskInstanceView
+from leoflow_celery.tasks.advance_try import advance_try
 from leoflow_celery.tasks.completion import complete_due
 from leoflow_celery.tasks.context import LeoflowTask
-from leoflow_celery.tasks.settling import settle_try
 from leoflow_celery.tasks.single_flight import maintenance_task
 
 log = logging.getLogger(__name__)
@@ -38,22 +38,22 @@ log = logging.getLogger(__name__)
 _UNSENT_GRACE_SECONDS = 5
 
 
-@maintenance_task("send_due")
+@maintenance_task(TaskName.SEND_DUE)
 def send_due(self: LeoflowTask) -> int:
     """Send the messages that a crash or an unreachable broker kept back, and relaunches whose delay is over."""
-    submissions, sender, sent = self.runtime.store.submissions, MessageSender(self.app, self.runtime), 0
+    submissions, sent = self.runtime.store.submissions, 0
     while submissions.place():
         pass
     while due := submissions.unsent(_UNSENT_GRACE_SECONDS):
-        sent += sum(_send(self, sender, view) for view in due)
+        sent += sum(_send(self, view) for view in due)
     return sent
 
 
-def _send(task: LeoflowTask, sender: MessageSender, view: TaskInstanceView) -> bool:
+def _send(task: LeoflowTask, view: TaskInstanceView) -> bool:
     """Send what is due, or give up what can never be sent; either way it is due no more."""
     try:
-        sender.launch_again(view)
-    except Unsealable as error:
+        task.publisher.launch_again(view, task.runtime.store.relaunch_policy)
+    except DecryptionFailed as error:
         metrics.record_undispatchable("unsealable")
         _give_up(task, view, Verdict(FailureReason.INVALID_SPEC, str(error)), Guard(unclaimed=True))
         return False
@@ -61,7 +61,7 @@ def _send(task: LeoflowTask, sender: MessageSender, view: TaskInstanceView) -> b
     return True
 
 
-@maintenance_task("complete_due")
+@maintenance_task(TaskName.COMPLETE_DUE)
 def complete_all(self: LeoflowTask) -> int:
     """Complete what ended without being completed."""
     total = 0
@@ -70,7 +70,7 @@ def complete_all(self: LeoflowTask) -> int:
     return total
 
 
-@maintenance_task("reap")
+@maintenance_task(TaskName.REAP)
 def reap(self: LeoflowTask) -> int:
     """Give up attempts that are silent, lost on the way, asked to stop or older than a try that was submitted."""
     policy = _policy(self)
@@ -169,7 +169,7 @@ def _reap_cancelled(task: LeoflowTask, policy: ReapPolicy) -> int:
 
 def _had_its_grace(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> bool:
     asked = time.time() - (view.cancel_requested_at or 0.0)
-    return cancel_overdue(asked, requested_grace(task.runtime, view), policy)
+    return cancel_overdue(asked, requested_grace(task.runtime.keys, view), policy)
 
 
 def _depth(task: LeoflowTask, queue: str) -> int | None:
@@ -191,24 +191,24 @@ def _give_up(
     log.warning("attempt.given_up", extra={"attempt": str(view.attempt), "reason": verdict.reason.value})
     if finished.relaunch:
         metrics.record_relaunch(verdict.reason)
-    settle_try(task, view.task_instance_id, view.try_number)
+    advance_try(task, view.task_instance_id, view.try_number)
     return True
 
 
-@maintenance_task("expire_xcoms")
+@maintenance_task(TaskName.EXPIRE_XCOMS)
 def expire_xcoms(self: LeoflowTask) -> int:
     """Remove XCom values past their time to live."""
     return self.runtime.store.xcom.delete_expired()
 
 
-@maintenance_task("prune_logs")
+@maintenance_task(TaskName.PRUNE_LOGS)
 def prune_logs(self: LeoflowTask) -> int:
     """Remove task logs past their retention."""
     retention = self.runtime.settings.logs.retention_seconds
     return self.runtime.store.logs.prune(retention) if retention else 0
 
 
-@maintenance_task("prune_history")
+@maintenance_task(TaskName.PRUNE_HISTORY)
 def prune_history(self: LeoflowTask) -> int:
     """Remove tries, runs and records of volumes past their retention."""
     retention = self.runtime.settings.maintenance.history_retention_seconds

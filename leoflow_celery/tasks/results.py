@@ -1,84 +1,119 @@
-"""Queue ``results``: what workers and agents reported becomes state, XComs and completed Celery ids."""
+"""Queue ``results``: what launch workers and agents reported becomes state, XComs and completed Celery ids.
+
+Who speaks is known by the key: a message that docker workers may send states nothing about a pod. What it states is
+believed only about attempts that SQL gave to this executor and back end.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
+from celery import Celery
 from celery.states import STARTED
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
 
 from leoflow_celery import metrics
-from leoflow_celery.client.messages import open_request
-from leoflow_celery.domain.attempt import AttemptId, LaunchReport, celery_task_id
+from leoflow_celery.domain.attempt import LaunchReport, celery_task_id
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.routing import ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
-from leoflow_celery.errors import NotFound, Unavailable, Unsealable, XComRejected
+from leoflow_celery.errors import ConfigurationError, DecryptionFailed, NotFound, Unavailable, XComRejected
+from leoflow_celery.queueing.launch_notes import LaunchNote
+from leoflow_celery.queueing.messages import (
+    EXECUTOR_OF,
+    AdvanceTry,
+    AttemptEnded,
+    Present,
+    StagingDeleted,
+    open_request,
+)
+from leoflow_celery.runtime import Runtime
+from leoflow_celery.security import Scope
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.views import TaskInstanceView
+from leoflow_celery.tasks.advance_try import advance_try
 from leoflow_celery.tasks.completion import store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
-from leoflow_celery.tasks.settling import settle_try
 
 log = logging.getLogger(__name__)
+B = TypeVar("B", StagingDeleted, Present)
 
 
-@leoflow_task("leoflow.results.launched", autoretry_for=(Unavailable, RedisError, OperationalError))
-def launched(self: LeoflowTask, launches: list[dict[str, Any]]) -> None:
-    """Record that an executor started attempts (``LaunchReport``); their Celery ids are STARTED from now on.
+def collect_launches(app: Celery, runtime: Runtime) -> int:
+    """Record which attempts were started; how many notes there were. Their Celery ids are STARTED from now on.
 
     An attempt may end while STARTED is written, perhaps over its result, and a worker may die right after that: so
-    every delivery that finds a try over writes its result again.
+    every collection that finds a try over writes its result again.
+
+    Raises:
+        Unavailable: a server is away; the notes are collected again.
     """
-    attempts = self.runtime.store.attempts
-    reports = [LaunchReport.from_json(one) for one in launches]
-    waiting = attempts.launched(reports)
-    for report in reports:
-        if report.attempt in waiting:
-            _mark_started(self, report)
-        else:
-            _warn_of_unknown(self, report)
-    for view in attempts.ended([report.attempt for report in reports]):
-        store_result(self.app, self.runtime, view)
+    notes = runtime.launch_notes.group()
+    reports = [report for note in notes if (report := _report_of(runtime, note)) is not None]
+    if reports:
+        waiting = runtime.store.attempts.launched(reports)
+        for report in reports:
+            if report.attempt in waiting:
+                _mark_started(app, report)
+        for view in runtime.store.attempts.ended([report.attempt for report in reports]):
+            store_result(app, runtime, view)
+    runtime.launch_notes.remove(notes)
+    return len(notes)
 
 
-def _mark_started(task: LeoflowTask, report: LaunchReport) -> None:
+def _report_of(runtime: Runtime, note: LaunchNote) -> LaunchReport | None:
+    """What a note says; None for one that nobody may leave."""
+    try:
+        report, executor = note.report(runtime.keys), EXECUTOR_OF.get(note.scope)
+        why = "" if BackEnd.parse(report.back_end).executor is executor else "a worker speaks for another executor"
+    except (DecryptionFailed, ConfigurationError, ValueError) as error:
+        why = str(error)
+    if why:
+        metrics.record_message_refused("launched")
+        log.warning("launch_note.refused", extra={"note": note.field[:200], "error": why})
+        return None
+    return report
+
+
+def _mark_started(app: Celery, report: LaunchReport) -> None:
     celery_id = celery_task_id(report.attempt.task_instance_id, report.attempt.try_number)
     meta = {"hostname": report.hostname, "external_name": report.external_name}
-    task.backend.store_result(celery_id, meta, STARTED)
+    app.backend.store_result(celery_id, meta, STARTED)
 
 
-def _warn_of_unknown(task: LeoflowTask, report: LaunchReport) -> None:
-    try:
-        task.runtime.store.attempts.get(report.attempt.task_instance_id, report.attempt.try_number)
-    except NotFound:
-        log.warning("launched.unknown", extra={"attempt": str(report.attempt), "external_name": report.external_name})
-
-
-@leoflow_task("leoflow.results.record", autoretry_for=(Unavailable,))
-def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
+@leoflow_task(TaskName.RECORD_END, autoretry_for=(Unavailable,))
+def record_end(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """Record the end of an attempt that no agent reported, with the value it left, in one transaction."""
-    identity = AttemptId.from_json(attempt)
-    content = self.runtime.sealer.open(sealed)
-    outcome = Outcome.from_json(content["outcome"])
-    guard = Guard(unclaimed=bool(content.get("unclaimed")))
+    runtime, (executor, ended) = self.runtime, self.heard(AttemptEnded, sealed, speaker)
+    identity, outcome = ended.attempt, ended.outcome
+    if ended.unclaimed:
+        # Another delivery may have started it, and said so already.
+        while collect_launches(self.app, runtime):
+            pass
     try:
-        view = self.runtime.store.attempts.get(identity.task_instance_id, identity.try_number)
+        view = runtime.store.attempts.get(identity.task_instance_id, identity.try_number)
     except NotFound:
         log.warning("record.unknown", extra={"attempt": str(identity), "outcome": outcome.state.value})
         return
-    outcome, xcoms = _with_value(self, view, outcome, content.get("return_value"))
+    if not _may_speak(view, BackEnd(executor, ended.host)):
+        raise self.refused(f"attempt {identity} was not given to {BackEnd(executor, ended.host)}")
+    outcome, xcoms = _with_value(self, view, outcome, ended.return_value)
     if outcome.state is TaskState.FAILED and not outcome.log_tail:
-        outcome = outcome.evolve(log_tail=self.runtime.store.logs.last_lines(view.log_key))
-    finished = self.runtime.store.attempts.finish(identity, outcome, guard, xcoms)
+        outcome = outcome.evolve(log_tail=runtime.store.logs.last_lines(view.log_key))
+    guard = Guard(unclaimed=ended.unclaimed, unlaunched=ended.unclaimed)
+    finished = runtime.store.attempts.finish(identity, outcome, guard, xcoms)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
-    settle_try(self, identity.task_instance_id, identity.try_number)
+    advance_try(self, identity.task_instance_id, identity.try_number)
+
+
+def _may_speak(view: TaskInstanceView, back_end: BackEnd) -> bool:
+    """Whether SQL gave the try to this executor, and its launch to no other back end of it."""
+    return view.executor == back_end.executor and view.back_end in ("", str(back_end))
 
 
 def _with_value(
@@ -107,27 +142,36 @@ def _checked(task: LeoflowTask, view: TaskInstanceView, text: Any) -> bytes:
 
 def _schema_of(task: LeoflowTask, view: TaskInstanceView) -> dict[str, Any] | None:
     try:
-        return open_request(task.runtime, view.sealed_request).xcom_schema
-    except Unsealable as error:
+        return open_request(task.runtime.keys, view.sealed_request).xcom_schema
+    except DecryptionFailed as error:
         # The task did its work: a key that was taken away since then must not turn that into a failure.
         log.warning("record.schema_unknown", extra={"attempt": str(view.attempt), "error": str(error)})
         return None
 
 
-@leoflow_task("leoflow.results.settle", autoretry_for=(Unavailable,))
-def settle(self: LeoflowTask, task_instance_id: str, try_number: int) -> None:
+@leoflow_task(TaskName.ADVANCE_TRY, autoretry_for=(Unavailable,))
+def advance(self: LeoflowTask, sealed: str, speaker: str) -> None:  # noqa: ARG001 - as in every fact
     """Look at a try now: complete it when it has ended, send its next launch when that is due."""
-    settle_try(self, task_instance_id, try_number)
+    message = self.opened(AdvanceTry, sealed, Scope.CONTROL)
+    advance_try(self, message.task_instance_id, message.try_number)
 
 
-@leoflow_task("leoflow.results.staging_deleted", autoretry_for=(Unavailable,))
-def staging_deleted(self: LeoflowTask, claims: dict[str, str]) -> None:
+@leoflow_task(TaskName.RECORD_STAGING, autoretry_for=(Unavailable,))
+def staging_deleted(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """Record which staging volumes are gone, each with its reason."""
-    for name, reason in claims.items():
+    message = _of_own_back_end(self, *self.heard(StagingDeleted, sealed, speaker))
+    for name, reason in message.claims.items():
         self.runtime.store.staging.mark_staging_deleted(name, reason)
 
 
-@leoflow_task("leoflow.results.present", autoretry_for=(Unavailable,))
-def present(self: LeoflowTask, back_end: str) -> None:
+@leoflow_task(TaskName.RECORD_PRESENCE, autoretry_for=(Unavailable,))
+def present(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """A worker holds this back end: the control plane may send work to it."""
-    self.runtime.store.leases.keep_present(f"{BACK_END_PRESENCE}{BackEnd.parse(back_end)}", PRESENCE_GAP_SECONDS)
+    message = _of_own_back_end(self, *self.heard(Present, sealed, speaker))
+    self.runtime.store.leases.keep_present(f"{BACK_END_PRESENCE}{message.back_end}", PRESENCE_GAP_SECONDS)
+
+
+def _of_own_back_end(task: LeoflowTask, executor: ExecutorType, message: B) -> B:
+    if message.back_end.executor is not executor:
+        raise task.refused(f"a worker of {executor} speaks for back end {message.back_end}")
+    return message

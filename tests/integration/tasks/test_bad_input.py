@@ -19,7 +19,7 @@ from leoflow_celery.errors import (
     NotFound,
     RequestTooLarge,
     TaskFailed,
-    Unsealable,
+    DecryptionFailed,
 )
 from leoflow_celery.security import Sealer
 from leoflow_celery.store.submissions import NewTry
@@ -88,7 +88,7 @@ def test_a_sealed_request_is_opened_with_our_key_only(system: System, client: Cl
     ours = {"sealed": client.runtime.sealer.seal(request)}
     assert client.app.send_task("leoflow.dispatch", (ours,), queue="dispatch").get(timeout=20)["call"] == 1
     foreign = {"sealed": Sealer(Fernet.generate_key().decode()).seal(request)}
-    with pytest.raises(Unsealable, match="another key"):
+    with pytest.raises(DecryptionFailed, match="another key"):
         client.app.send_task("leoflow.dispatch", (foreign,), queue="dispatch").get(timeout=20)
 
 

@@ -9,7 +9,7 @@ from cryptography.fernet import Fernet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leoflow_celery.errors import ConfigurationError, Unsealable
+from leoflow_celery.errors import ConfigurationError, DecryptionFailed
 from leoflow_celery.security import Sealer
 
 OLD, NEW, FOREIGN = (Fernet.generate_key().decode() for _ in range(3))
@@ -44,13 +44,13 @@ def test_keys_rotate_newest_first() -> None:
     old, both, new = Sealer(OLD), Sealer(f" {NEW} , {OLD} ,"), Sealer(NEW)
     assert both.open(old.seal({"a": 1})) == {"a": 1}
     assert new.open(both.seal({"a": 1})) == {"a": 1}
-    with pytest.raises(Unsealable):
+    with pytest.raises(DecryptionFailed):
         old.open(both.seal({"a": 1}))
 
 
 @pytest.mark.parametrize("sealed", ["", "not sealed", "é", "gAAAAA==", Sealer(FOREIGN).seal({"a": CANARY})])
 def test_what_was_not_sealed_with_our_keys(sealed: str) -> None:
-    with pytest.raises(Unsealable, match="LEOFLOW_SEAL_KEYS"):
+    with pytest.raises(DecryptionFailed, match="LEOFLOW_SEAL_KEYS"):
         Sealer(f"{NEW},{OLD}").open(sealed)
 
 
@@ -58,14 +58,14 @@ def test_a_changed_payload_is_refused() -> None:
     sealed = Sealer(NEW).seal({"a": 1})
     middle = len(sealed) // 2
     changed = sealed[:middle] + ("A" if sealed[middle] != "A" else "B") + sealed[middle + 1 :]
-    with pytest.raises(Unsealable):
+    with pytest.raises(DecryptionFailed):
         Sealer(NEW).open(changed)
 
 
 @pytest.mark.parametrize("content", [b"[1]", b'"text"', b"not json", b"\xff", b""])
 def test_a_payload_that_is_no_object_is_refused(content: bytes) -> None:
     sealer = Sealer(NEW)
-    with pytest.raises(Unsealable, match="not a JSON object"):
+    with pytest.raises(DecryptionFailed, match="not a JSON object"):
         sealer.open(sealer.seal_bytes(content))
 
 

@@ -10,7 +10,7 @@ from cryptography.fernet import Fernet
 from leoflow_celery.client.messages import LaunchMessage, MessageSender, open_request, seal_request
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
-from leoflow_celery.errors import Unsealable
+from leoflow_celery.errors import DecryptionFailed
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.settings import SecuritySettings, Settings
 
@@ -72,12 +72,12 @@ def test_a_request_at_rest_opens_again_with_its_key_only():
     sealed = seal_request(process, request(env={"A": CANARY}))
     assert CANARY not in sealed
     assert open_request(process, sealed).env == {"A": CANARY}
-    with pytest.raises(Unsealable, match="LEOFLOW_SEAL_KEYS"):
+    with pytest.raises(DecryptionFailed, match="LEOFLOW_SEAL_KEYS"):
         open_request(runtime(), sealed)
 
 
 @pytest.mark.parametrize("content", [{}, {"request": {"task_instance_id": "ti", "of_the_future": 1}}])
 def test_a_request_of_another_version_is_unsealable(content: dict[str, Any]):
     process = runtime()
-    with pytest.raises(Unsealable, match="none of this version"):
+    with pytest.raises(DecryptionFailed, match="none of this version"):
         open_request(process, process.sealer.seal(content))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 
-from leoflow_celery.client.messages import MessageSender
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.completion import Ended, complete_try
 from leoflow_celery.tasks.context import LeoflowTask
 
 
-def settle_try(task: LeoflowTask, task_instance_id: str, try_number: int) -> None:
+def advance_try(task: LeoflowTask, task_instance_id: str, try_number: int) -> None:
     """Do for a try what its state asks for now; safe to do any number of times."""
-    settle_view(task, task.runtime.store.attempts.get(task_instance_id, try_number))
+    advance_view(task, task.runtime.store.attempts.get(task_instance_id, try_number))
 
 
-def settle_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None = None) -> None:
+def advance_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None = None) -> None:
     """The same for a try that was just read; ``ended`` spares reading its value again."""
     if view.is_terminal:
         complete_try(task.app, task.runtime, view, ended)
@@ -25,10 +24,9 @@ def settle_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None =
 
 
 def _send_launch(task: LeoflowTask, view: TaskInstanceView) -> None:
-    sender = MessageSender(task.app, task.runtime)
     delay = view.send_after - time.time()
     if delay > 0:
-        sender.settle(view.task_instance_id, view.try_number, countdown_seconds=delay)
+        task.publisher.advance_try(view.task_instance_id, view.try_number, countdown_seconds=delay)
         return
-    sender.launch_again(view)
+    task.publisher.launch_again(view, task.runtime.store.relaunch_policy)
     task.runtime.store.submissions.mark_sent([view.attempt])
