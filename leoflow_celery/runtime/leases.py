@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
+from leoflow_celery.background import Periodic
 from leoflow_celery.domain.attempt import AttemptId
 
 if TYPE_CHECKING:
     from leoflow_celery.store.attempts import Beat, BeatVerdicts
-
-log = logging.getLogger(__name__)
 
 #: Six renewals per lease, as an agent's heartbeats.
 _RENEWALS_PER_LEASE = 6
@@ -27,16 +25,19 @@ class LeaseKeeper:
         self._held: dict[str, AttemptId] = {}
         self._must_stop: set[str] = set()
         self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._renewals = Periodic(
+            self.renew,
+            lease_seconds / _RENEWALS_PER_LEASE,
+            name="leoflow-leases",
+            failed="lease.renewal_failed",
+            at_once=False,
+        )
 
     def hold(self, holder: str, attempt: AttemptId) -> None:
         """Renew this claim until ``release``."""
         with self._lock:
             self._held[holder] = attempt
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="leoflow-leases", daemon=True)
-                self._thread.start()
+        self._renewals.start()
 
     def release(self, holder: str) -> None:
         with self._lock:
@@ -48,26 +49,20 @@ class LeaseKeeper:
         return holder in self._must_stop
 
     def renew(self) -> None:
-        """One renewal of everything held; a database that is away is tried again next time."""
+        """One renewal of everything held; what fails is tried again next time.
+
+        Raises:
+            Whatever the store raises.
+        """
         from leoflow_celery.store.attempts import Beat
 
         with self._lock:
             beats = [Beat(attempt, holder) for holder, attempt in self._held.items()]
         if not beats:
             return
-        try:
-            verdicts = self._heartbeat(beats, self._lease_seconds)
-        except Exception as error:  # noqa: BLE001 - this thread keeps the claims of the whole process; it may not end
-            log.warning("lease.renewal_failed", extra={"held": len(beats), "error": repr(error)})
-            return
+        verdicts = self._heartbeat(beats, self._lease_seconds)
         with self._lock:
             self._must_stop |= (verdicts.fenced | verdicts.cancelled) & self._held.keys()
 
-    def _run(self) -> None:
-        while not self._closed.wait(self._lease_seconds / _RENEWALS_PER_LEASE):
-            self.renew()
-
     def close(self) -> None:
-        self._closed.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._renewals.stop(wait_seconds=None)
