@@ -59,12 +59,14 @@ METRICS: dict[str, Metric] = {
     "leoflow_dispatch_at_capacity_total": Metric("counter", "Requests refused because their queue was full."),
     "leoflow_dispatch_latency_seconds": Metric("histogram", "Time to record and send one request."),
     "leoflow_tasks_undispatchable_total": Metric("counter", "Requests that can never be sent.", ("reason",)),
-    "leoflow_messages_refused_total": Metric("counter", "Internal messages that nobody believes.", ("task",)),
     "leoflow_auth_failures_total": Metric("counter", "Agent calls without an acceptable token.", ("reason",)),
     # Ours
     "leoflow_queue_depth": Metric("gauge", "Messages in a queue.", ("queue",)),
     "leoflow_queue_oldest_age_seconds": Metric(
         "gauge", "Age of a queue's oldest task instance or message.", ("queue",)
+    ),
+    "leoflow_messages_refused_total": Metric(
+        "counter", "Messages that a worker refused, by what is wrong with them.", ("queue", "kind")
     ),
     "leoflow_claims_total": Metric("counter", "Claims, by granted or the reason of the refusal.", ("result",)),
     "leoflow_fenced_writes_total": Metric("counter", "Writes of holders that lost their claim.", ("kind",)),
@@ -213,11 +215,6 @@ def record_undispatchable(reason: str) -> None:
     _count("leoflow_tasks_undispatchable_total", reason)
 
 
-def record_message_refused(task: str) -> None:
-    """A message of ours, or of somebody who says so, was not believed; ``task`` is its task, or ``launched``."""
-    _count("leoflow_messages_refused_total", task)
-
-
 def set_queue_depths(depths: Mapping[str, int], launch_queues: Iterable[str]) -> None:
     """The messages in every queue; those of the launch queues add up to the dispatch depth."""
     for queue, depth in depths.items():
@@ -228,6 +225,11 @@ def set_queue_depths(depths: Mapping[str, int], launch_queues: Iterable[str]) ->
 def set_queue_oldest_age(queue: str, seconds: float) -> None:
     """How long the oldest task instance of a queue has waited; 0 for an empty queue."""
     _set("leoflow_queue_oldest_age_seconds", max(seconds, 0.0), queue)
+
+
+def record_refused(queue: str, kind: str) -> None:
+    """A worker refused a message of a queue (``decoder.Kind``)."""
+    _count("leoflow_messages_refused_total", queue, kind)
 
 
 # Back ends and gateway

@@ -6,14 +6,12 @@ Flower, the client, the gateway). ``celery -A leoflow_celery.app flower`` finds 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from celery import Celery
 
 from leoflow_celery.app.alive import touch_with_heartbeats
 from leoflow_celery.app.config import INCLUDE_OF_QUEUE, celery_config
 from leoflow_celery.app.logging import show_fields
+from leoflow_celery.domain.routing import RESULTS_QUEUE
 from leoflow_celery.settings import Settings
 
 __all__ = ["LeoflowCelery", "create_app"]
@@ -24,11 +22,6 @@ class LeoflowCelery(Celery):
 
     amqp_cls = "leoflow_celery.app.transport:AMQP"
     settings: Settings
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        #: Called when a worker has ended its tasks, before it leaves the broker.
-        self.before_leaving: list[Callable[[], None]] = []
 
 
 def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
@@ -42,6 +35,8 @@ def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
     app = LeoflowCelery("leoflow_celery", include=include, set_as_current=bool(queues))
     app.settings = settings
     app.conf.update(celery_config(settings, queues))
+    if RESULTS_QUEUE in queues:
+        app.steps["worker"].add("leoflow_celery.tasks.results:LaunchCollector")
     if queues:
         # Not task_queues: a worker must be able to send to queues that it does not consume.
         app.select_queues(list(queues))

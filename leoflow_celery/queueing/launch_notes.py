@@ -15,7 +15,7 @@ from typing import Any
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.errors import DecryptionFailed
 from leoflow_celery.queueing.depths import broker_errors_mapped
-from leoflow_celery.queueing.messages import AttemptLaunched, open_message, seal_message
+from leoflow_celery.queueing.messages import EXECUTOR_OF, AttemptLaunched, open_message, seal_message
 from leoflow_celery.security import KeyRing
 from leoflow_celery.settings import BrokerSettings
 
@@ -43,6 +43,8 @@ class LaunchNote:
         Raises:
             DecryptionFailed: nobody who may say so said it, or it lies under another attempt's name.
         """
+        if self.scope not in EXECUTOR_OF:
+            raise DecryptionFailed("a note of a launch does not name the queue of its launch worker")
         sealed = self.content.partition(_SEPARATOR)[2].decode("ascii", "replace")
         report = open_message(keys, self.scope, AttemptLaunched, sealed).report
         if self.field != _field(report.attempt):
@@ -89,6 +91,16 @@ class LaunchNotes:
             while not found and cursor:
                 cursor, found = self._client.hscan(self._key, cursor, count=GROUP_SIZE)
         return [LaunchNote(field, content) for field, content in found.items()]
+
+    def of(self, attempt: AttemptId) -> list[LaunchNote]:
+        """The note of one attempt, if there is one.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer.
+        """
+        with broker_errors_mapped(self._settings):
+            content = self._client.hget(self._key, _field(attempt))
+        return [] if content is None else [LaunchNote(_field(attempt), content)]
 
     def remove(self, notes: Iterable[LaunchNote]) -> None:
         """Remove notes that were recorded.

@@ -239,11 +239,13 @@ class AttemptEnded:
     def from_json(cls, data: dict[str, Any]) -> Self:
         outcome = Outcome.from_json(data["outcome"])
         value = data["return_value"]
+        if not isinstance(value, str | None):
+            raise TypeError(f"return_value is {type(value).__name__}, not JSON text")
         return cls(
             AttemptId.from_json(data["attempt"]),
             outcome.evolve(log_tail=outcome.log_tail[-_MAX_LOG_TAIL_LINES:]),
             bool(data["unclaimed"]),
-            None if value is None else str(value),
+            value,
             str(data["host"]),
         )
 

@@ -14,7 +14,7 @@ from celery.signals import worker_process_init, worker_ready, worker_shutdown
 
 from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
-from leoflow_celery.domain.routing import ExecutorType, is_monitored
+from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
 from leoflow_celery.errors import DecryptionFailed
 from leoflow_celery.queueing.messages import EXECUTOR_OF, M, open_message
 from leoflow_celery.queueing.publisher import Publisher
@@ -120,7 +120,7 @@ class LeoflowTask(Task[Any, Any]):
 
     def refused(self, why: str) -> Reject:
         """The error to leave with when this task's message is believed by nobody."""
-        metrics.record_message_refused(self.name)
+        metrics.record_refused(TaskName(self.name).queue, "not_believed")
         log.warning("message.refused", extra={"task": self.name, "celery_task_id": self.request.id, "why": why})
         return Reject(why, requeue=False)
 

@@ -8,7 +8,7 @@ from leoflow_celery import metrics
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.routing import RECONCILED, ExecutorType
-from leoflow_celery.errors import TransientLaunchError
+from leoflow_celery.errors import LeoflowError
 from leoflow_celery.executors.base import Executor, FailureReporter, Observer
 from leoflow_celery.queueing.messages import AttemptEnded
 from leoflow_celery.queueing.publisher import Publisher
@@ -44,7 +44,7 @@ def host_of(app: Celery, executor_type: ExecutorType) -> str:
         return ""
     try:
         return str(getattr(executor_of(app, executor_type), "host", ""))
-    except TransientLaunchError:
+    except LeoflowError:
         return ""
 
 

@@ -129,7 +129,15 @@ def _look(task: LeoflowTask, queue: str) -> tuple[int | None, bool]:
     In this order: a worker tells that it started an attempt before it acknowledges the message.
     """
     depth = _depth(task, queue)
-    return depth, depth != 0 or queue == QUEUE_OF[ExecutorType.INLINE] or _depth(task, RESULTS_QUEUE) == 0
+    is_told = depth != 0 or queue == QUEUE_OF[ExecutorType.INLINE]
+    return depth, is_told or (_depth(task, RESULTS_QUEUE) == 0 and _uncollected(task) == 0)
+
+
+def _uncollected(task: LeoflowTask) -> int | None:
+    try:
+        return task.runtime.launch_notes.waiting()
+    except BrokerUnavailable:
+        return None
 
 
 def _patience(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> ReapPolicy:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 from typing import Any, TypeVar
 
-from celery import Celery
+from celery import Celery, bootsteps
 from celery.states import STARTED
 
 from leoflow_celery import metrics
-from leoflow_celery.domain.attempt import LaunchReport, celery_task_id
+from leoflow_celery.background import Periodic
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport, celery_task_id
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.routing import ExecutorType, TaskName
+from leoflow_celery.domain.routing import RESULTS_QUEUE, ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
-from leoflow_celery.errors import ConfigurationError, DecryptionFailed, NotFound, Unavailable, XComRejected
+from leoflow_celery.errors import DecryptionFailed, NotFound, Unavailable, XComRejected
 from leoflow_celery.queueing.launch_notes import LaunchNote
 from leoflow_celery.queueing.messages import (
     EXECUTOR_OF,
@@ -37,14 +38,18 @@ from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.advance_try import advance_try
 from leoflow_celery.tasks.completion import store_result
-from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
+from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, runtime_of
 
 log = logging.getLogger(__name__)
+#: STARTED is news for people, and a crash of a launch worker waits for nobody: this need not be faster.
+_COLLECT_SECONDS = 0.2
 B = TypeVar("B", StagingDeleted, Present)
 
 
-def collect_launches(app: Celery, runtime: Runtime) -> int:
-    """Record which attempts were started; how many notes there were. Their Celery ids are STARTED from now on.
+def collect_launches(app: Celery, runtime: Runtime, of: AttemptId | None = None) -> int:
+    """Record which attempts were started, or only whether ``of`` was; how many notes there were.
+
+    Their Celery ids are STARTED from now on.
 
     An attempt may end while STARTED is written, perhaps over its result, and a worker may die right after that: so
     every collection that finds a try over writes its result again.
@@ -52,7 +57,7 @@ def collect_launches(app: Celery, runtime: Runtime) -> int:
     Raises:
         Unavailable: a server is away; the notes are collected again.
     """
-    notes = runtime.launch_notes.group()
+    notes = runtime.launch_notes.group() if of is None else runtime.launch_notes.of(of)
     reports = [report for note in notes if (report := _report_of(runtime, note)) is not None]
     if reports:
         waiting = runtime.store.attempts.launched(reports)
@@ -65,15 +70,29 @@ def collect_launches(app: Celery, runtime: Runtime) -> int:
     return len(notes)
 
 
+class LaunchCollector(bootsteps.StartStopStep):
+    """The part of a control worker that collects the notes of launches, several times a second."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def create(self, worker: Any) -> Any:
+        def collect() -> None:
+            while collect_launches(worker.app, runtime_of(worker.app)):
+                pass
+
+        return Periodic(collect, _COLLECT_SECONDS, name="leoflow-launches", failed="launch_notes.not_collected")
+
+
 def _report_of(runtime: Runtime, note: LaunchNote) -> LaunchReport | None:
     """What a note says; None for one that nobody may leave."""
     try:
-        report, executor = note.report(runtime.keys), EXECUTOR_OF.get(note.scope)
-        why = "" if BackEnd.parse(report.back_end).executor is executor else "a worker speaks for another executor"
-    except (DecryptionFailed, ConfigurationError, ValueError) as error:
+        report = note.report(runtime.keys)
+        is_own = BackEnd.parse(report.back_end).executor is EXECUTOR_OF[note.scope]
+        why = "" if is_own else "a worker speaks for another executor"
+    except (DecryptionFailed, ValueError) as error:
         why = str(error)
     if why:
-        metrics.record_message_refused("launched")
+        metrics.record_refused(RESULTS_QUEUE, "not_believed")
         log.warning("launch_note.refused", extra={"note": note.field[:200], "error": why})
         return None
     return report
@@ -92,8 +111,7 @@ def record_end(self: LeoflowTask, speaker: str, sealed: str) -> None:
     identity, outcome = ended.attempt, ended.outcome
     if ended.unclaimed:
         # Another delivery may have started it, and said so already.
-        while collect_launches(self.app, runtime):
-            pass
+        collect_launches(self.app, runtime, identity)
     try:
         view = runtime.store.attempts.get(identity.task_instance_id, identity.try_number)
     except NotFound:
@@ -117,7 +135,7 @@ def _may_speak(view: TaskInstanceView, back_end: BackEnd) -> bool:
 
 
 def _with_value(
-    task: LeoflowTask, view: TaskInstanceView, outcome: Outcome, text: Any
+    task: LeoflowTask, view: TaskInstanceView, outcome: Outcome, text: str | None
 ) -> tuple[Outcome, list[tuple[XComKey, XComValue]]]:
     """The outcome with the value that the attempt left behind, which passes the same checks as a pushed one."""
     if text is None or outcome.state is not TaskState.SUCCESS:
@@ -132,9 +150,7 @@ def _with_value(
     return outcome, [(key, XComValue(value))]
 
 
-def _checked(task: LeoflowTask, view: TaskInstanceView, text: Any) -> bytes:
-    if not isinstance(text, str):
-        raise XComRejected("invalid_xcom", f"it is no JSON text but {type(text).__name__}")
+def _checked(task: LeoflowTask, view: TaskInstanceView, text: str) -> bytes:
     value = text.encode(errors="surrogatepass")
     check_value(value, schema=_schema_of(task, view), max_bytes=task.runtime.settings.xcom.max_bytes)
     return value

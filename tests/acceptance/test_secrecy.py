@@ -111,7 +111,7 @@ def outcomes(handles: dict[str, Handle]) -> dict[str, Any]:
 def test_no_canary_is_readable_anywhere(system: System, target: HttpTarget, spy: RedisSpy) -> None:
     client = system.client
     handles = submit_all(system, target)
-    sealed = {"sealed": client.runtime.sealer.seal(secret_call(target, "sealed"))}
+    sealed = {"sealed": client.runtime.keys.sealer("dispatch").seal(secret_call(target, "sealed"))}
     dispatched = client.app.send_task("leoflow.dispatch", (sealed,), queue="dispatch")
     queued = dump(system.redis)
     assert handles["held"].attempt.task_instance_id in queued, "the dump shows no messages at all"

@@ -11,6 +11,7 @@ import redis
 
 from leoflow_celery.domain.routing import RESULTS_QUEUE
 from leoflow_celery.gateway.notify import nudge_results
+from leoflow_celery.queueing.messages import AdvanceTry, open_message
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.settings import BrokerSettings
 from tests.integration.gateway.harness import settings_for
@@ -25,6 +26,7 @@ def test_a_results_worker_is_asked_to_look(redis_url: str, tmp_path: Path) -> No
         keys = [key for key in client.keys("*") if RESULTS_QUEUE.encode() in key and client.type(key) == b"list"]
         (message,) = client.lrange(keys[0], 0, -1)
     found = json.loads(message)
-    assert found["headers"]["task"] == "leoflow.results.settle"
+    assert found["headers"]["task"] == "leoflow.results.advance"
     _, arguments, _ = json.loads(base64.b64decode(found["body"]))
-    assert arguments == {"task_instance_id": "ti-7", "try_number": 3}
+    message = open_message(Runtime(settings).keys, "control", AdvanceTry, arguments["sealed"])
+    assert message == AdvanceTry("ti-7", 3)

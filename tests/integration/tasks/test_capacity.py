@@ -125,9 +125,9 @@ def test_urgent_tasks_are_served_first(own_system: System, target: HttpTarget) -
 def test_the_oldest_message_of_a_queue_is_told_from_the_next(limited: System) -> None:
     queues, send = limited.client.runtime.queues, limited.client.app.send_task
     assert queues.oldest_tag("results") is None
-    send("leoflow.results.settle", ("ti", 1), queue="results", priority=9)
+    send("leoflow.results.advance", ("ti", 1), queue="results", priority=9)
     first = queues.oldest_tag("results")
-    send("leoflow.results.settle", ("ti", 2), queue="results", priority=9)
+    send("leoflow.results.advance", ("ti", 2), queue="results", priority=9)
     assert queues.oldest_tag("results") == first is not None
-    send("leoflow.results.settle", ("ti", 3), queue="results", priority=0)
+    send("leoflow.results.advance", ("ti", 3), queue="results", priority=0)
     assert queues.oldest_tag("results") != first

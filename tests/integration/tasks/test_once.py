@@ -12,12 +12,13 @@ import pytest
 from celery.result import AsyncResult
 
 from leoflow_celery.client import Client
-from leoflow_celery.client.messages import LaunchMessage, seal_request
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import TaskFailed
+from leoflow_celery.queueing.messages import seal_request
+from leoflow_celery.queueing.publisher import LaunchOrder
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.tasks.completion import complete_try
@@ -58,7 +59,7 @@ def test_a_launch_message_delivered_again_and_again_makes_one_call(
     handle = client.submit(request)
 
     def deliver() -> None:
-        client.messages.launch(LaunchMessage(request, ExecutorType.INLINE, handle.attempt, handle.id))
+        client.publisher.launch(LaunchOrder(request, ExecutorType.INLINE, handle.attempt, handle.id))
 
     wait_until(lambda: target.calls["a"], 20, "the call")
     deliver()
@@ -77,7 +78,9 @@ def test_a_launch_message_delivered_again_and_again_makes_one_call(
 def ended_but_not_completed(client: Client, request: dict[str, Any]) -> str:
     """A try that a worker ended in SQL and then died; its Celery id."""
     parsed, store = parse_request(request), client.runtime.store
-    [submitted] = store.submissions.record([NewTry(parsed, ExecutorType.INLINE, seal_request(client.runtime, parsed))])
+    [submitted] = store.submissions.record(
+        [NewTry(parsed, ExecutorType.INLINE, seal_request(client.runtime.keys, parsed))]
+    )
     store.attempts.claim(parsed.attempt, "dead", "host", 60, start=True)
     store.attempts.finish(parsed.attempt, Outcome.success(), Guard(holder="dead"))
     return submitted.celery_task_id

@@ -10,13 +10,13 @@ import pytest
 import sqlalchemy as sa
 
 from leoflow_celery.client import Client
-from leoflow_celery.client.messages import seal_request
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import NotFound, TaskFailed
+from leoflow_celery.queueing.messages import seal_request
 from leoflow_celery.store.logs import LogKey, LogRecord
 from leoflow_celery.store.models import XCom, table_of
 from leoflow_celery.store.submissions import NewTry
@@ -48,7 +48,7 @@ def claimed_by_a_dead_worker(client: Client, url: str) -> AttemptId:
     """An attempt that was claimed, and its holder is never heard of again."""
     parsed = parse_request(http_task(url))
     store = client.runtime.store
-    store.submissions.record([NewTry(parsed, ExecutorType.INLINE, seal_request(client.runtime, parsed))])
+    store.submissions.record([NewTry(parsed, ExecutorType.INLINE, seal_request(client.runtime.keys, parsed))])
     store.submissions.mark_sent([parsed.attempt])
     store.attempts.claim(parsed.attempt, "dead", "host", 1, start=True)
     return parsed.attempt

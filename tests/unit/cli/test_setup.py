@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 
 from leoflow_celery.cli import doctor
 from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.security import Sealer, TokenIssuer
+from leoflow_celery.security import KeyRing, TokenIssuer
 from leoflow_celery.settings import Settings
 from leoflow_celery.store import Store
 from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
@@ -23,7 +23,7 @@ from tests.unit.cli.conftest import Cli
 def test_keys_are_export_lines_that_work_and_differ(cli: Cli) -> None:
     exported = [dict(shlex.split(line)[1].split("=", 1) for line in cli("keys").out.splitlines()) for _ in range(2)]
     assert exported[0] != exported[1]
-    Sealer(exported[0]["LEOFLOW_SEAL_KEYS"])
+    KeyRing(exported[0]["LEOFLOW_SEAL_KEYS"])
     TokenIssuer(exported[0]["LEOFLOW_JWT_SECRET"], 60)
 
 

@@ -11,12 +11,12 @@ from leoflow_celery.domain.routing import (
     ALL_QUEUES,
     QUEUE_OF,
     ExecutorType,
+    TaskName,
     check_inline_timeout,
     check_secrets,
     executor_for,
     is_monitored,
     queue_for_task,
-    task_name,
 )
 from leoflow_celery.errors import InvalidRequest
 
@@ -58,7 +58,7 @@ def test_an_executor_that_contradicts_the_mode_is_refused(mode: str, executor: s
 
 
 def test_every_executor_has_a_task_that_is_routed_to_its_queue() -> None:
-    assert {executor: queue_for_task(task_name(executor)) for executor in E} == QUEUE_OF
+    assert {executor: queue_for_task(TaskName.of("execute", executor)) for executor in E} == QUEUE_OF
     assert len(set(ALL_QUEUES)) == len(ALL_QUEUES) == 7
 
 
@@ -67,7 +67,9 @@ def test_every_executor_has_a_task_that_is_routed_to_its_queue() -> None:
     [
         ("leoflow.execute.kubernetes", "k8s"),
         ("leoflow.dispatch", "dispatch"),
-        ("leoflow.results.push", "results"),
+        ("leoflow.results.record", "results"),
+        ("leoflow.results.push", None),
+        ("leoflow.staging.docker", "docker"),
         ("leoflow.maintenance.reap", "maintenance"),
         ("celery.chord_unlock", None),
         ("shop.send_mail", None),
@@ -79,7 +81,7 @@ def test_a_celery_task_goes_to_its_queue(name: str, queue: str | None) -> None:
 
 def test_a_monitor_hears_of_users_tasks_only() -> None:
     of_users = ["leoflow.execute.kubernetes", "leoflow.dispatch", "shop.send_mail", "celery.chord_unlock"]
-    ours = ["leoflow.results.launched", "leoflow.maintenance.reap", "leoflow.reconcile.docker", "leoflow.stop.docker"]
+    ours = ["leoflow.results.record", "leoflow.maintenance.reap", "leoflow.reconcile.docker", "leoflow.stop.docker"]
     assert [name for name in (*of_users, *ours) if is_monitored(name)] == of_users
 
 
