@@ -7,7 +7,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.executors.base import Executor, FailureReporter, Observer
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from leoflow_celery.runtime.queues import QueueInspector
     from leoflow_celery.store import Store
 
+Part = TypeVar("Part")
+
 
 class Runtime:
     """Store, keys and executors of this process; thread-safe, and rebuilt in a forked child."""
@@ -32,6 +34,7 @@ class Runtime:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._executors: dict[ExecutorType, Executor] = {}
+        self._parts: dict[type, Any] = {}
 
     @property
     def is_stale(self) -> bool:
@@ -95,11 +98,19 @@ class Runtime:
                 self._executors[executor_type] = create_executor(executor_type, self.settings, reporter(), observer())
             return self._executors[executor_type]
 
+    def part(self, kind: type[Part], build: Callable[[], Part]) -> Part:
+        """The one ``kind`` of this process, for what only one kind of task needs; it is closed before all others."""
+        with self._lock:
+            if kind not in self._parts:
+                self._parts[kind] = build()
+            return cast(Part, self._parts[kind])
+
     def close(self) -> None:
         """Release what was built. Started attempts go on."""
         with self._lock:
-            for executor in self._executors.values():
-                executor.close()
+            for part in [*self._parts.values(), *self._executors.values()]:
+                part.close()
+            self._parts.clear()
             self._executors.clear()
             self.__dict__.pop("locks", None)
             for name in ("leases", "inline", "store", "queues"):
