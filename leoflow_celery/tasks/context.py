@@ -14,18 +14,27 @@ from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.runtime import Runtime
 
 
-def runtime_of(app: Celery) -> Runtime:
-    """The services of the app that a task of ours runs in.
+def our_app(app: Celery) -> LeoflowCelery:
+    """The app that a task of ours runs in.
 
     Raises:
-        ConfigurationError: it is somebody else's app, which has none.
+        ConfigurationError: it is somebody else's, which has no settings and no services.
     """
     if not isinstance(app, LeoflowCelery):
         raise ConfigurationError(
             f"the Celery app {app.main!r} runs a task of leoflow_celery and has no settings for it; "
             "make the app of that worker with leoflow_celery.app.create_app"
         )
-    return app.services
+    return app
+
+
+def runtime_of(app: Celery) -> Runtime:
+    """The services of the app that a task of ours runs in.
+
+    Raises:
+        ConfigurationError: it is somebody else's.
+    """
+    return our_app(app).services
 
 
 class LeoflowTask(Task[Any, Any]):
