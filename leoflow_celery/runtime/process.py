@@ -7,6 +7,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from leoflow_celery.domain.routing import ExecutorType
@@ -106,14 +107,12 @@ class Runtime:
             return cast(Part, self._parts[kind])
 
     def close(self) -> None:
-        """Release what was built. Started attempts go on."""
-        with self._lock:
-            for part in [*self._parts.values(), *self._executors.values()]:
-                part.close()
+        """Release what was built, all of it, even if one of them fails. Started attempts go on."""
+        with self._lock, ExitStack() as closing:  # the last one pushed is closed first
+            self.__dict__.pop("locks", None)
+            built = [self.__dict__.pop(name, None) for name in ("queues", "store", "inline", "leases")]
+            for part in [*built, *self._executors.values(), *self._parts.values()]:
+                if part is not None and hasattr(part, "close"):
+                    closing.callback(part.close)
             self._parts.clear()
             self._executors.clear()
-            self.__dict__.pop("locks", None)
-            for name in ("leases", "inline", "store", "queues"):
-                part = self.__dict__.pop(name, None)
-                if part is not None and hasattr(part, "close"):
-                    part.close()
