@@ -15,8 +15,7 @@ from leoflow_celery.domain.routing import (
 )
 from leoflow_celery.settings import Settings
 
-_BACK_END = tuple(f"leoflow_celery.tasks.{name}" for name in ("launch", "reconcile", "announcing"))
-_CONTROL = tuple(f"leoflow_celery.tasks.{name}" for name in ("maintenance", "reconcile_requests", "gauges"))
+_BACK_END = tuple(f"leoflow_celery.tasks.{name}" for name in ("launch", "reconcile"))
 #: Which modules hold the tasks of a queue. Workers of launch queues never import SQL.
 INCLUDE_OF_QUEUE: dict[str, tuple[str, ...]] = {
     QUEUE_OF[ExecutorType.KUBERNETES]: _BACK_END,
@@ -25,9 +24,7 @@ INCLUDE_OF_QUEUE: dict[str, tuple[str, ...]] = {
     QUEUE_OF[ExecutorType.INLINE]: ("leoflow_celery.tasks.inline",),
     DISPATCH_QUEUE: ("leoflow_celery.tasks.dispatch",),
     RESULTS_QUEUE: ("leoflow_celery.tasks.results",),
-    MAINTENANCE_QUEUE: tuple(
-        f"leoflow_celery.tasks.{name}" for name in ("maintenance", "reconcile_requests", "gauges")
-    ),
+    MAINTENANCE_QUEUE: tuple(f"leoflow_celery.tasks.{name}" for name in ("maintenance", "reconcile_requests")),
 }
 #: Threads of a worker unless -c says otherwise. A launch waits for a server, an inline task for somebody else's.
 _CONCURRENCY = {QUEUE_OF[ExecutorType.INLINE]: 16, RESULTS_QUEUE: 4, MAINTENANCE_QUEUE: 4, DISPATCH_QUEUE: 4}

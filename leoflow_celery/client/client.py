@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from celery import Celery
-
-from leoflow_celery.app import create_app
+from leoflow_celery.app import LeoflowCelery, create_app
 from leoflow_celery.client.callbacks import signatures
 from leoflow_celery.client.handle import Handle
 from leoflow_celery.client.measuring import count_submitted, refusals_counted
@@ -29,7 +27,6 @@ from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
 from leoflow_celery.queueing.messages import seal_request
 from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
-from leoflow_celery.runtime import Runtime
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
 from leoflow_celery.store.events import EventView
@@ -47,13 +44,11 @@ _MESSAGES_AT_ONCE = 50
 class Client:
     """Submits and observes task instances. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(
-        self, settings: Settings | None = None, app: Celery | None = None, runtime: Runtime | None = None
-    ) -> None:
-        self.settings = settings or Settings.load()
-        self.app = app or create_app(settings=self.settings)
-        self._owns_runtime = runtime is None
-        self.runtime = runtime or Runtime(self.settings)
+    def __init__(self, settings: Settings | None = None, app: LeoflowCelery | None = None) -> None:
+        """``app`` is the one of a process that has one, with settings of its own; closing the client leaves it open."""
+        self._owns_app = app is None
+        self.app = app or create_app(settings=settings)
+        self.settings, self.runtime = self.app.settings, self.app.services
         self.publisher = Publisher(self.app, self.runtime)
 
     @classmethod
@@ -277,9 +272,9 @@ class Client:
     # -- life ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        if self._owns_runtime:
-            self.runtime.close()
-        self.app.close()
+        """Release what it holds."""
+        if self._owns_app:
+            self.app.close()
 
     def __enter__(self) -> Client:
         return self

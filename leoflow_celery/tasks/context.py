@@ -1,75 +1,46 @@
-"""From a running Celery task to the runtime of its process."""
+"""From a running Celery task to the services of its app."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, Task, shared_task
-from celery.app import app_or_default
 from celery.exceptions import Reject
-from celery.signals import worker_process_init, worker_ready, worker_shutdown
 
 from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
-from leoflow_celery.errors import DecryptionFailed
+from leoflow_celery.errors import ConfigurationError, DecryptionFailed
 from leoflow_celery.queueing.messages import EXECUTOR_OF, M, open_message
 from leoflow_celery.queueing.publisher import Publisher
 from leoflow_celery.runtime import Runtime
-from leoflow_celery.settings import Settings
-from leoflow_celery.tasks.monitoring import close_senders
 
 log = logging.getLogger(__name__)
-_lock = threading.Lock()
-_runtimes: dict[int, Runtime] = {}
+
+
+def our_app(app: Celery) -> LeoflowCelery:
+    """The app that a task of ours runs in.
+
+    Raises:
+        ConfigurationError: it is somebody else's, which has no settings and no services.
+    """
+    if not isinstance(app, LeoflowCelery):
+        raise ConfigurationError(
+            f"the Celery app {app.main!r} runs a task of leoflow_celery and has no settings for it; "
+            "make the app of that worker with leoflow_celery.app.create_app"
+        )
+    return app
 
 
 def runtime_of(app: Celery) -> Runtime:
-    """The runtime of this process and app, built on first use and again after a fork."""
-    key = id(app)
-    found = _runtimes.get(key)
-    if found is not None and not found.is_stale:
-        return found
-    with _lock:
-        found = _runtimes.get(key)
-        if found is None or found.is_stale:
-            settings = app.settings if isinstance(app, LeoflowCelery) else Settings.load()
-            found = _runtimes[key] = Runtime(settings)
-    return found
+    """The services of the app that a task of ours runs in.
 
-
-def close_runtimes(**_: Any) -> None:
-    """Release everything; connected to the worker's shutdown signal."""
-    close_senders()
-    with _lock:
-        for runtime in _runtimes.values():
-            if not runtime.is_stale:
-                runtime.close()
-        _runtimes.clear()
-
-
-def serve_metrics(sender: Any = None, **_: Any) -> None:
-    """Open the worker's Prometheus endpoint when LEOFLOW_METRICS_PORT names a port."""
-    app = getattr(sender, "app", None)
-    if isinstance(app, LeoflowCelery):
-        metrics.configure(app.settings.metrics)
-        if app.settings.metrics.port:
-            metrics.serve(app.settings.metrics.port)
-
-
-def configure_metrics(**_: Any) -> None:
-    """In each process of a pool of processes, which are there before their worker is ready."""
-    app = app_or_default()
-    if isinstance(app, LeoflowCelery):
-        metrics.configure(app.settings.metrics)
-
-
-worker_shutdown.connect(close_runtimes)
-worker_ready.connect(serve_metrics)
-worker_process_init.connect(configure_metrics)
+    Raises:
+        ConfigurationError: it is somebody else's.
+    """
+    return our_app(app).services
 
 
 class LeoflowTask(Task[Any, Any]):

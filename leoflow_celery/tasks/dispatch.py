@@ -25,7 +25,7 @@ from leoflow_celery.errors import AtCapacity, BrokerUnavailable, Unavailable
 from leoflow_celery.security import Scope
 from leoflow_celery.tasks.advance_try import advance_try
 from leoflow_celery.tasks.completion import saved_context, store_result
-from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
+from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, our_app
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def dispatch(self: DispatchTask, request: dict[str, Any]) -> None:
 def _submit(task: DispatchTask, request: Any) -> Handle:
     request = _opened(task, request)
     try:
-        return Client(task.runtime.settings, task.app, task.runtime).submit(request)
+        return Client(app=our_app(task.app)).submit(request)
     except BrokerUnavailable as error:
         log.warning("dispatch.send_delayed", extra={"celery_task_id": task.request.id, "error": str(error)})
         raise
