@@ -16,7 +16,7 @@ from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, ExecutorType
 from leoflow_celery.executors.base import ReconcilableExecutor
 from leoflow_celery.queueing.messages import Present
 from leoflow_celery.queueing.publisher import Publisher
-from leoflow_celery.tasks.context import runtime_of
+from leoflow_celery.tasks.context import services_of
 from leoflow_celery.tasks.executors import executor_of
 
 _EVERY_SECONDS = 15.0
@@ -73,7 +73,7 @@ def announce(consumer: Any, executor_type: ExecutorType) -> None:
     # Looked at each time: a worker that lost its broker in between may have forgotten what it was about to do.
     if back_end.host and not _consumes(consumer, back_end.queue):
         consumer.call_soon(_consume, consumer, back_end.queue)
-    Publisher(consumer.app, runtime_of(consumer.app)).present(Present(back_end), _EVERY_SECONDS)
+    Publisher(consumer.app, services_of(consumer.app)).present(Present(back_end), _EVERY_SECONDS)
 
 
 def _consumes(consumer: Any, queue: str) -> bool:

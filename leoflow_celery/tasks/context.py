@@ -15,7 +15,7 @@ from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
 from leoflow_celery.errors import ConfigurationError, DecryptionFailed
 from leoflow_celery.queueing.messages import EXECUTOR_OF, M, open_message
 from leoflow_celery.queueing.publisher import Publisher
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def our_app(app: Celery) -> LeoflowCelery:
     return app
 
 
-def runtime_of(app: Celery) -> Runtime:
+def services_of(app: Celery) -> Services:
     """The services of the app that a task of ours runs in.
 
     Raises:
@@ -44,7 +44,7 @@ def runtime_of(app: Celery) -> Runtime:
 
 
 class LeoflowTask(Task[Any, Any]):
-    """The base of our tasks: its runtime, and retries that wait for servers to come back.
+    """The base of our tasks: its services, and retries that wait for servers to come back.
 
     A server that is away is no reason to lose a message: the task is sent again, for ever, with growing, jittered
     delays.
@@ -59,13 +59,13 @@ class LeoflowTask(Task[Any, Any]):
     retry_jitter = True
 
     @property
-    def runtime(self) -> Runtime:
-        return runtime_of(self.app)
+    def services(self) -> Services:
+        return services_of(self.app)
 
     @property
     def publisher(self) -> Publisher:
         """Sends our messages."""
-        return Publisher(self.app, self.runtime)
+        return Publisher(self.app, self.services)
 
     def opened(self, kind: type[M], sealed: str, scope: str) -> M:
         """The content of this task's message, sealed with the key of ``scope``.
@@ -74,7 +74,7 @@ class LeoflowTask(Task[Any, Any]):
             Reject: it cannot be opened; that was counted and logged.
         """
         try:
-            return open_message(self.runtime.keys, scope, kind, sealed)
+            return open_message(self.services.keys, scope, kind, sealed)
         except DecryptionFailed as error:
             raise self.refused(str(error)) from error
 

@@ -12,7 +12,7 @@ from leoflow_celery.errors import LeoflowError
 from leoflow_celery.executors.base import Executor, FailureReporter, Observer
 from leoflow_celery.queueing.messages import AttemptEnded
 from leoflow_celery.queueing.publisher import Publisher
-from leoflow_celery.tasks.context import runtime_of
+from leoflow_celery.tasks.context import services_of
 
 
 class ClusterMetrics(Observer):
@@ -35,7 +35,7 @@ def executor_of(app: Celery, executor_type: ExecutorType) -> Executor:
         ConfigurationError: this version has no such back end, or what it needs is not installed.
     """
     observer = ClusterMetrics if executor_type is ExecutorType.KUBERNETES else Observer
-    return runtime_of(app).executor(executor_type, lambda: reporter(app, executor_type), observer)
+    return services_of(app).executor(executor_type, lambda: reporter(app, executor_type), observer)
 
 
 def host_of(app: Celery, executor_type: ExecutorType) -> str:
@@ -53,6 +53,6 @@ def reporter(app: Celery, executor_type: ExecutorType) -> FailureReporter:
 
     def report(attempt: AttemptId, outcome: Outcome, return_value: str | None = None) -> None:
         ended = AttemptEnded(attempt, outcome, return_value=return_value, host=host_of(app, executor_type))
-        Publisher(app, runtime_of(app)).attempt_ended(executor_type, ended)
+        Publisher(app, services_of(app)).attempt_ended(executor_type, ended)
 
     return report

@@ -70,7 +70,7 @@ def launch(self: LeoflowTask, sealed: str) -> str:
         _report_failure(self, order.attempt, Outcome.failed(reason, error.message))
     else:
         back_end = BackEnd(executor, launched.host)
-        host = launched.host or self.runtime.hostname
+        host = launched.host or self.services.hostname
         _leave_note(self, LaunchReport(order.attempt, launched.external_name, host, str(back_end)))
         return f"launched {launched.external_name}"
     return "not launched"
@@ -98,7 +98,7 @@ def _leave_note(task: LeoflowTask, report: LaunchReport) -> None:
     reraise=True,
 )
 def _leave_patiently(task: LeoflowTask, report: LaunchReport) -> None:
-    task.runtime.launch_notes.leave(SCOPE_OF[executor_of_task(task.name)], report)
+    task.services.launch_notes.leave(SCOPE_OF[executor_of_task(task.name)], report)
 
 
 def _report_failure(task: LeoflowTask, attempt: AttemptId, outcome: Outcome) -> None:
@@ -147,14 +147,14 @@ def _retry_or_give_up(task: LeoflowTask, order: Launch, error: TransientLaunchEr
     log.warning("launch.retry", extra={"attempt": str(order.attempt), "error": error.message, "delay_seconds": delay})
     again = Launch(order.attempt, order.request, tried_since)
     scope = SCOPE_OF[executor_of_task(task.name)]
-    raise task.retry(countdown=delay, exc=error, kwargs={"sealed": seal_message(task.runtime.keys, scope, again)})
+    raise task.retry(countdown=delay, exc=error, kwargs={"sealed": seal_message(task.services.keys, scope, again)})
 
 
 def _patience_seconds(task: LeoflowTask, error: TransientLaunchError) -> float:
     """A back end that has no room (its reason is queued_timeout) is no outage: the attempt waits as in its queue."""
     if error.reason != FailureReason.QUEUED_TIMEOUT:
         return OUTAGE_SECONDS
-    return task.runtime.settings.maintenance.queued_timeout_seconds or math.inf
+    return task.services.settings.maintenance.queued_timeout_seconds or math.inf
 
 
 def next_try_seconds(

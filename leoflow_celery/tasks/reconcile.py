@@ -42,7 +42,7 @@ def reconcile(self: LeoflowTask, sealed: str) -> None:
     try:
         executor = executor_of(self)
         name = f"reconcile.{BackEnd(executor_type, executor.host)}"
-        with self.runtime.locks.single_flight(name, _LOCK_SECONDS) as held:
+        with self.services.locks.single_flight(name, _LOCK_SECONDS) as held:
             if held:
                 done = executor.reconcile(expectation)
                 metrics.record_reconcile(executor_type, time.monotonic() - started)
@@ -72,7 +72,7 @@ def staging(self: LeoflowTask, sealed: str) -> None:
         executor = executor_of(self)
         back_end = BackEnd(_type_of(self), executor.host)
         name = f"staging.{back_end}"
-        with self.runtime.locks.single_flight(name, _LOCK_SECONDS) as held:
+        with self.services.locks.single_flight(name, _LOCK_SECONDS) as held:
             gone = executor.collect_staging(plan) if held else {}
     except (TransientLaunchError, BrokerUnavailable) as error:
         log.warning("staging.skipped", extra={"executor": _type_of(self), "error": str(error)})

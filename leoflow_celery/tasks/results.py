@@ -31,14 +31,14 @@ from leoflow_celery.queueing.messages import (
     StagingDeleted,
     open_request,
 )
-from leoflow_celery.runtime import Runtime
 from leoflow_celery.security import Scope
+from leoflow_celery.services import Services
 from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.advance_try import advance_try
 from leoflow_celery.tasks.completion import store_result
-from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, runtime_of
+from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, services_of
 
 log = logging.getLogger(__name__)
 #: STARTED is news for people, and a crash of a launch worker waits for nobody: this need not be faster.
@@ -46,7 +46,7 @@ _COLLECT_SECONDS = 0.2
 B = TypeVar("B", StagingDeleted, Present)
 
 
-def collect_launches(app: Celery, runtime: Runtime, of: AttemptId | None = None) -> int:
+def collect_launches(app: Celery, services: Services, of: AttemptId | None = None) -> int:
     """Record which attempts were started, or only whether ``of`` was; how many notes there were.
 
     Their Celery ids are STARTED from now on.
@@ -57,16 +57,16 @@ def collect_launches(app: Celery, runtime: Runtime, of: AttemptId | None = None)
     Raises:
         Unavailable: a server is away; the notes are collected again.
     """
-    notes = runtime.launch_notes.group() if of is None else runtime.launch_notes.of(of)
-    reports = [report for note in notes if (report := _report_of(runtime, note)) is not None]
+    notes = services.launch_notes.group() if of is None else services.launch_notes.of(of)
+    reports = [report for note in notes if (report := _report_of(services, note)) is not None]
     if reports:
-        waiting = runtime.store.attempts.launched(reports)
+        waiting = services.store.attempts.launched(reports)
         for report in reports:
             if report.attempt in waiting:
                 _mark_started(app, report)
-        for view in runtime.store.attempts.ended([report.attempt for report in reports]):
-            store_result(app, runtime, view)
-    runtime.launch_notes.remove(notes)
+        for view in services.store.attempts.ended([report.attempt for report in reports]):
+            store_result(app, services, view)
+    services.launch_notes.remove(notes)
     return len(notes)
 
 
@@ -77,16 +77,16 @@ class LaunchCollector(bootsteps.StartStopStep):
 
     def create(self, worker: Any) -> Any:
         def collect() -> None:
-            while collect_launches(worker.app, runtime_of(worker.app)):
+            while collect_launches(worker.app, services_of(worker.app)):
                 pass
 
         return Periodic(collect, _COLLECT_SECONDS, name="leoflow-launches", failed="launch_notes.not_collected")
 
 
-def _report_of(runtime: Runtime, note: LaunchNote) -> LaunchReport | None:
+def _report_of(services: Services, note: LaunchNote) -> LaunchReport | None:
     """What a note says; None for one that nobody may leave."""
     try:
-        report = note.report(runtime.keys)
+        report = note.report(services.keys)
         is_own = BackEnd.parse(report.back_end).executor is EXECUTOR_OF[note.scope]
         why = "" if is_own else "a worker speaks for another executor"
     except (DecryptionFailed, ValueError) as error:
@@ -107,13 +107,13 @@ def _mark_started(app: Celery, report: LaunchReport) -> None:
 @leoflow_task(TaskName.RECORD_END, autoretry_for=(Unavailable,))
 def record_end(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """Record the end of an attempt that no agent reported, with the value it left, in one transaction."""
-    runtime, (executor, ended) = self.runtime, self.heard(AttemptEnded, sealed, speaker)
+    services, (executor, ended) = self.services, self.heard(AttemptEnded, sealed, speaker)
     identity, outcome = ended.attempt, ended.outcome
     if ended.unclaimed:
         # Another delivery may have started it, and said so already.
-        collect_launches(self.app, runtime, identity)
+        collect_launches(self.app, services, identity)
     try:
-        view = runtime.store.attempts.get(identity.task_instance_id, identity.try_number)
+        view = services.store.attempts.get(identity.task_instance_id, identity.try_number)
     except NotFound:
         log.warning("record.unknown", extra={"attempt": str(identity), "outcome": outcome.state.value})
         return
@@ -121,9 +121,9 @@ def record_end(self: LeoflowTask, speaker: str, sealed: str) -> None:
         raise self.refused(f"attempt {identity} was not given to {BackEnd(executor, ended.host)}")
     outcome, xcoms = _with_value(self, view, outcome, ended.return_value)
     if outcome.state is TaskState.FAILED and not outcome.log_tail:
-        outcome = outcome.evolve(log_tail=runtime.store.logs.last_lines(view.log_key))
+        outcome = outcome.evolve(log_tail=services.store.logs.last_lines(view.log_key))
     guard = Guard(unclaimed=ended.unclaimed, unlaunched=ended.unclaimed)
-    finished = runtime.store.attempts.finish(identity, outcome, guard, xcoms)
+    finished = services.store.attempts.finish(identity, outcome, guard, xcoms)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
     advance_try(self, identity.task_instance_id, identity.try_number)
@@ -152,13 +152,13 @@ def _with_value(
 
 def _checked(task: LeoflowTask, view: TaskInstanceView, text: str) -> bytes:
     value = text.encode(errors="surrogatepass")
-    check_value(value, schema=_schema_of(task, view), max_bytes=task.runtime.settings.xcom.max_bytes)
+    check_value(value, schema=_schema_of(task, view), max_bytes=task.services.settings.xcom.max_bytes)
     return value
 
 
 def _schema_of(task: LeoflowTask, view: TaskInstanceView) -> dict[str, Any] | None:
     try:
-        return open_request(task.runtime.keys, view.sealed_request).xcom_schema
+        return open_request(task.services.keys, view.sealed_request).xcom_schema
     except DecryptionFailed as error:
         # The task did its work: a key that was taken away since then must not turn that into a failure.
         log.warning("record.schema_unknown", extra={"attempt": str(view.attempt), "error": str(error)})
@@ -177,14 +177,14 @@ def staging_deleted(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """Record which staging volumes are gone, each with its reason."""
     message = _of_own_back_end(self, *self.heard(StagingDeleted, sealed, speaker))
     for name, reason in message.claims.items():
-        self.runtime.store.staging.mark_staging_deleted(name, reason)
+        self.services.store.staging.mark_staging_deleted(name, reason)
 
 
 @leoflow_task(TaskName.RECORD_PRESENCE, autoretry_for=(Unavailable,))
 def present(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """A worker holds this back end: the control plane may send work to it."""
     message = _of_own_back_end(self, *self.heard(Present, sealed, speaker))
-    self.runtime.store.leases.keep_present(f"{BACK_END_PRESENCE}{message.back_end}", PRESENCE_GAP_SECONDS)
+    self.services.store.leases.keep_present(f"{BACK_END_PRESENCE}{message.back_end}", PRESENCE_GAP_SECONDS)
 
 
 def _of_own_back_end(task: LeoflowTask, executor: ExecutorType, message: B) -> B:

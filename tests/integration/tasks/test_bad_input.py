@@ -86,7 +86,7 @@ def test_a_request_of_ten_megabytes_is_refused(client: Client) -> None:
 
 def test_a_sealed_request_is_opened_with_our_key_only(system: System, client: Client, target: HttpTarget) -> None:
     request = http_task(target.url("a"))
-    ours = {"sealed": client.runtime.keys.sealer("dispatch").seal(request)}
+    ours = {"sealed": client.services.keys.sealer("dispatch").seal(request)}
     assert client.app.send_task("leoflow.dispatch", (ours,), queue="dispatch").get(timeout=20)["call"] == 1
     foreign = {"sealed": KeyRing(Fernet.generate_key().decode()).sealer("dispatch").seal(request)}
     with pytest.raises(DecryptionFailed, match="another key"):
@@ -96,8 +96,8 @@ def test_a_sealed_request_is_opened_with_our_key_only(system: System, client: Cl
 def test_a_row_sealed_with_another_key_fails_and_says_so(client: Client, target: HttpTarget) -> None:
     parsed = parse_request(http_task(target.url("a")))
     foreign = seal_request(KeyRing(Fernet.generate_key().decode()), parsed)
-    assert seal_request(client.runtime.keys, parsed) != foreign
-    [submitted] = client.runtime.store.submissions.record([NewTry(parsed, ExecutorType.INLINE, foreign)])
+    assert seal_request(client.services.keys, parsed) != foreign
+    [submitted] = client.services.store.submissions.record([NewTry(parsed, ExecutorType.INLINE, foreign)])
     client.publisher.launch(LaunchOrder(parsed, ExecutorType.INLINE, submitted.attempt, submitted.celery_task_id))
     with pytest.raises(TaskFailed) as caught:
         client.app.AsyncResult(submitted.celery_task_id).get(timeout=20)

@@ -148,7 +148,7 @@ def tell_end(client: Client, handle: Handle, outcome: dict[str, Any], return_val
     """Say as a Kubernetes worker how an attempt ended, in whatever form."""
     said = {"attempt": handle.attempt.to_json(), "outcome": outcome, "unclaimed": False, "host": ""}
     content = {"purpose": "ended", "at": time.time(), "message": {**said, "return_value": return_value}}
-    payload = {"speaker": "k8s", "sealed": client.runtime.keys.sealer("k8s").seal(content)}
+    payload = {"speaker": "k8s", "sealed": client.services.keys.sealer("k8s").seal(content)}
     client.app.send_task("leoflow.results.record", kwargs=payload, queue="results")
 
 
@@ -186,7 +186,7 @@ def test_the_end_of_a_try_whose_request_cannot_be_opened_is_recorded_all_the_sam
     identity = secrets.token_hex(8)
     ids = {"task_instance_id": identity, "dag_id": "d", "run_id": identity, "task_id": "t"}
     request = parse_request({**ids, "operator": "bash", "entrypoint": "true"})
-    [submitted] = client.runtime.store.submissions.record([NewTry(request, ExecutorType.KUBERNETES, "unsealable")])
+    [submitted] = client.services.store.submissions.record([NewTry(request, ExecutorType.KUBERNETES, "unsealable")])
     record(client, Handle(client, submitted.attempt, submitted.celery_task_id, True), "1")
     assert client.app.AsyncResult(submitted.celery_task_id).get(timeout=20) == 1
 
@@ -197,7 +197,7 @@ def test_a_failure_that_was_found_without_lines_keeps_the_last_that_were_shipped
     client: Client, found: tuple[str, ...], kept: tuple[str, ...]
 ) -> None:
     handle = waiting_pod(client)
-    with client.runtime.store.logs.writer(handle.task_instance().log_key) as writer:
+    with client.services.store.logs.writer(handle.task_instance().log_key) as writer:
         writer.append([LogRecord(time.time(), "info", "stdout", "shipped")])
     outcome = Outcome.failed(FailureReason.NON_ZERO_EXIT, "exit 3", 3, log_tail=found)
     tell_end(client, handle, outcome.to_json())
@@ -223,7 +223,7 @@ def test_a_launch_reported_after_the_end_writes_the_result_again(client: Client)
     with pytest.raises(TaskFailed, match="cancelled"):
         handle.get(timeout=20)
     client.app.backend.store_result(handle.id, {}, "STARTED")
-    client.runtime.launch_notes.leave("k8s", LaunchReport(handle.attempt, "pod", "node", "kubernetes"))
+    client.services.launch_notes.leave("k8s", LaunchReport(handle.attempt, "pod", "node", "kubernetes"))
     fresh = AsyncResult(handle.id, app=client.app)
     wait_until(lambda: fresh.state == "FAILURE", 20, lambda: f"FAILURE, not {fresh.state}")
 

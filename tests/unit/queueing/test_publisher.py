@@ -12,14 +12,14 @@ from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import DecryptionFailed
 from leoflow_celery.queueing.messages import Launch, LaunchInline, open_message, open_request, seal_request
 from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 from leoflow_celery.settings import SecuritySettings, Settings
 
 CANARY = "c4n4ry"
 
 
-def runtime() -> Runtime:
-    return Runtime(Settings(security=SecuritySettings(jwt_secret="x" * 32, seal_keys=Fernet.generate_key().decode())))
+def runtime() -> Services:
+    return Services(Settings(security=SecuritySettings(jwt_secret="x" * 32, seal_keys=Fernet.generate_key().decode())))
 
 
 def request(**fields: Any) -> TaskRequest:
