@@ -113,7 +113,7 @@ def create_pods(api: KubernetesApi, specs: Sequence[LaunchSpec], threads: int) -
 
 def record(client: Client, specs: Sequence[LaunchSpec]) -> int:
     """Live rows for all pods; the number of statements that reading what to expect takes."""
-    store = client.runtime.store
+    store = client.services.store
     migrate.upgrade(store.database)
     store.submissions.record([NewTry(spec.request, ExecutorType.KUBERNETES, "") for spec in specs])
     for spec in specs:
@@ -178,7 +178,7 @@ def main() -> None:
         create_pods(api, specs, options.threads)
         with Client() as client:
             selects = record(client, specs)
-            expectation = client.runtime.store.sweeps.expectations({"kubernetes"})["kubernetes"]
+            expectation = client.services.store.sweeps.expectations({"kubernetes"})["kubernetes"]
             path = system.directory / "expectation.json"
             path.write_text(json.dumps(expectation.to_json()))
         ours, floor, memory = [], [], 0.0

@@ -14,7 +14,7 @@ from celery import Celery
 
 from leoflow_celery.app.config import INCLUDE_OF_QUEUE, celery_config
 from leoflow_celery.app.extras import steps_of
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 from leoflow_celery.settings import Settings
 
 __all__ = ["LeoflowCelery", "create_app"]
@@ -30,18 +30,18 @@ class LeoflowCelery(Celery):
         super().__init__(*args, **options)
         #: Called when a worker has ended its tasks, before it leaves the broker.
         self.before_leaving: list[Callable[[], None]] = []
-        self._services: Runtime | None = None
+        self._services: Services | None = None
         self._services_lock = threading.Lock()
 
     @property
-    def services(self) -> Runtime:
+    def services(self) -> Services:
         """What this process needs to work: built on first use, and again after a fork or a close."""
         found = self._services
         if found is not None and not found.is_stale:
             return found
         with self._services_lock:
             if self._services is None or self._services.is_stale:
-                self._services = Runtime(self.settings)
+                self._services = Services(self.settings)
             return self._services
 
     def close_services(self) -> None:

@@ -47,8 +47,8 @@ class Client:
         """``app`` is the one of a process that has one, with settings of its own; closing the client leaves it open."""
         self._owns_app = app is None
         self.app = app or create_app(settings=settings)
-        self.settings, self.runtime = self.app.settings, self.app.services
-        self.messages = MessageSender(self.app, self.runtime)
+        self.settings, self.services = self.app.settings, self.app.services
+        self.messages = MessageSender(self.app, self.services)
 
     @classmethod
     def from_environment(cls) -> Client:
@@ -92,7 +92,7 @@ class Client:
         with refusals_counted():
             tries = [self._new_try(parse_request(request), context) for request in requests]
             self._check_capacity({item.executor for item in tries}, len(tries))
-        submitted = self.runtime.store.submissions.record(tries)
+        submitted = self.services.store.submissions.record(tries)
         try:
             self._send(tries, submitted)
         finally:
@@ -105,7 +105,7 @@ class Client:
         if executor is ExecutorType.INLINE:
             check_inline_timeout(request, self.settings.inline.max_duration)
         check_secrets(request, executor)
-        sealed = seal_request(self.runtime, request)
+        sealed = seal_request(self.services, request)
         check_size(len(sealed) * 3 // 4)
         factor = request.oom_memory_factor
         factor = self.settings.maintenance.oom_memory_factor if factor is None else factor
@@ -123,7 +123,7 @@ class Client:
         """What waits for an executor: in its own queue and in those of its hosts."""
         queue = QUEUE_OF[executor]
         try:
-            waiting = [self.runtime.queues.waiting(name) for name in (queue, *self._host_queues(executor))]
+            waiting = [self.services.queues.waiting(name) for name in (queue, *self._host_queues(executor))]
             return sum(filter(None, waiting)) if waiting[0] is not None else None
         except BrokerUnavailable as error:  # the try is recorded all the same; sending it says what is wrong
             log.warning("queue.depth_unknown", extra={"queue": queue, "error": str(error)})
@@ -132,7 +132,7 @@ class Client:
     def _host_queues(self, executor: ExecutorType) -> list[str]:
         if executor not in RECONCILED:
             return []
-        hosts = self.runtime.store.leases.present(f"{BACK_END_PRESENCE}{executor}:", PRESENCE_GAP_SECONDS)
+        hosts = self.services.store.leases.present(f"{BACK_END_PRESENCE}{executor}:", PRESENCE_GAP_SECONDS)
         return [host_queue(executor, host) for host in hosts]
 
     def _send(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> None:
@@ -146,7 +146,7 @@ class Client:
                 f"{error}; recorded as queued and sent when the broker answers again (submitting again is safe)"
             ) from error
         finally:
-            self.runtime.store.submissions.mark_sent(sent)
+            self.services.store.submissions.mark_sent(sent)
 
     def _messages(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> list[LaunchMessage]:
         queues = [self._queue_to_send_to(item, done) for item, done in zip(tries, submitted, strict=True)]
@@ -168,8 +168,8 @@ class Client:
         """Record a try that the scheduler decided without running it: skipped or upstream_failed."""
         parsed = parse_request(request)
         executor = executor_for(parsed, ExecutorType(self.settings.dispatch.executor_type))
-        item = NewTry(parsed, executor, seal_request(self.runtime, parsed))
-        self.runtime.store.submissions.record([item], state)
+        item = NewTry(parsed, executor, seal_request(self.services, parsed))
+        self.services.store.submissions.record([item], state)
 
     def cancel(self, task_instance_id: str, try_number: int | None = None) -> bool:
         """Ask a try to stop; it ends failed with reason cancelled. False when it had ended already.
@@ -180,7 +180,7 @@ class Client:
         before = self.task_instance(task_instance_id, try_number)
         if before.is_terminal:
             return False
-        view = self.runtime.store.attempts.request_cancel(task_instance_id, before.try_number)
+        view = self.services.store.attempts.request_cancel(task_instance_id, before.try_number)
         try:
             self.messages.stop(view)
             if view.is_terminal:
@@ -197,7 +197,7 @@ class Client:
         Raises:
             NotFound: no active volume of that name is bound to a Docker host.
         """
-        return self.runtime.store.staging.release(claim_name)
+        return self.services.store.staging.release(claim_name)
 
     # -- observing ----------------------------------------------------------------------------------------------
 
@@ -207,18 +207,18 @@ class Client:
         Raises:
             NotFound: no such task instance or try.
         """
-        return self.runtime.store.attempts.get(task_instance_id, try_number)
+        return self.services.store.attempts.get(task_instance_id, try_number)
 
     def task_instances(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[TaskInstanceView]:
         """The newest try of each task of a run."""
-        return self.runtime.store.runs.task_instances(tenant_id, dag_id, run_id)
+        return self.services.store.runs.task_instances(tenant_id, dag_id, run_id)
 
     def events(self, task_instance_id: str) -> list[EventView]:
         """The history of a task instance, oldest first."""
-        return self.runtime.store.events.of(task_instance_id)
+        return self.services.store.events.of(task_instance_id)
 
     def create_run(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT, dag_version: str = "") -> RunView:
-        return self.runtime.store.runs.create(tenant_id, dag_id, run_id, dag_version)
+        return self.services.store.runs.create(tenant_id, dag_id, run_id, dag_version)
 
     def run(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> RunView:
         """One run.
@@ -226,10 +226,10 @@ class Client:
         Raises:
             NotFound: it was never created.
         """
-        return self.runtime.store.runs.get(tenant_id, dag_id, run_id)
+        return self.services.store.runs.get(tenant_id, dag_id, run_id)
 
     def finish_run(self, dag_id: str, run_id: str, state: RunState, tenant_id: str = _STANDARD_TENANT) -> bool:
-        return self.runtime.store.runs.finish(tenant_id, dag_id, run_id, state)
+        return self.services.store.runs.finish(tenant_id, dag_id, run_id, state)
 
     def xcom(
         self, dag_id: str, run_id: str, task_id: str, key: str = RETURN_VALUE, tenant_id: str = _STANDARD_TENANT
@@ -239,14 +239,14 @@ class Client:
         Raises:
             NotFound: never pushed, or expired.
         """
-        value = self.runtime.store.xcom.get(XComKey(tenant_id, dag_id, run_id, task_id, key))
+        value = self.services.store.xcom.get(XComKey(tenant_id, dag_id, run_id, task_id, key))
         if value is None:
             raise NotFound(f"task {task_id!r} of run {run_id!r} has no XCom {key!r} (never pushed, or expired)")
         return shown_value(value)
 
     def xcoms(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[tuple[str, str, Any, float]]:
         """Every value of a run as (task_id, key, parsed value, created_at)."""
-        found = self.runtime.store.xcom.of_run(tenant_id, dag_id, run_id)
+        found = self.services.store.xcom.of_run(tenant_id, dag_id, run_id)
         return [(key.task_id, key.key, shown_value(value), value.created_at) for key, value in found]
 
     def logs(
@@ -261,8 +261,8 @@ class Client:
         """A try's log lines, ``{ts, level, stream, msg}``; with ``follow`` until the try has ended."""
         key = LogKey(tenant_id, dag_id, run_id, task_id, try_number)
         if not follow:
-            return self.runtime.store.logs.read(key)
-        return self.runtime.store.logs.follow(key, lambda: self._ended(key))
+            return self.services.store.logs.read(key)
+        return self.services.store.logs.follow(key, lambda: self._ended(key))
 
     def _ended(self, key: LogKey) -> bool:
         views = self.task_instances(key.dag_id, key.run_id, key.tenant_id)

@@ -23,8 +23,8 @@ from leoflow_celery.domain.quantity import format_bytes
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, RESULTS_QUEUE, STOP_PREFIX, ExecutorType, task_name
 from leoflow_celery.errors import BrokerUnavailable, Unsealable
-from leoflow_celery.runtime import Runtime
 from leoflow_celery.runtime.queues import safe_url
+from leoflow_celery.services import Services
 from leoflow_celery.store.views import TaskInstanceView
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ class LaunchMessage:
 class MessageSender:
     """Publishes launch messages and nudges."""
 
-    def __init__(self, app: Celery, runtime: Runtime) -> None:
+    def __init__(self, app: Celery, services: Services) -> None:
         self._app = app
-        self._runtime = runtime
+        self._services = services
 
     def launch(self, *messages: LaunchMessage) -> None:
         """Send the messages that launch attempts, in few round trips; again is harmless.
@@ -103,10 +103,10 @@ class MessageSender:
 
     def _sealed(self, request: TaskRequest, attempt: AttemptId) -> str:
         token = request.agent_token if attempt.launch == 1 else ""
-        token = token or self._runtime.tokens.mint(request, attempt)
-        address = request.control_plane_addr or self._runtime.settings.agent.control_plane_addr
+        token = token or self._services.tokens.mint(request, attempt)
+        address = request.control_plane_addr or self._services.settings.agent.control_plane_addr
         ready = request.evolve(agent_token=token, control_plane_addr=address)
-        return self._runtime.sealer.seal({"request": ready.model_dump(mode="json", exclude_defaults=True)})
+        return self._services.sealer.seal({"request": ready.model_dump(mode="json", exclude_defaults=True)})
 
     def launch_again(self, view: TaskInstanceView) -> None:
         """Send the message of a recorded try's current launch.
@@ -115,14 +115,14 @@ class MessageSender:
             BrokerUnavailable: the broker did not take it.
             Unsealable: the row was sealed with a key this process does not have.
         """
-        request = self._with_grown_memory(open_request(self._runtime, view.sealed_request), view)
+        request = self._with_grown_memory(open_request(self._services, view.sealed_request), view)
         executor = ExecutorType(view.executor)
         self.launch(LaunchMessage(request, executor, view.attempt, view.celery_task_id, view.queue))
 
     def _with_grown_memory(self, request: TaskRequest, view: TaskInstanceView) -> TaskRequest:
         if not view.oom_relaunches:
             return request
-        memory = format_bytes(view.memory.current(self._runtime.store.relaunch_policy))
+        memory = format_bytes(view.memory.current(self._services.store.relaunch_policy))
         return with_memory_limit(request, memory)
 
     def stop(self, view: TaskInstanceView) -> None:
@@ -149,9 +149,9 @@ class MessageSender:
         )
 
     def _grace_seconds(self, view: TaskInstanceView, executor: ExecutorType) -> float:
-        settings = self._runtime.settings
+        settings = self._services.settings
         group = settings.kubernetes if executor is ExecutorType.KUBERNETES else settings.docker
-        wish = requested_grace(self._runtime, view)
+        wish = requested_grace(self._services, view)
         return group.termination_grace_seconds if wish is None else wish
 
     def settle(self, task_instance_id: str, try_number: int, countdown_seconds: float | None = None) -> None:
@@ -177,30 +177,30 @@ class MessageSender:
         try:
             self._app.send_task(name, kwargs=kwargs, **options)
         except (OperationalError, RedisError, OSError) as error:
-            address = safe_url(self._runtime.settings.broker.url)
+            address = safe_url(self._services.settings.broker.url)
             raise BrokerUnavailable(f"broker {address} did not answer: {error}") from error
 
 
-def seal_request(runtime: Runtime, request: TaskRequest) -> str:
+def seal_request(services: Services, request: TaskRequest) -> str:
     """A request as it rests in SQL."""
-    return runtime.sealer.seal({"request": request.model_dump(mode="json", exclude_defaults=True)})
+    return services.sealer.seal({"request": request.model_dump(mode="json", exclude_defaults=True)})
 
 
-def open_request(runtime: Runtime, sealed: str) -> TaskRequest:
+def open_request(services: Services, sealed: str) -> TaskRequest:
     """The request again.
 
     Raises:
         Unsealable: sealed with a key this process does not have, or by a version whose requests it does not know.
     """
     try:
-        return TaskRequest.model_validate(runtime.sealer.open(sealed)["request"])
+        return TaskRequest.model_validate(services.sealer.open(sealed)["request"])
     except (KeyError, ValidationError) as error:
         raise Unsealable("a sealed request is none of this version; upgrade the process that reads it") from error
 
 
-def requested_grace(runtime: Runtime, view: TaskInstanceView) -> float | None:
+def requested_grace(services: Services, view: TaskInstanceView) -> float | None:
     """How long a try asks for between SIGTERM and SIGKILL, in seconds; None when it does not, or nobody can read it."""
     try:
-        return open_request(runtime, view.sealed_request).execution.termination_grace_seconds
+        return open_request(services, view.sealed_request).execution.termination_grace_seconds
     except Unsealable:
         return None

@@ -28,7 +28,7 @@ from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.gateway.tls import Certificate
 from leoflow_celery.gateway.values import open_provider
 from leoflow_celery.gateway.xcoms import XComMethods
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 from leoflow_celery.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -58,13 +58,13 @@ class GatewayServer:
             ConfigurationError: a setting is missing or cannot work.
         """
         self._settings = settings.gateway
-        self._runtime = Runtime(settings)
+        self._services = Services(settings)
         policy = ChannelPolicy.of(settings.gateway)
-        authenticate = Authenticator(self._runtime.tokens)
+        authenticate = Authenticator(self._services.tokens)
         self._threads = threads = Threads(settings.gateway.store_threads)
-        self._notifier = Notifier(on_finished or nudge_results(self._runtime), threads.notify)
+        self._notifier = Notifier(on_finished or nudge_results(self._services), threads.notify)
         self._registry, self._foreign = HolderRegistry(), ForeignHolders()
-        store = self._runtime.store
+        store = self._services.store
         self._claims = Claims(store.holders, self._foreign, threads)
         self._health = Health()
         self._journal = Journal(store.logs, threads.logs)
@@ -87,9 +87,9 @@ class GatewayServer:
         self.port = 0
 
     def _unary(self, settings: Settings, policy: ChannelPolicy) -> dict[str, Unary]:
-        store, threads, gateway = self._runtime.store, self._threads, settings.gateway
+        store, threads, gateway = self._services.store, self._threads, settings.gateway
         task_secrets = open_provider(gateway.secrets_path, "LEOFLOW_GATEWAY_SECRETS_PATH")
-        specs = Specs(store.attempts, self._runtime.sealer, policy, task_secrets, self._notifier, threads)
+        specs = Specs(store.attempts, self._services.sealer, policy, task_secrets, self._notifier, threads)
         xcoms = XComMethods(store, specs, self._claims, threads, settings.xcom)
         secrets = SecretMethods(gateway, policy, self._claims, threads)
         lifecycle = Lifecycle(store, self._registry, self._foreign, self._notifier, threads, gateway.lease_seconds)
@@ -158,7 +158,7 @@ class GatewayServer:
         await self._stop_loops()
         self._journal.close()
         await asyncio.to_thread(self._threads.close)
-        self._runtime.close()
+        self._services.close()
 
     async def abort(self) -> None:
         """Cut the grace of a ``stop`` under way short."""

@@ -1,5 +1,1 @@
-"""The services of a process, and what only an embedded system needs."""
-
-from leoflow_celery.runtime.process import Runtime
-
-__all__ = ["Runtime"]
+"""What an embedded system runs beside its workers."""

@@ -43,7 +43,7 @@ def reconcile(self: LeoflowTask, expectation: dict[str, Any]) -> None:
     try:
         executor = executor_of(self)
         name = f"reconcile.{BackEnd(executor_type, executor.host)}"
-        with self.runtime.locks.single_flight(name, _LOCK_SECONDS) as held:
+        with self.services.locks.single_flight(name, _LOCK_SECONDS) as held:
             if held:
                 done = executor.reconcile(Expectation.from_json(expectation))
                 metrics.record_reconcile(executor_type, time.monotonic() - started)
@@ -70,7 +70,7 @@ def staging(self: LeoflowTask, plan: dict[str, Any]) -> None:
     try:
         executor = executor_of(self)
         name = f"staging.{BackEnd(_type_of(self), executor.host)}"
-        with self.runtime.locks.single_flight(name, _LOCK_SECONDS) as held:
+        with self.services.locks.single_flight(name, _LOCK_SECONDS) as held:
             gone = executor.collect_staging(StagingPlan.from_json(plan)) if held else {}
     except (TransientLaunchError, BrokerUnavailable) as error:
         log.warning("staging.skipped", extra={"executor": _type_of(self), "error": str(error)})

@@ -30,9 +30,9 @@ def reconcile(self: LeoflowTask) -> int:
     back_ends = present_back_ends(self)
     if not back_ends:
         return 0
-    expected = self.runtime.store.sweeps.expectations({one.executor.value for one in back_ends})
+    expected = self.services.store.sweeps.expectations({one.executor.value for one in back_ends})
     for one in back_ends:
-        interval = self.runtime.settings.maintenance.interval_seconds
+        interval = self.services.settings.maintenance.interval_seconds
         _send(self, RECONCILE_PREFIX, one, {"expectation": _of_host(expected[one.executor], one).to_json()}, interval)
     return 0
 
@@ -51,20 +51,20 @@ def _of_host(expectation: Expectation, back_end: BackEnd) -> Expectation:
 @maintenance_task("collect_staging")
 def collect_staging(self: LeoflowTask) -> int:
     """Send every present back end the staging volumes to delete, and those to keep."""
-    now, ttl = time.time(), self.runtime.settings.staging.ttl_seconds
-    volumes = self.runtime.store.staging.list_active()
+    now, ttl = time.time(), self.services.settings.staging.ttl_seconds
+    volumes = self.services.store.staging.list_active()
     # Never bound to a host, so it never came into being.
     _mark_deleted(self, plan_staging((one for one in volumes if one.backend == ExecutorType.DOCKER), now, ttl))
     for one in present_back_ends(self):
         plan = plan_staging((volume for volume in volumes if volume.backend == str(one)), now, ttl)
-        interval = self.runtime.settings.maintenance.staging_interval_seconds
+        interval = self.services.settings.maintenance.staging_interval_seconds
         _send(self, STAGING_PREFIX, one, {"plan": plan.to_json()}, interval)
     return 0
 
 
 def _mark_deleted(task: LeoflowTask, plan: StagingPlan) -> None:
     for claim_name, reason in plan.delete.items():
-        task.runtime.store.staging.mark_staging_deleted(claim_name, reason)
+        task.services.store.staging.mark_staging_deleted(claim_name, reason)
 
 
 def plan_staging(volumes: Iterable[StagingVolumeState], now: float, ttl_seconds: float) -> StagingPlan:
@@ -82,12 +82,12 @@ def plan_staging(volumes: Iterable[StagingVolumeState], now: float, ttl_seconds:
 
 def present_back_ends(task: LeoflowTask) -> list[BackEnd]:
     """Who announced itself within the last minute."""
-    names = task.runtime.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
+    names = task.services.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
     return [one for one in map(BackEnd.parse, names) if one.executor in RECONCILED]
 
 
 def _send(task: LeoflowTask, prefix: str, back_end: BackEnd, kwargs: dict[str, Any], expires_seconds: float) -> None:
-    MessageSender(task.app, task.runtime).send(
+    MessageSender(task.app, task.services).send(
         f"{prefix}{back_end.executor}",
         kwargs,
         queue=back_end.queue,

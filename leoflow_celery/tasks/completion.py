@@ -27,7 +27,7 @@ from leoflow_celery.domain.outcome import FinalEvent
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, parse_value
 from leoflow_celery.errors import TaskFailed, Unavailable, XComRejected
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 from leoflow_celery.store.completions import Waiting
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.monitoring import send_failed, send_succeeded
@@ -60,36 +60,36 @@ class Ended:
     monitored: bool = False
 
 
-def complete_due(app: Celery, runtime: Runtime) -> int:
+def complete_due(app: Celery, services: Services) -> int:
     """Complete whatever is due; the number of Celery ids completed."""
-    return _complete(app, runtime, runtime.store.completions.take(LEASE_SECONDS), None)
+    return _complete(app, services, services.store.completions.take(LEASE_SECONDS), None)
 
 
-def complete_try(app: Celery, runtime: Runtime, view: TaskInstanceView, ended: Ended | None = None) -> int:
+def complete_try(app: Celery, services: Services, view: TaskInstanceView, ended: Ended | None = None) -> int:
     """Complete whoever waits for one try; ``ended`` spares reading what the caller knows."""
-    taken = runtime.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
-    return _complete(app, runtime, taken, ended)
+    taken = services.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
+    return _complete(app, services, taken, ended)
 
 
-def _complete(app: Celery, runtime: Runtime, waiting: Sequence[Waiting], ended: Ended | None) -> int:
+def _complete(app: Celery, services: Services, waiting: Sequence[Waiting], ended: Ended | None) -> int:
     done: list[str] = []
     try:
         for item in waiting:
-            if _completed(app, runtime, item, ended):
+            if _completed(app, services, item, ended):
                 done.append(item.celery_task_id)  # noqa: PERF401 - kept when a later one raises
     finally:
-        runtime.store.completions.done(done)
+        services.store.completions.done(done)
     return len(done)
 
 
-def _completed(app: Celery, runtime: Runtime, item: Waiting, ended: Ended | None) -> bool:
+def _completed(app: Celery, services: Services, item: Waiting, ended: Ended | None) -> bool:
     try:
-        complete(app, item, ended or _read(runtime, item))
+        complete(app, item, ended or _read(services, item))
     except Exception as error:
         if _is_away(error):
             raise
         # One that cannot be completed (a callback that is no signature, say) must not keep the others waiting.
-        delay = runtime.store.completions.failed(item)
+        delay = services.store.completions.failed(item)
         log.exception("completion.failed", extra={"celery_task_id": item.celery_task_id, "again_in_seconds": delay})
         return False
     return True
@@ -102,16 +102,16 @@ def _is_away(error: Exception) -> bool:
     return isinstance(cause, _AWAY)
 
 
-def _read(runtime: Runtime, item: Waiting) -> Ended:
-    return _with_value(runtime, runtime.store.attempts.get(item.task_instance_id, item.try_number))
+def _read(services: Services, item: Waiting) -> Ended:
+    return _with_value(services, services.store.attempts.get(item.task_instance_id, item.try_number))
 
 
-def _with_value(runtime: Runtime, view: TaskInstanceView) -> Ended:
+def _with_value(services: Services, view: TaskInstanceView) -> Ended:
     """A try that has ended, with its value. One that nobody can read is told as a failure: who waits must hear it."""
     if view.state is not TaskState.SUCCESS:
         return Ended(view)
     try:
-        return Ended(view, return_value(runtime, view))
+        return Ended(view, return_value(services, view))
     except XComRejected as error:
         log.warning("completion.unreadable_value", extra={"attempt": str(view.attempt), "error": str(error)})
         message = f"the task succeeded, but its return value cannot be read: {error}"
@@ -162,9 +162,9 @@ def _identified(item: Waiting, errback: Any, index: int) -> Any:
     return {**errback, "options": {"task_id": task_id, **(errback.get("options") or {})}}
 
 
-def store_result(app: Celery, runtime: Runtime, view: TaskInstanceView, celery_task_id: str = "") -> None:
+def store_result(app: Celery, services: Services, view: TaskInstanceView, celery_task_id: str = "") -> None:
     """Write only the result of one Celery id, of the try's own unless another is named: no callback, no event."""
-    ended, celery_task_id = _with_value(runtime, view), celery_task_id or view.celery_task_id
+    ended, celery_task_id = _with_value(services, view), celery_task_id or view.celery_task_id
     if ended.view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
         app.backend.store_result(celery_task_id, ended.value, SUCCESS)
     else:
@@ -175,13 +175,13 @@ def _failure(view: TaskInstanceView) -> TaskFailed:
     return TaskFailed(str(view.reason), view.message, view.exit_code, f"{view.dag_id}.{view.task_id}")
 
 
-def return_value(runtime: Runtime, view: TaskInstanceView) -> Any:
+def return_value(services: Services, view: TaskInstanceView) -> Any:
     """The return_value XCom of a try, parsed; None when it has none.
 
     Raises:
         XComRejected: ``invalid_xcom``, nobody can parse it.
     """
-    found = runtime.store.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
+    found = services.store.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
     return None if found is None else parse_value(found)
 
 

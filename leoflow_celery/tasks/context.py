@@ -11,7 +11,7 @@ from celery.exceptions import Reject
 from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.domain.routing import is_monitored
 from leoflow_celery.errors import ConfigurationError
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 
 
 def our_app(app: Celery) -> LeoflowCelery:
@@ -28,7 +28,7 @@ def our_app(app: Celery) -> LeoflowCelery:
     return app
 
 
-def runtime_of(app: Celery) -> Runtime:
+def services_of(app: Celery) -> Services:
     """The services of the app that a task of ours runs in.
 
     Raises:
@@ -38,7 +38,7 @@ def runtime_of(app: Celery) -> Runtime:
 
 
 class LeoflowTask(Task[Any, Any]):
-    """The base of our tasks: its runtime, and retries that wait for servers to come back.
+    """The base of our tasks: its services, and retries that wait for servers to come back.
 
     A server that is away is no reason to lose a message: the task is sent again, for ever, with growing, jittered
     delays.
@@ -53,8 +53,8 @@ class LeoflowTask(Task[Any, Any]):
     retry_jitter = True
 
     @property
-    def runtime(self) -> Runtime:
-        return runtime_of(self.app)
+    def services(self) -> Services:
+        return services_of(self.app)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's retry, which drops the message when the broker does not take the next one; ours goes back to it."""

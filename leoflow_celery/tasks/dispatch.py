@@ -81,17 +81,17 @@ def _await(task: DispatchTask, attempt: AttemptId) -> None:
     Another delivery of the same message may have let it wait meanwhile, and STARTED was written over the result, by
     this one or by one that was killed before it came here: the result is written again.
     """
-    completions, celery_id = task.runtime.store.completions, str(task.request.id)
+    completions, celery_id = task.services.store.completions, str(task.request.id)
     if not completions.is_registered(celery_id):
         try:
-            task.update_state(state=STARTED, meta={"hostname": task.runtime.hostname})
+            task.update_state(state=STARTED, meta={"hostname": task.services.hostname})
         except Exception as error:  # noqa: BLE001 - a state for onlookers; the task goes on without it
             log.warning("started.not_marked", extra={"celery_task_id": celery_id, "error": repr(error)})
     context = saved_context(task.request, task.name)
     if not completions.register(celery_id, attempt.task_instance_id, attempt.try_number, context):
-        view = task.runtime.store.attempts.get(attempt.task_instance_id, attempt.try_number)
+        view = task.services.store.attempts.get(attempt.task_instance_id, attempt.try_number)
         if view.is_terminal:
-            store_result(task.app, task.runtime, view, celery_id)
+            store_result(task.app, task.services, view, celery_id)
 
 
 def _opened(task: DispatchTask, request: Any) -> Any:
@@ -99,5 +99,5 @@ def _opened(task: DispatchTask, request: Any) -> Any:
     with refusals_counted():
         check_celery_id(str(task.request.id))
         if isinstance(request, dict) and set(request) == {"sealed"}:
-            return task.runtime.sealer.open(str(request["sealed"]))
+            return task.services.sealer.open(str(request["sealed"]))
     return request

@@ -7,7 +7,7 @@ from celery import Celery
 from leoflow_celery import metrics
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.executors.base import Executor, Observer
-from leoflow_celery.tasks.context import runtime_of
+from leoflow_celery.tasks.context import services_of
 from leoflow_celery.tasks.reporting import reporter
 
 
@@ -31,4 +31,4 @@ def executor_of(app: Celery, executor_type: ExecutorType) -> Executor:
         ConfigurationError: this version has no such back end, or what it needs is not installed.
     """
     observer = ClusterMetrics if executor_type is ExecutorType.KUBERNETES else Observer
-    return runtime_of(app).executor(executor_type, lambda: reporter(app), observer)
+    return services_of(app).executor(executor_type, lambda: reporter(app), observer)

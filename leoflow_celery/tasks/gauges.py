@@ -16,7 +16,7 @@ from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.background import Periodic
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.routing import ALL_QUEUES, LAUNCH_QUEUES, MAINTENANCE_QUEUE
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 
 
@@ -77,26 +77,26 @@ class Looks:
         self._measure_queues(services)
         measure_staging(services)
 
-    def _measure_queues(self, runtime: Runtime) -> None:
-        oldest = runtime.store.sweeps.oldest_waiting()
-        present = runtime.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
+    def _measure_queues(self, services: Services) -> None:
+        oldest = services.store.sweeps.oldest_waiting()
+        present = services.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
         self._host_queues |= ({BackEnd.parse(name).queue for name in present} | oldest.keys()) - set(ALL_QUEUES)
         launch_queues = {*LAUNCH_QUEUES, *self._host_queues}
         for queue in launch_queues:
             metrics.set_queue_oldest_age(queue, time.time() - oldest[queue] if queue in oldest else 0)
         for queue in set(ALL_QUEUES) - launch_queues:
-            metrics.set_queue_oldest_age(queue, self._heads.age(queue, runtime.queues.oldest_tag(queue), time.time()))
-        metrics.set_queue_depths(depths_of(runtime, {*ALL_QUEUES, *launch_queues}), launch_queues)
+            metrics.set_queue_oldest_age(queue, self._heads.age(queue, services.queues.oldest_tag(queue), time.time()))
+        metrics.set_queue_depths(depths_of(services, {*ALL_QUEUES, *launch_queues}), launch_queues)
 
 
-def depths_of(runtime: Runtime, queues: Collection[str]) -> dict[str, int]:
+def depths_of(services: Services, queues: Collection[str]) -> dict[str, int]:
     """The messages that wait in each queue; one that the broker does not tell is left out."""
-    depths = {queue: runtime.queues.waiting(queue) for queue in sorted(queues)}
+    depths = {queue: services.queues.waiting(queue) for queue in sorted(queues)}
     return {queue: depth for queue, depth in depths.items() if depth is not None}
 
 
-def measure_staging(runtime: Runtime) -> None:
+def measure_staging(services: Services) -> None:
     """``in_use``: a live try mounts it. ``idle``: kept for the rest of its run, or for people to look at."""
-    volumes = runtime.store.staging.list_active()
+    volumes = services.store.staging.list_active()
     in_use = sum(volume.in_use for volume in volumes)
     metrics.set_staging_volumes({"in_use": in_use, "idle": len(volumes) - in_use})

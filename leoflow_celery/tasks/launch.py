@@ -83,7 +83,7 @@ def launch(
         )
     else:
         back_end = BackEnd(executor_of_task(self.name), launched.host)
-        host = launched.host or self.runtime.hostname
+        host = launched.host or self.services.hostname
         with _given_back_on_failure():
             reports.report(LaunchReport(identity, launched.external_name, host, str(back_end)))
         return f"launched {launched.external_name}"
@@ -106,7 +106,7 @@ def _report_failure(task: LeoflowTask, attempt: AttemptId, outcome: Outcome) -> 
 
 def _start(task: LeoflowTask, attempt: AttemptId, sealed: str) -> Launched:
     try:
-        request = TaskRequest.model_validate(task.runtime.sealer.open(sealed)["request"])
+        request = TaskRequest.model_validate(task.services.sealer.open(sealed)["request"])
         return _execute(task, LaunchSpec(request, attempt))
     except (TransientLaunchError, PermanentLaunchError):
         raise
@@ -150,7 +150,7 @@ def _patience_seconds(task: LeoflowTask, error: TransientLaunchError) -> float:
     """A back end that has no room (its reason is queued_timeout) is no outage: the attempt waits as in its queue."""
     if error.reason != FailureReason.QUEUED_TIMEOUT:
         return OUTAGE_SECONDS
-    return task.runtime.settings.maintenance.queued_timeout_seconds or math.inf
+    return task.services.settings.maintenance.queued_timeout_seconds or math.inf
 
 
 def next_try_seconds(

@@ -41,7 +41,7 @@ _UNSENT_GRACE_SECONDS = 5
 @maintenance_task("send_due")
 def send_due(self: LeoflowTask) -> int:
     """Send the messages that a crash or an unreachable broker kept back, and relaunches whose delay is over."""
-    submissions, sender, sent = self.runtime.store.submissions, MessageSender(self.app, self.runtime), 0
+    submissions, sender, sent = self.services.store.submissions, MessageSender(self.app, self.services), 0
     while submissions.place():
         pass
     while due := submissions.unsent(_UNSENT_GRACE_SECONDS):
@@ -57,7 +57,7 @@ def _send(task: LeoflowTask, sender: MessageSender, view: TaskInstanceView) -> b
         metrics.record_undispatchable("unsealable")
         _give_up(task, view, Verdict(FailureReason.INVALID_SPEC, str(error)), Guard(unclaimed=True))
         return False
-    task.runtime.store.submissions.mark_sent([view.attempt])
+    task.services.store.submissions.mark_sent([view.attempt])
     return True
 
 
@@ -65,7 +65,7 @@ def _send(task: LeoflowTask, sender: MessageSender, view: TaskInstanceView) -> b
 def complete_all(self: LeoflowTask) -> int:
     """Complete what ended without being completed."""
     total = 0
-    while count := complete_due(self.app, self.runtime):
+    while count := complete_due(self.app, self.services):
         total += count
     return total
 
@@ -75,7 +75,7 @@ def reap(self: LeoflowTask) -> int:
     """Give up attempts that are silent, lost on the way, asked to stop or older than a try that was submitted."""
     policy = _policy(self)
     return (
-        self.runtime.store.submissions.end_superseded()
+        self.services.store.submissions.end_superseded()
         + _reap_cancelled(self, policy)
         + _reap_silent(self, policy)
         + _reap_queued(self, policy)
@@ -84,7 +84,7 @@ def reap(self: LeoflowTask) -> int:
 
 
 def _policy(task: LeoflowTask) -> ReapPolicy:
-    settings = task.runtime.settings.maintenance
+    settings = task.services.settings.maintenance
     return ReapPolicy(
         settings.heartbeat_timeout_seconds,
         settings.lost_message_seconds,
@@ -95,7 +95,7 @@ def _policy(task: LeoflowTask) -> ReapPolicy:
 
 
 def _reap_silent(task: LeoflowTask, policy: ReapPolicy) -> int:
-    store, count = task.runtime.store, 0
+    store, count = task.services.store, 0
     store.listeners.keep_reaper_present()
     may_judge = cache(lambda executor: store.listeners.may_judge(executor, policy.heartbeat_timeout_seconds))
     for view in store.sweeps.silent(policy.heartbeat_timeout_seconds):
@@ -110,7 +110,7 @@ def _reap_silent(task: LeoflowTask, policy: ReapPolicy) -> int:
 def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
     count, look = 0, cache(partial(_look, task))
     youngest = min(policy.lost_message_seconds, policy.launch_timeout_seconds)
-    for view in task.runtime.store.sweeps.waiting(youngest):
+    for view in task.services.store.sweeps.waiting(youngest):
         depth, all_told = look(view.queue)
         now = time.time()
         launched = None if view.launched_at is None else now - view.launched_at
@@ -136,7 +136,7 @@ def _patience(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> 
     """A pod may be pending first: how long, its reconcile decides and says why; the agent's time comes after that."""
     if view.executor != ExecutorType.KUBERNETES:
         return policy
-    pending = task.runtime.settings.kubernetes.pending_timeout_seconds or math.inf
+    pending = task.services.settings.kubernetes.pending_timeout_seconds or math.inf
     return replace(policy, launch_timeout_seconds=pending + policy.launch_timeout_seconds)
 
 
@@ -155,7 +155,7 @@ def _bound_to(view: TaskInstanceView) -> str:
 def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy) -> int:
     if not policy.queued_timeout_seconds:
         return 0
-    views = task.runtime.store.submissions.unplaced(policy.queued_timeout_seconds)
+    views = task.services.store.submissions.unplaced(policy.queued_timeout_seconds)
     verdicts = ((view, unplaced_verdict(time.time() - view.queued_at, view.staging_claim)) for view in views)
     # Nothing was started, so there is nothing to start again.
     return sum(_give_up(task, view, verdict, Guard(unclaimed=True), may_relaunch=False) for view, verdict in verdicts)
@@ -163,18 +163,18 @@ def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy) -> int:
 
 def _reap_cancelled(task: LeoflowTask, policy: ReapPolicy) -> int:
     verdict = Verdict(FailureReason.CANCELLED, "did not stop within the grace")
-    views = task.runtime.store.sweeps.cancelled(policy.cancel_grace_seconds)
+    views = task.services.store.sweeps.cancelled(policy.cancel_grace_seconds)
     return sum(_give_up(task, view, verdict, Guard()) for view in views if _had_its_grace(task, view, policy))
 
 
 def _had_its_grace(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> bool:
     asked = time.time() - (view.cancel_requested_at or 0.0)
-    return cancel_overdue(asked, requested_grace(task.runtime, view), policy)
+    return cancel_overdue(asked, requested_grace(task.services, view), policy)
 
 
 def _depth(task: LeoflowTask, queue: str) -> int | None:
     try:
-        return task.runtime.queues.depth(queue)
+        return task.services.queues.depth(queue)
     except BrokerUnavailable as error:
         log.warning("queue.depth_unknown", extra={"queue": queue, "error": str(error)})
         return None
@@ -183,7 +183,7 @@ def _depth(task: LeoflowTask, queue: str) -> int | None:
 def _give_up(
     task: LeoflowTask, view: TaskInstanceView, verdict: Verdict, guard: Guard, *, may_relaunch: bool = True
 ) -> bool:
-    store = task.runtime.store
+    store = task.services.store
     outcome = Outcome.failed(verdict.reason, verdict.message, log_tail=store.logs.last_lines(view.log_key))
     finished = store.attempts.finish(view.attempt, outcome, guard, may_relaunch=may_relaunch)
     if not finished.recorded:
@@ -198,23 +198,23 @@ def _give_up(
 @maintenance_task("expire_xcoms")
 def expire_xcoms(self: LeoflowTask) -> int:
     """Remove XCom values past their time to live."""
-    return self.runtime.store.xcom.delete_expired()
+    return self.services.store.xcom.delete_expired()
 
 
 @maintenance_task("prune_logs")
 def prune_logs(self: LeoflowTask) -> int:
     """Remove task logs past their retention."""
-    retention = self.runtime.settings.logs.retention_seconds
-    return self.runtime.store.logs.prune(retention) if retention else 0
+    retention = self.services.settings.logs.retention_seconds
+    return self.services.store.logs.prune(retention) if retention else 0
 
 
 @maintenance_task("prune_history")
 def prune_history(self: LeoflowTask) -> int:
     """Remove tries, runs and records of volumes past their retention."""
-    retention = self.runtime.settings.maintenance.history_retention_seconds
+    retention = self.services.settings.maintenance.history_retention_seconds
     if not retention:
         return 0
-    total, history = 0, self.runtime.store.history
+    total, history = 0, self.services.store.history
     while count := history.prune(retention):
         total += count
     return total + history.prune_runs(retention)

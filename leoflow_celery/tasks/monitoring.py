@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 
-from leoflow_celery.tasks.context import runtime_of
+from leoflow_celery.tasks.context import services_of
 
 if TYPE_CHECKING:
     from leoflow_celery.store.views import TaskInstanceView
@@ -104,7 +104,7 @@ def _put(app: Celery, kind: str, view: TaskInstanceView, celery_task_id: str, **
     seconds = max(0.0, (view.ended_at or 0) - (view.started_at or view.queued_at))
     hostname = f"{view.executor}@{view.hostname or 'unknown'}"
     fields |= {"uuid": celery_task_id, "runtime": seconds, **_times(kind, view)}
-    runtime_of(app).part(EventSender, lambda: EventSender(app)).put(MonitorEvent(kind, hostname, fields))
+    services_of(app).part(EventSender, lambda: EventSender(app)).put(MonitorEvent(kind, hostname, fields))
 
 
 def _times(kind: str, view: TaskInstanceView) -> dict[str, float]:

@@ -21,7 +21,7 @@ from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.routing import RESULTS_QUEUE
 from leoflow_celery.executors.base import FailureReporter
-from leoflow_celery.tasks.context import LeoflowTask, runtime_of
+from leoflow_celery.tasks.context import LeoflowTask, services_of
 from leoflow_celery.tasks.launch_reports import LaunchReports
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def reporter(app: Celery) -> FailureReporter:
 
 
 def _report(app: Celery, attempt: AttemptId, outcome: Outcome, more: Mapping[str, Any]) -> None:
-    sealed = runtime_of(app).sealer.seal({"outcome": outcome.to_json(), **more})
+    sealed = services_of(app).sealer.seal({"outcome": outcome.to_json(), **more})
     _send(app, RECORD_TASK, {"attempt": attempt.to_json(), "sealed": sealed})
 
 

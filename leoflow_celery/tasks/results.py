@@ -35,7 +35,7 @@ def launched(self: LeoflowTask, launches: list[dict[str, Any]]) -> None:
     An attempt may end while STARTED is written, perhaps over its result, and a worker may die right after that: so
     every delivery that finds a try over writes its result again.
     """
-    attempts = self.runtime.store.attempts
+    attempts = self.services.store.attempts
     reports = [LaunchReport.from_json(one) for one in launches]
     waiting = attempts.launched(reports)
     for report in reports:
@@ -44,7 +44,7 @@ def launched(self: LeoflowTask, launches: list[dict[str, Any]]) -> None:
         else:
             _warn_of_unknown(self, report)
     for view in attempts.ended([report.attempt for report in reports]):
-        store_result(self.app, self.runtime, view)
+        store_result(self.app, self.services, view)
 
 
 def _mark_started(task: LeoflowTask, report: LaunchReport) -> None:
@@ -55,7 +55,7 @@ def _mark_started(task: LeoflowTask, report: LaunchReport) -> None:
 
 def _warn_of_unknown(task: LeoflowTask, report: LaunchReport) -> None:
     try:
-        task.runtime.store.attempts.get(report.attempt.task_instance_id, report.attempt.try_number)
+        task.services.store.attempts.get(report.attempt.task_instance_id, report.attempt.try_number)
     except NotFound:
         log.warning("launched.unknown", extra={"attempt": str(report.attempt), "external_name": report.external_name})
 
@@ -64,18 +64,18 @@ def _warn_of_unknown(task: LeoflowTask, report: LaunchReport) -> None:
 def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
     """Record the end of an attempt that no agent reported, with the value it left, in one transaction."""
     identity = AttemptId.from_json(attempt)
-    content = self.runtime.sealer.open(sealed)
+    content = self.services.sealer.open(sealed)
     outcome = Outcome.from_json(content["outcome"])
     guard = Guard(unclaimed=bool(content.get("unclaimed")))
     try:
-        view = self.runtime.store.attempts.get(identity.task_instance_id, identity.try_number)
+        view = self.services.store.attempts.get(identity.task_instance_id, identity.try_number)
     except NotFound:
         log.warning("record.unknown", extra={"attempt": str(identity), "outcome": outcome.state.value})
         return
     outcome, xcoms = _with_value(self, view, outcome, content.get("return_value"))
     if outcome.state is TaskState.FAILED and not outcome.log_tail:
-        outcome = outcome.evolve(log_tail=self.runtime.store.logs.last_lines(view.log_key))
-    finished = self.runtime.store.attempts.finish(identity, outcome, guard, xcoms)
+        outcome = outcome.evolve(log_tail=self.services.store.logs.last_lines(view.log_key))
+    finished = self.services.store.attempts.finish(identity, outcome, guard, xcoms)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
     settle_try(self, identity.task_instance_id, identity.try_number)
@@ -101,13 +101,13 @@ def _checked(task: LeoflowTask, view: TaskInstanceView, text: Any) -> bytes:
     if not isinstance(text, str):
         raise XComRejected("invalid_xcom", f"it is no JSON text but {type(text).__name__}")
     value = text.encode(errors="surrogatepass")
-    check_value(value, schema=_schema_of(task, view), max_bytes=task.runtime.settings.xcom.max_bytes)
+    check_value(value, schema=_schema_of(task, view), max_bytes=task.services.settings.xcom.max_bytes)
     return value
 
 
 def _schema_of(task: LeoflowTask, view: TaskInstanceView) -> dict[str, Any] | None:
     try:
-        return open_request(task.runtime, view.sealed_request).xcom_schema
+        return open_request(task.services, view.sealed_request).xcom_schema
     except Unsealable as error:
         # The task did its work: a key that was taken away since then must not turn that into a failure.
         log.warning("record.schema_unknown", extra={"attempt": str(view.attempt), "error": str(error)})
@@ -124,10 +124,10 @@ def settle(self: LeoflowTask, task_instance_id: str, try_number: int) -> None:
 def staging_deleted(self: LeoflowTask, claims: dict[str, str]) -> None:
     """Record which staging volumes are gone, each with its reason."""
     for name, reason in claims.items():
-        self.runtime.store.staging.mark_staging_deleted(name, reason)
+        self.services.store.staging.mark_staging_deleted(name, reason)
 
 
 @leoflow_task("leoflow.results.present", autoretry_for=(Unavailable,))
 def present(self: LeoflowTask, back_end: str) -> None:
     """A worker holds this back end: the control plane may send work to it."""
-    self.runtime.store.leases.keep_present(f"{BACK_END_PRESENCE}{BackEnd.parse(back_end)}", PRESENCE_GAP_SECONDS)
+    self.services.store.leases.keep_present(f"{BACK_END_PRESENCE}{BackEnd.parse(back_end)}", PRESENCE_GAP_SECONDS)

@@ -13,22 +13,22 @@ from leoflow_celery.tasks.context import LeoflowTask
 
 def settle_try(task: LeoflowTask, task_instance_id: str, try_number: int) -> None:
     """Do for a try what its state asks for now; safe to do any number of times."""
-    settle_view(task, task.runtime.store.attempts.get(task_instance_id, try_number))
+    settle_view(task, task.services.store.attempts.get(task_instance_id, try_number))
 
 
 def settle_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None = None) -> None:
     """The same for a try that was just read; ``ended`` spares reading its value again."""
     if view.is_terminal:
-        complete_try(task.app, task.runtime, view, ended)
+        complete_try(task.app, task.services, view, ended)
     elif view.state is TaskState.QUEUED and view.sent_at is None and not view.needs_host:
         _send_launch(task, view)
 
 
 def _send_launch(task: LeoflowTask, view: TaskInstanceView) -> None:
-    sender = MessageSender(task.app, task.runtime)
+    sender = MessageSender(task.app, task.services)
     delay = view.send_after - time.time()
     if delay > 0:
         sender.settle(view.task_instance_id, view.try_number, countdown_seconds=delay)
         return
     sender.launch_again(view)
-    task.runtime.store.submissions.mark_sent([view.attempt])
+    task.services.store.submissions.mark_sent([view.attempt])

@@ -22,7 +22,7 @@ def maintenance_task(name: str) -> Callable[[Body], Any]:
     def register(body: Body) -> Any:
         @wraps(body)
         def single_flight(self: LeoflowTask) -> None:
-            with self.runtime.store.leases.single_flight(f"maintenance.{name}", _LEASE_SECONDS) as held:
+            with self.services.store.leases.single_flight(f"maintenance.{name}", _LEASE_SECONDS) as held:
                 if not held:
                     return
                 if count := body(self):

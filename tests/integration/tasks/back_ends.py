@@ -28,7 +28,7 @@ class BackEnds:
 
     def __init__(self, system: System) -> None:
         self.system, self.client, self.redis = system, system.client, system.redis
-        self.store = self.client.runtime.store
+        self.store = self.client.services.store
 
     def start(self, queue: str, host: str = "", name: str = "", *options: str) -> ManagedProcess:
         """A worker that is known to be there when this returns."""
@@ -81,7 +81,7 @@ class BackEnds:
 
     def maintain(self, name: str) -> None:
         self.system.maintain(name)
-        wait_until(lambda: self.client.runtime.queues.depth("maintenance") == 0, 60, name)
+        wait_until(lambda: self.client.services.queues.depth("maintenance") == 0, 60, name)
 
 
 def name_of(handle: Handle) -> str:

@@ -85,7 +85,7 @@ def test_a_request_of_ten_megabytes_is_refused(client: Client) -> None:
 
 def test_a_sealed_request_is_opened_with_our_key_only(system: System, client: Client, target: HttpTarget) -> None:
     request = http_task(target.url("a"))
-    ours = {"sealed": client.runtime.sealer.seal(request)}
+    ours = {"sealed": client.services.sealer.seal(request)}
     assert client.app.send_task("leoflow.dispatch", (ours,), queue="dispatch").get(timeout=20)["call"] == 1
     foreign = {"sealed": Sealer(Fernet.generate_key().decode()).seal(request)}
     with pytest.raises(Unsealable, match="another key"):
@@ -95,8 +95,8 @@ def test_a_sealed_request_is_opened_with_our_key_only(system: System, client: Cl
 def test_a_row_sealed_with_another_key_fails_and_says_so(client: Client, target: HttpTarget) -> None:
     parsed = parse_request(http_task(target.url("a")))
     foreign = Sealer(Fernet.generate_key().decode()).seal({"request": parsed.model_dump(mode="json")})
-    assert seal_request(client.runtime, parsed) != foreign
-    [submitted] = client.runtime.store.submissions.record([NewTry(parsed, ExecutorType.INLINE, foreign)])
+    assert seal_request(client.services, parsed) != foreign
+    [submitted] = client.services.store.submissions.record([NewTry(parsed, ExecutorType.INLINE, foreign)])
     client.messages.launch(LaunchMessage(parsed, ExecutorType.INLINE, submitted.attempt, submitted.celery_task_id))
     with pytest.raises(TaskFailed) as caught:
         client.app.AsyncResult(submitted.celery_task_id).get(timeout=20)

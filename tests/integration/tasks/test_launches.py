@@ -32,7 +32,7 @@ def test_many_launches_are_recorded_with_few_messages(back_ends: BackEnds) -> No
     back_ends.start("k8s")
     back_ends.wait_for_calls("execute", MANY)
     wait_until(lambda: unacknowledged(back_ends) == 0, 20, "all messages to be acknowledged")
-    assert 0 < back_ends.client.runtime.queues.depth("results") <= MANY / 2
+    assert 0 < back_ends.client.services.queues.depth("results") <= MANY / 2
     back_ends.system.start_worker("workers.control")
     for handle in handles:
         back_ends.wait_until_launched(handle)
@@ -52,7 +52,7 @@ def test_a_worker_that_shuts_down_has_reported_and_acknowledged_what_it_launched
     for task in launched:
         back_ends.wait_until_launched(of_task[task])
     wait_until(lambda: unacknowledged(back_ends) == 0, 20, "all messages to be acknowledged")
-    assert back_ends.client.runtime.queues.depth("k8s") == MANY - len(launched)
+    assert back_ends.client.services.queues.depth("k8s") == MANY - len(launched)
 
 
 def test_a_worker_that_is_killed_before_its_report_leaves_its_message_to_the_next(

@@ -142,7 +142,7 @@ def waiting_pod(client: Client, **fields: Any) -> Handle:
 def record(client: Client, handle: Handle, return_value: object, exit_code: object = 0) -> None:
     """Report a success that was found in a termination log."""
     outcome = {**Outcome.success().to_json(), "exit_code": exit_code}
-    sealed = client.runtime.sealer.seal({"outcome": outcome, "return_value": return_value})
+    sealed = client.services.sealer.seal({"outcome": outcome, "return_value": return_value})
     client.app.send_task("leoflow.results.record", (handle.attempt.to_json(), sealed), queue="results")
 
 
@@ -180,7 +180,7 @@ def test_the_end_of_a_try_whose_request_cannot_be_opened_is_recorded_all_the_sam
     identity = secrets.token_hex(8)
     ids = {"task_instance_id": identity, "dag_id": "d", "run_id": identity, "task_id": "t"}
     request = parse_request({**ids, "operator": "bash", "entrypoint": "true"})
-    [submitted] = client.runtime.store.submissions.record([NewTry(request, ExecutorType.KUBERNETES, "unsealable")])
+    [submitted] = client.services.store.submissions.record([NewTry(request, ExecutorType.KUBERNETES, "unsealable")])
     record(client, Handle(client, submitted.attempt, submitted.celery_task_id, True), "1")
     assert client.app.AsyncResult(submitted.celery_task_id).get(timeout=20) == 1
 
@@ -191,10 +191,10 @@ def test_a_failure_that_was_found_without_lines_keeps_the_last_that_were_shipped
     client: Client, found: tuple[str, ...], kept: tuple[str, ...]
 ) -> None:
     handle = waiting_pod(client)
-    with client.runtime.store.logs.writer(handle.task_instance().log_key) as writer:
+    with client.services.store.logs.writer(handle.task_instance().log_key) as writer:
         writer.append([LogRecord(time.time(), "info", "stdout", "shipped")])
     outcome = Outcome.failed(FailureReason.NON_ZERO_EXIT, "exit 3", 3, log_tail=found)
-    sealed = client.runtime.sealer.seal({"outcome": outcome.to_json()})
+    sealed = client.services.sealer.seal({"outcome": outcome.to_json()})
     client.app.send_task("leoflow.results.record", (handle.attempt.to_json(), sealed), queue="results")
     with pytest.raises(TaskFailed, match="exit 3"):
         handle.get(timeout=20)

@@ -14,7 +14,7 @@ from leoflow_celery.app import LeoflowCelery, create_app
 from leoflow_celery.client import Client
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.settings import Settings
-from leoflow_celery.tasks.context import runtime_of
+from leoflow_celery.tasks.context import services_of
 
 
 class Part:
@@ -36,7 +36,7 @@ def test_all_threads_get_the_same(app: LeoflowCelery) -> None:
 
     def ask(_: int) -> object:
         asked.wait(5)
-        return runtime_of(app)
+        return services_of(app)
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(ask, range(8))) == {app.services}
@@ -85,11 +85,11 @@ def test_one_that_was_closed_is_built_again(app: LeoflowCelery) -> None:
 def test_a_client_closes_the_app_that_it_made_and_no_other(app: LeoflowCelery) -> None:
     part = app.services.part(Part, Part)
     with Client(app=app) as client:
-        assert client.runtime is app.services
+        assert client.services is app.services
         assert client.settings is app.settings
     assert part.closed == 0
     with Client(Settings()) as client:
-        own = client.runtime.part(Part, Part)
+        own = client.services.part(Part, Part)
     assert own.closed == 1
 
 
@@ -98,4 +98,4 @@ def test_a_strangers_app_has_none() -> None:
         Celery("theirs", set_as_current=False) as theirs,
         pytest.raises(ConfigurationError, match=r"'theirs'.*create_app"),
     ):
-        runtime_of(theirs)
+        services_of(theirs)

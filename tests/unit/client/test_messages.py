@@ -11,14 +11,14 @@ from leoflow_celery.client.messages import LaunchMessage, MessageSender, open_re
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import Unsealable
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 from leoflow_celery.settings import SecuritySettings, Settings
 
 CANARY = "c4n4ry"
 
 
-def runtime() -> Runtime:
-    return Runtime(Settings(security=SecuritySettings(jwt_secret="x" * 32, seal_keys=Fernet.generate_key().decode())))
+def services() -> Services:
+    return Services(Settings(security=SecuritySettings(jwt_secret="x" * 32, seal_keys=Fernet.generate_key().decode())))
 
 
 def request(**fields: Any) -> TaskRequest:
@@ -35,7 +35,7 @@ class RecordingApp:
 
 
 def test_a_launch_message_shows_ids_and_seals_the_rest():
-    app, process = RecordingApp(), runtime()
+    app, process = RecordingApp(), services()
     secret = request(env={"TOKEN": CANARY}, call_args={"a": CANARY}, image="img:1", priority=7)
     MessageSender(app, process).launch(LaunchMessage(secret, ExecutorType.DOCKER, secret.attempt, "celery-id"))
     [(name, kwargs, options)] = app.sent
@@ -50,7 +50,7 @@ def test_a_launch_message_shows_ids_and_seals_the_rest():
 
 
 def test_a_relaunch_gets_a_token_of_its_own_launch():
-    app, process = RecordingApp(), runtime()
+    app, process = RecordingApp(), services()
     given = request(agent_token="of-launch-1")
     MessageSender(app, process).launch(
         LaunchMessage(given, ExecutorType.SUBPROCESS, given.attempt.evolve(launch=2), "id")
@@ -62,22 +62,22 @@ def test_a_relaunch_gets_a_token_of_its_own_launch():
 def test_an_inline_message_carries_ids_only():
     app = RecordingApp()
     call = request(operator="http_api", http_request={"method": "GET", "url": f"http://h/{CANARY}"})
-    MessageSender(app, runtime()).launch(LaunchMessage(call, ExecutorType.INLINE, call.attempt, "id"))
+    MessageSender(app, services()).launch(LaunchMessage(call, ExecutorType.INLINE, call.attempt, "id"))
     assert app.sent[0][1] == {"attempt": {"task_instance_id": "ti", "try_number": 1, "launch": 1}}
     assert CANARY not in str(app.sent)
 
 
 def test_a_request_at_rest_opens_again_with_its_key_only():
-    process = runtime()
+    process = services()
     sealed = seal_request(process, request(env={"A": CANARY}))
     assert CANARY not in sealed
     assert open_request(process, sealed).env == {"A": CANARY}
     with pytest.raises(Unsealable, match="LEOFLOW_SEAL_KEYS"):
-        open_request(runtime(), sealed)
+        open_request(services(), sealed)
 
 
 @pytest.mark.parametrize("content", [{}, {"request": {"task_instance_id": "ti", "of_the_future": 1}}])
 def test_a_request_of_another_version_is_unsealable(content: dict[str, Any]):
-    process = runtime()
+    process = services()
     with pytest.raises(Unsealable, match="none of this version"):
         open_request(process, process.sealer.seal(content))

@@ -49,7 +49,7 @@ class Queue:
         return SimpleNamespace(retries=self.retries, kwargs=self.kwargs)
 
     @property
-    def runtime(self) -> Any:
+    def services(self) -> Any:
         maintenance = SimpleNamespace(queued_timeout_seconds=self.queued_timeout_seconds)
         return SimpleNamespace(settings=SimpleNamespace(maintenance=maintenance, kubernetes=SETTINGS))
 

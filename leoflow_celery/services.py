@@ -1,6 +1,6 @@
 """What a process needs to work, built on first use: store, keys, executors, and the keeper of the claims it holds.
 
-One ``Runtime`` per app and process. A worker of a launch queue never touches ``store``, so it needs neither SQL
+One ``Services`` per app and process. A worker of a launch queue never touches ``store``, so it needs neither SQL
 credentials nor the import.
 """
 
@@ -59,7 +59,7 @@ class once(Generic[Value]):  # noqa: N801 - a decorator, like functools.cached_p
             return owner.__dict__[self._name]
 
 
-class Runtime:
+class Services:
     """Store, keys and executors of this process; thread-safe, and rebuilt in a forked child."""
 
     def __init__(self, settings: Settings) -> None:
