@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.tasks import back_end_presence
@@ -44,11 +43,12 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             raise ConfigurationError("does not answer")
         return SimpleNamespace(host=known[executor_type])
 
-    def report(app: Any, back_end: BackEnd, _: float) -> None:
-        app.said.put(str(back_end))
+    def publisher(app: Any, _services: Any) -> Any:
+        return SimpleNamespace(present=lambda message, _: app.said.put(str(message.back_end)))
 
     monkeypatch.setattr(back_end_presence, "executor_of", executor_of)
-    monkeypatch.setattr(back_end_presence, "report_present", report)
+    monkeypatch.setattr(back_end_presence, "Publisher", publisher)
+    monkeypatch.setattr(back_end_presence, "services_of", lambda app: app)
     return known
 
 
