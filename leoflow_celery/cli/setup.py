@@ -10,6 +10,7 @@ import typer
 
 from leoflow_celery.cli.output import echo_json
 from leoflow_celery.cli.target import JsonOption
+from leoflow_celery.security import KeyRing, Scope
 
 
 def fresh_keys() -> dict[str, str]:
@@ -19,13 +20,35 @@ def fresh_keys() -> dict[str, str]:
     return {"LEOFLOW_JWT_SECRET": secrets.token_urlsafe(48), "LEOFLOW_SEAL_KEYS": Fernet.generate_key().decode("ascii")}
 
 
-def keys(as_json: JsonOption = False) -> None:
-    """Print a fresh pair of keys as export lines. Every process of a system needs the same pair."""
+def keys(
+    scope: Annotated[
+        Scope | None,
+        typer.Option("--for", help="The key of one launch queue, or of publishers, derived from LEOFLOW_SEAL_KEYS."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print fresh keys as export lines, the same pair for every process of the control plane.
+
+    With --for, print what one launch worker may hold instead: it opens and says nothing of another queue.
+    """
+    found = fresh_keys() if scope is None else keys_for(scope)
     if as_json:
-        echo_json(fresh_keys())
+        echo_json(found)
         return
-    for name, value in fresh_keys().items():
+    for name, value in found.items():
         typer.echo(f"export {name}='{value}'")
+
+
+def keys_for(scope: Scope) -> dict[str, str]:
+    """The setting that holds the keys of one scope only, newest first.
+
+    Raises:
+        ConfigurationError: LEOFLOW_SEAL_KEYS of this process holds no key of the scope.
+    """
+    from leoflow_celery.settings import Settings
+
+    ring = KeyRing(Settings.load().security.seal_keys.get_secret_value())
+    return {"LEOFLOW_SEAL_KEYS": ",".join(f"{scope.value}:{key}" for key in ring.keys(scope))}
 
 
 def schema(

@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 
 from leoflow_celery.cli import doctor
 from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.security import KeyRing, TokenIssuer
 from leoflow_celery.settings import Settings
 from leoflow_celery.store import Store
@@ -25,6 +26,21 @@ def test_keys_are_export_lines_that_work_and_differ(cli: Cli) -> None:
     assert exported[0] != exported[1]
     KeyRing(exported[0]["LEOFLOW_SEAL_KEYS"])
     TokenIssuer(exported[0]["LEOFLOW_JWT_SECRET"], 60)
+
+
+def test_the_key_of_a_launch_worker_opens_what_is_sealed_for_its_queue_only(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master = dict(shlex.split(line)[1].split("=", 1) for line in cli("keys").out.splitlines())["LEOFLOW_SEAL_KEYS"]
+    monkeypatch.setenv("LEOFLOW_SEAL_KEYS", master)
+    exported = dict(shlex.split(line)[1].split("=", 1) for line in cli("keys", "--for", "docker").out.splitlines())
+    assert exported.keys() == {"LEOFLOW_SEAL_KEYS"}
+    worker = KeyRing(exported["LEOFLOW_SEAL_KEYS"])
+    assert worker.sealer("docker").open(KeyRing(master).sealer("docker").seal({"a": 1})) == {"a": 1}
+    with pytest.raises(ConfigurationError, match="no key for 'k8s'"):
+        worker.sealer("k8s")
+    monkeypatch.setenv("LEOFLOW_SEAL_KEYS", exported["LEOFLOW_SEAL_KEYS"])
+    assert "'control'" in cli("keys", "--for", "control").err
 
 
 def test_schema_is_that_of_a_request_or_of_a_dag(cli: Cli) -> None:
