@@ -42,6 +42,7 @@ NAMES = {
     "leoflow_relaunches_total": {"reason"},
     "leoflow_reconcile_duration_seconds": {"executor"},
     "leoflow_staging_volumes": {"state"},
+    "leoflow_secret_backend_failures_total": {"backend"},
     "leoflow_agents_connected": set(),
 }
 
