@@ -125,7 +125,7 @@ class Backends:
         """
         found: dict[str, str] = {}
         for name, backend in self.by_name.items():
-            wanted = query if query.names is None else query.evolve(names=query.names - found.keys())
+            wanted = query if query.names is None else query.evolve(names=query.names.difference(found))
             if wanted.names is not None and not wanted.names:
                 break
             for key, value in self._asked(name, backend, wanted).items():

@@ -6,6 +6,7 @@ see. Scope is decided here and nowhere above: no caller filters afterwards.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ STANDARD_TENANT = "default"
 #: Of one file.
 MAX_FILE_BYTES = 1024 * 1024
 _READS = 3
+_CHANGING = "it changes all the time"
 
 
 class Kind(StrEnum):
@@ -132,7 +134,7 @@ class FileBackend:
         try:
             return _read_consistently(lambda root: read_scope(root, parts), self._root)
         except OSError as error:
-            log.warning("secrets.unreadable", extra={"path": str(self._root.joinpath(*parts)), "cause": _cause(error)})
+            warn_once(str(self._root.joinpath(*parts)), f"cannot be read: {_cause(error)}")
             raise BackendFailed(f"{setting} cannot be read: {_cause(error)}") from error
 
     def problems(self) -> list[str]:
@@ -168,41 +170,60 @@ def read_scope(root: Path, parts: Sequence[str]) -> dict[str, str]:
         OSError: the root is not there, or something in it cannot be read.
     """
     real_root = os.path.realpath(root, strict=True)
+    found = _read_below(real_root, parts)
+    if os.path.realpath(root) != real_root:
+        raise FileNotFoundError(errno.ENOENT, _CHANGING, str(root))
+    return found
+
+
+def _read_below(real_root: str, parts: Sequence[str]) -> dict[str, str]:
     path = real_root
     for part in parts:
         # Not by trying: a file system that ignores case would open the directory of another tenant.
-        if not os.path.isdir(path) or part not in os.listdir(path):
+        if not _is_directory(path) or part not in os.listdir(path):
             return {}
         path = os.path.join(path, part)
     real = os.path.realpath(path, strict=True)
     if _place(real, real_root) != tuple(parts):
         warn_once(path, "is a link to another place and is not read")
         return {}
-    return read_directory(real, within=real) if os.path.isdir(real) else {}
+    return read_directory(path, real, contained=True) if _is_directory(real) else {}
 
 
-def read_directory(directory: str, within: str | None = None) -> dict[str, str]:
-    """Every file of a directory by its name. Hidden files are left out: Kubernetes keeps its versions in them.
+def read_directory(path: str, real: str, contained: bool) -> dict[str, str]:
+    """Every file of the directory ``real``, which ``path`` led to, by its name.
 
-    With ``within`` a file that lies elsewhere is left out.
+    Hidden files are left out: Kubernetes keeps its versions in them. If it is ``contained``, files that lie elsewhere
+    are left out too.
 
     Raises:
         OSError: something cannot be read. FileNotFoundError: it changed meanwhile, read again.
     """
     found = {}
-    for name in os.listdir(directory):
+    version = os.path.realpath(os.path.join(real, "..data"))
+    for name in os.listdir(real):
         if name.startswith("."):
             continue
-        path = os.path.join(directory, name)
+        entry = os.path.join(real, name)
         try:
-            real = os.path.realpath(path, strict=True)
+            target = os.path.realpath(entry, strict=True)
         except FileNotFoundError:
-            continue  # removed meanwhile, or a link whose target is
-        if within is not None and len(_place(real, within)) != 1:
-            warn_once(path, "is a link to another place and is not read")
-        elif (text := _read_text(real, path)) is not None:
+            if os.path.islink(entry):
+                continue  # to nothing
+            raise
+        if contained and len(_place(target, real)) != 1:
+            warn_once(entry, "is a link to another place and is not read")
+        elif (text := _read_text(target, entry)) is not None:
             found[name] = text
+    # Else it is an old version, perhaps removed in parts, or values of two.
+    if os.path.realpath(path) != real or os.path.realpath(os.path.join(real, "..data")) != version:
+        raise FileNotFoundError(errno.ENOENT, _CHANGING, path)
     return found
+
+
+def _is_directory(path: str) -> bool:
+    """Not ``os.path.isdir``: a link to nothing is a mount that is not there yet, and an error."""
+    return stat.S_ISDIR(os.stat(path).st_mode)
 
 
 def _place(real: str, root: str) -> tuple[str, ...]:
@@ -214,12 +235,11 @@ def _place(real: str, root: str) -> tuple[str, ...]:
 
 
 def _read_text(real: str, shown: str) -> str | None:
-    # Non-blocking, since a pipe would wait for its writer; no link, since the real path has none.
+    if not stat.S_ISREG(os.stat(real).st_mode):
+        return None
+    # No link, since the real path has none; non-blocking, should it have become a pipe meanwhile.
     file = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(file, "rb") as reader:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            return None
         data = reader.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         warn_once(shown, f"has more than {MAX_FILE_BYTES} bytes and is left out")
@@ -240,6 +260,10 @@ def _read_consistently(read: Callable[[Path], dict[str, str]], path: Path) -> di
             if again == 1:
                 raise
     raise AssertionError("unreachable")
+
+
+def _read_flat(path: Path) -> dict[str, str]:
+    return read_directory(str(path), os.path.realpath(path, strict=True), contained=False)
 
 
 class FlatPath:
@@ -269,7 +293,7 @@ class FlatPath:
         """
         try:
             if self._is_directory:
-                return _read_consistently(lambda path: read_directory(str(path)), self._path)
+                return _read_consistently(_read_flat, self._path)
             with self._lock:
                 return self._object()
         except (OSError, ValueError, RecursionError) as error:

@@ -79,6 +79,7 @@ def record_everything():
     metrics.set_staging_volumes({"active": 2, "released": 1})
     metrics.set_agents_connected(9)
     metrics.record_auth_failure("expired")
+    metrics.record_secret_failure("command")
 
 
 def samples(text=None):
