@@ -345,7 +345,8 @@ class SecretReader:
         for flight in tuple(self._flights.values()):
             flight.cancel()
         deadline = time.monotonic() + _CLOSE_SECONDS
-        for thread in (closing, *self._running):
+        threads = (closing, *self._running)
+        for thread in threads:
             await asyncio.to_thread(thread.join, max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                log.warning("secrets.thread_left", extra={"thread": thread.name})
+        if left := sum(thread.is_alive() for thread in threads):
+            log.warning("secrets.threads_left", extra={"count": left})
