@@ -111,7 +111,11 @@ def check_secrets(settings: Settings) -> Finding:
         f"{name} has {variables} variables and {connections} connections"
         for name, (variables, connections, _) in counts.items()
     ]
-    text = f"for tenant {STANDARD_TENANT!r} {', '.join(said)}" if said else "LEOFLOW_GATEWAY_SECRET_BACKENDS names none"
+    text = (
+        f"for tenant {STANDARD_TENANT!r} {', '.join(said)}"
+        if said
+        else "no back end of variables, connections and secrets is set up"
+    )
     return Finding("secrets", True, text)
 
 

@@ -45,7 +45,7 @@ ENTRY_POINTS = "leoflow_celery.secret_backends"
 #: Of all names and values in one answer. A gRPC message takes 8 MiB.
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 #: Questions of one tenant that may run or wait at a time.
-MAX_QUESTIONS_OF_A_TENANT = 256
+MAX_QUESTIONS_OF_A_TENANT = 1_024
 _SECONDS_BETWEEN_LOG_LINES = 5.0
 _CLOSE_SECONDS = 5.0
 
@@ -213,7 +213,9 @@ def open_backends(settings: GatewaySettings) -> Backends:
         "environment": lambda: EnvironmentBackend(environment_with_prefix(settings.secret_environment_prefix)),
         "command": lambda: CommandBackend(settings),
     }
-    return Backends({name: built_in[name]() if name in built_in else _load(name, built_in) for name in names})
+    # Most systems have none: what is not asked costs no thread.
+    asked = [name for name in names if name != "files" or any(paths.values())]
+    return Backends({name: built_in[name]() if name in built_in else _load(name, built_in) for name in asked})
 
 
 def _check_named(backend: str, names: Sequence[str], variables: Sequence[str]) -> None:
@@ -278,6 +280,8 @@ class SecretReader:
             Unavailable: one of them failed or took too long, or the tenant asks too much at a time.
             NotPossible: the values are too large for one answer.
         """
+        if not self._backends.by_name:
+            return {}
         flight = self._flights.get(query) or self._begin(query)
         try:
             async with asyncio.timeout(self._timeout):

@@ -148,9 +148,13 @@ class TestOpened:
         assert says in str(caught.value)
         assert "canary" not in str(caught.value)
 
-    def test_the_setting_is_a_list(self, monkeypatch):
+    def test_the_setting_is_a_list(self, monkeypatch, tmp_path):
+        assert open_backends(GatewaySettings()).by_name == {}, "no path is set: there is nothing to ask"
+        monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_FILES", str(tmp_path))
+        assert list(open_backends(GatewaySettings()).by_name) == ["files"]
         monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_BACKENDS", "environment, files")
         assert list(open_backends(GatewaySettings()).by_name) == ["environment", "files"]
+        monkeypatch.delenv("LEOFLOW_GATEWAY_SECRET_FILES")
         monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_BACKENDS", "")
         assert open_backends(GatewaySettings()).by_name == {}
 
@@ -260,7 +264,7 @@ def test_a_tenant_has_a_bounded_number_of_questions():
     async def body(reader: SecretReader) -> None:
         asks = [reader.get(query("evil", task=f"t{number}")) for number in range(MAX_QUESTIONS_OF_A_TENANT + 5)]
         said = await failures(*asks)
-        assert sum("asks for more than 256 things at a time" in text for text in said) == 5
+        assert sum("asks for more than 1024 things at a time" in text for text in said) == 5
         assert await reader.get(query("good")) == {"tenant": "good"}
 
     reader_test(gate, body)
