@@ -75,6 +75,10 @@ def _parse_names(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+#: An empty variable is none: as a path it would be the working directory, and everything in it would be handed out.
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
+
+
 class GatewaySettings(BaseSettings):
     """The agents' gRPC server."""
 
@@ -83,8 +87,8 @@ class GatewaySettings(BaseSettings):
     #: host:port, or unix:/path. Port 0 picks a free one.
     listen: str = "127.0.0.1:9090"
     #: Both or none; without them the channel is plain text and variables and connections are refused.
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
+    tls_cert: OptionalPath = None
+    tls_key: OptionalPath = None
     #: Serve variables and connections on a plain-text channel all the same (one machine, private network).
     allow_insecure_secrets: bool = False
     #: Who knows variables, connections and secrets with source env, in this order; the first that knows a name wins.
@@ -92,11 +96,11 @@ class GatewaySettings(BaseSettings):
     secret_backends: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_names)] = ("files",)
     #: files: a directory with tenants/<tenant>/<kind>s/<name>, tenants/<tenant>/dags/<dag>/<kind>s/<name> and
     #: shared/<kind>s/<name>; kinds are variable, connection and secret.
-    secret_files: Path | None = None
+    secret_files: OptionalPath = None
     #: files: the tenant default's alone, each a directory with one file per name, or a JSON object in a file.
-    variables_path: Path | None = None
-    connections_path: Path | None = None
-    secrets_path: Path | None = None
+    variables_path: OptionalPath = None
+    connections_path: OptionalPath = None
+    secrets_path: OptionalPath = None
     #: environment: what the names of its variables start with.
     secret_environment_prefix: str = "LEOFLOW_VALUE_"  # noqa: S105 - a name
     #: command: what to run, with its arguments, quoted as in a shell. No shell runs it.

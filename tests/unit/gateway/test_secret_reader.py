@@ -158,6 +158,11 @@ class TestOpened:
         monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_BACKENDS", "")
         assert open_backends(GatewaySettings()).by_name == {}
 
+    @pytest.mark.parametrize("name", ["SECRET_FILES", "VARIABLES_PATH", "CONNECTIONS_PATH", "SECRETS_PATH"])
+    def test_an_empty_path_is_none_and_not_the_working_directory(self, monkeypatch, name):
+        monkeypatch.setenv(f"LEOFLOW_GATEWAY_{name}", "")
+        assert open_backends(GatewaySettings()).by_name == {}
+
     def test_what_is_set_up_and_not_named_stops_the_start(self, tmp_path):
         for settings, says in (
             (GatewaySettings(secret_backends=("files", "files")), "names a back end twice"),
