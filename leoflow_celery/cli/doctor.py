@@ -25,7 +25,7 @@ class Finding:
         return asdict(self)
 
 
-CHECKS = ("keys", "database", "broker", "gateway", "workers", "backends")
+CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends")
 
 
 def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CHECKS) -> list[Finding]:
@@ -39,6 +39,7 @@ def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CH
         raise ConfigurationError(f"--only {unknown[0]}: no such check; there are {', '.join(CHECKS)}")
     checks: dict[str, Callable[[], Finding]] = {
         "keys": lambda: check_keys(settings),
+        "secrets": lambda: check_secrets(settings),
         "database": lambda: check_database(settings),
         "broker": lambda: check_broker(settings),
         "gateway": lambda: check_gateway(settings, ca),
@@ -78,6 +79,44 @@ def check_keys(settings: Settings) -> Finding:
     KeyRing(security.seal_keys.get_secret_value())
     TokenIssuer(security.jwt_secret.get_secret_value(), security.agent_token_ttl_seconds)
     return Finding("keys", True, "LEOFLOW_JWT_SECRET and LEOFLOW_SEAL_KEYS are set and usable")
+
+
+def check_secrets(settings: Settings) -> Finding:
+    """Every back end of variables, connections and secrets answers for the standard tenant. Only numbers are shown."""
+    import asyncio
+
+    from leoflow_celery.gateway.secrets import Backends, SecretReader, open_backends
+    from leoflow_celery.gateway.values import STANDARD_TENANT, FileBackend, Kind, Query
+
+    gateway = settings.gateway
+    backends = open_backends(gateway)
+    #: A DAG and a secret that nobody has: a back end that works leaves them out.
+    nobody = "leoflow-doctor"
+    queries = [Query(kind, STANDARD_TENANT, nobody) for kind in (Kind.VARIABLE, Kind.CONNECTION)]
+    queries.append(Query(Kind.SECRET, STANDARD_TENANT, nobody, names=frozenset({nobody})))
+
+    async def ask(name: str) -> list[int]:
+        one = Backends({name: backends.by_name[name]})
+        reader = SecretReader(one, gateway.secret_threads, gateway.secret_timeout_seconds)
+        try:
+            return [len(await reader.get(query)) for query in queries]
+        finally:
+            await reader.close()
+
+    counts = {name: asyncio.run(ask(name)) for name in backends.by_name}
+    files = backends.by_name.get("files")
+    if isinstance(files, FileBackend) and (problems := files.problems()):
+        return Finding("secrets", False, f"{problems[0]}" + (f" ({len(problems)} such)" if len(problems) > 1 else ""))
+    said = [
+        f"{name} has {variables} variables and {connections} connections"
+        for name, (variables, connections, _) in counts.items()
+    ]
+    text = (
+        f"for tenant {STANDARD_TENANT!r} {', '.join(said)}"
+        if said
+        else "no back end of variables, connections and secrets is set up"
+    )
+    return Finding("secrets", True, text)
 
 
 def check_database(settings: Settings) -> Finding:

@@ -22,11 +22,10 @@ from leoflow_celery.gateway.log_streams import LogStreams
 from leoflow_celery.gateway.notify import Notifier, OnFinished, nudge_results
 from leoflow_celery.gateway.registry import HolderRegistry
 from leoflow_celery.gateway.rpc import Unary, agent_service
-from leoflow_celery.gateway.secrets import ChannelPolicy, SecretMethods
+from leoflow_celery.gateway.secrets import ChannelPolicy, SecretMethods, SecretReader
 from leoflow_celery.gateway.specs import Specs
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.gateway.tls import Certificate
-from leoflow_celery.gateway.values import open_provider
 from leoflow_celery.gateway.xcoms import XComMethods
 from leoflow_celery.services import Services
 from leoflow_celery.settings import Settings
@@ -60,6 +59,7 @@ class GatewayServer:
         self._settings = settings.gateway
         self._services = Services(settings)
         policy = ChannelPolicy.of(settings.gateway)
+        self._secrets = SecretReader.of(settings.gateway)
         authenticate = Authenticator(self._services.tokens)
         self._threads = threads = Threads(settings.gateway.store_threads)
         self._notifier = Notifier(on_finished or nudge_results(self._services), threads.notify)
@@ -88,10 +88,9 @@ class GatewayServer:
 
     def _unary(self, settings: Settings, policy: ChannelPolicy) -> dict[str, Unary]:
         store, threads, gateway = self._services.store, self._threads, settings.gateway
-        task_secrets = open_provider(gateway.secrets_path, "LEOFLOW_GATEWAY_SECRETS_PATH")
-        specs = Specs(store.attempts, self._services.keys, policy, task_secrets, self._notifier, threads)
+        specs = Specs(store.attempts, self._services.keys, policy, self._secrets, self._notifier, threads)
         xcoms = XComMethods(store, specs, self._claims, threads, settings.xcom)
-        secrets = SecretMethods(gateway, policy, self._claims, threads)
+        secrets = SecretMethods(policy, self._claims, self._secrets)
         lifecycle = Lifecycle(store, self._registry, self._foreign, self._notifier, threads, gateway.lease_seconds)
         return {
             "Register": lifecycle.register,
@@ -157,6 +156,7 @@ class GatewayServer:
             await stopping
         await self._stop_loops()
         self._journal.close()
+        await self._secrets.close()
         await asyncio.to_thread(self._threads.close)
         self._services.close()
 

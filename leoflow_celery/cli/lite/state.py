@@ -34,6 +34,7 @@ _FOREIGN = (
 )
 #: Paths of the user's own: relative ones are meant from where the command was given, and our processes start elsewhere.
 _PATHS = (
+    "LEOFLOW_GATEWAY_SECRET_FILES",
     "LEOFLOW_GATEWAY_VARIABLES_PATH",
     "LEOFLOW_GATEWAY_CONNECTIONS_PATH",
     "LEOFLOW_GATEWAY_SECRETS_PATH",
