@@ -120,8 +120,8 @@ class DispatchTask(LeoflowTask):
     retry_kwargs: ClassVar[dict[str, Any]] = {**_QUIET, "queue": DISPATCH_QUEUE}
     Request = f"{__name__}:QuietRequest"
 
-    @property
-    def backend(self) -> GuardedBackend:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def backend(self) -> GuardedBackend:  # type: ignore[override]
         """What Celery itself writes results with; completion uses the app's."""
         return GuardedBackend(self, self.app.backend)
 
