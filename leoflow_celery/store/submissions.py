@@ -24,7 +24,15 @@ from leoflow_celery.store import statements
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.events import append_events, event_row
 from leoflow_celery.store.models import TaskCompletion, TaskInstance, is_live, table_of
-from leoflow_celery.store.placement import Use, claim_of, insert_volume, places_of, queues_of, record_volumes
+from leoflow_celery.store.placement import (
+    Use,
+    check_owners,
+    claim_of,
+    insert_volume,
+    places_of,
+    queues_of,
+    record_volumes,
+)
 from leoflow_celery.store.views import Submitted, TaskInstanceView
 from leoflow_celery.store.xcom.base import XComStore
 
@@ -111,6 +119,8 @@ class SubmissionStore:
         mounting = [item for item in fresh if item.staging_claim]
         uses = [Use(item.request, item.executor) for item in mounting]
         queues = record_volumes(connection, self._insert_volumes, uses, self._default_staging_size, now)
+        # Once the new volumes are there: of two runs that name a new one at once, the second sees the first's.
+        check_owners(connection, (item.request for item in fresh))
         _set_queues(connection, [(*_key(item), queues[item.staging_claim]) for item in mounting])
         return queues
 
