@@ -151,6 +151,11 @@ class DispatchSettings(BaseSettings):
         default="kubernetes",
         validation_alias=AliasChoices("LEOFLOW_EXECUTOR_TYPE", "LEOFLOW_DISPATCH_EXECUTOR_TYPE", "executor_type"),
     )
+    #: Executors that a request may be run by, comma separated; another one is refused at the door. Empty: the standard
+    #: one and inline, so that nobody reaches a host's processes or another cluster that nobody meant to offer.
+    permitted_executors: Annotated[
+        tuple[Literal["kubernetes", "docker", "subprocess", "inline"], ...], NoDecode, BeforeValidator(_parse_names)
+    ] = ()
     #: queue → most messages it may hold before submit refuses, as k8s=1000,docker=200. Empty: no limit.
     queue_limits: Annotated[dict[str, int], NoDecode, BeforeValidator(_parse_limits)] = Field(default_factory=dict)
 
@@ -167,7 +172,11 @@ class InlineSettings(BaseSettings):
     #: Response bytes read at the most.
     max_response_bytes: int = 1_048_576
     user_agent: str = "leoflow-celery"
-    #: Hosts or CIDRs that may be called although they are link-local or metadata addresses, comma separated.
+    #: What inline calls may reach: ``public`` (the Internet only), ``any but link-local`` (private networks too), or
+    #: CIDRs, comma separated. Addresses of cloud metadata services are never part of it. Every address that a name
+    #: resolves to counts, and every redirect. Calls in pods and containers are a matter of their network's policy.
+    addresses: str = "any but link-local"
+    #: Hosts or CIDRs that may be called all the same, also link-local and metadata addresses, comma separated.
     allow_addresses: str = ""
 
 

@@ -10,6 +10,7 @@ from leoflow_celery.domain.routing import (
     MAINTENANCE_QUEUE,
     QUEUE_OF,
     RESULTS_QUEUE,
+    USER_QUEUE,
     ExecutorType,
     queue_for_task,
 )
@@ -34,10 +35,9 @@ _DEFAULT_CONCURRENCY = 8
 _POD_PREFETCH = 2
 
 
-def route_task(name: str, *_: object, **__: object) -> dict[str, str] | None:
-    """The Router as Celery routing: the queue of one of our tasks; others take the default."""
-    queue = queue_for_task(name)
-    return {"queue": queue} if queue else None
+def route_task(name: str, *_: object, **__: object) -> dict[str, str]:
+    """The Router as Celery routing: our tasks have their queues; a user's that names none goes to none of ours."""
+    return {"queue": queue_for_task(name) or USER_QUEUE}
 
 
 def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from leoflow_celery.domain.routing import (
     QUEUE_OF,
     RECONCILED,
     ExecutorType,
-    check_inline_timeout,
-    check_secrets,
+    Policy,
+    check_task,
     executor_for,
     host_queue,
 )
@@ -54,6 +54,13 @@ class Client:
     @classmethod
     def from_environment(cls) -> Client:
         return cls(Settings.load())
+
+    @property
+    def policy(self) -> Policy:
+        """What this system lets requests ask for."""
+        dispatch = self.settings.dispatch
+        permitted = frozenset(ExecutorType(name) for name in dispatch.permitted_executors)
+        return Policy(ExecutorType(dispatch.executor_type), self.settings.inline.max_duration, permitted)
 
     # -- submitting ---------------------------------------------------------------------------------------------
 
@@ -101,11 +108,7 @@ class Client:
         return [Handle(self, done.attempt, done.celery_task_id, done.created) for done in submitted]
 
     def _new_try(self, request: TaskRequest, context: dict[str, Any]) -> NewTry:
-        dispatch = self.settings.dispatch
-        executor = executor_for(request, ExecutorType(dispatch.executor_type))
-        if executor is ExecutorType.INLINE:
-            check_inline_timeout(request, self.settings.inline.max_duration)
-        check_secrets(request, executor)
+        executor = check_task(request, self.policy)
         sealed = seal_request(self.services.keys, request)
         factor = request.oom_memory_factor
         factor = self.settings.maintenance.oom_memory_factor if factor is None else factor
@@ -167,7 +170,7 @@ class Client:
     def mark(self, request: TaskRequest | dict[str, Any], state: TaskState) -> None:
         """Record a try that the scheduler decided without running it: skipped or upstream_failed."""
         parsed = parse_request(request)
-        executor = executor_for(parsed, ExecutorType(self.settings.dispatch.executor_type))
+        executor = executor_for(parsed, self.policy.standard)
         item = NewTry(parsed, executor, seal_request(self.services.keys, parsed))
         self.services.store.submissions.record([item], state)
 

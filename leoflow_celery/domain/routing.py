@@ -6,9 +6,12 @@ pod``; everything else runs on the standard executor or the one the request name
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
+from leoflow_celery.domain.fields import MAX_NAME_CHARACTERS, is_printable
 from leoflow_celery.domain.request import Operator, TaskRequest
+from leoflow_celery.domain.staging import check_claims
 from leoflow_celery.errors import InvalidRequest
 
 
@@ -33,12 +36,20 @@ MAINTENANCE_QUEUE = "maintenance"
 LAUNCH_QUEUES = tuple(QUEUE_OF.values())
 ALL_QUEUES = (*LAUNCH_QUEUES, DISPATCH_QUEUE, RESULTS_QUEUE, MAINTENANCE_QUEUE)
 
+#: Where a user's task goes that names no queue: the one that Celery's workers consume when they are told none.
+USER_QUEUE = "celery"
+#: Keys of the broker, of results and of ours in Redis, beside which queues are keys, too.
+_RESERVED_QUEUES = (
+    *("_kombu.", "unacked", "celery-task-meta-", "celery-taskset-meta-", "celeryev", "celery.pidbox"),
+    *("reply.celery.pidbox", "chord-unlock-", "lock:", "xcom:", "xcom-keys:", "launched", "dead-letters"),
+)
 #: Executors whose attempts and volumes live elsewhere and are compared with SQL.
 RECONCILED = (ExecutorType.KUBERNETES, ExecutorType.DOCKER)
 
 
 #: What the names of our tasks begin with.
 OUR_PREFIX = "leoflow."
+_CELERY_PREFIX = "celery."
 
 
 class TaskName(StrEnum):
@@ -94,6 +105,30 @@ class TaskName(StrEnum):
 
 
 TASK_NAMES = frozenset(TaskName)
+
+
+def user_task_problem(name: str) -> str:
+    """Why a user may not have a Celery task sent; nothing when he may."""
+    if not 0 < len(name) <= MAX_NAME_CHARACTERS or not is_printable(name):
+        return f"a task's name is a printable text of 1 to {MAX_NAME_CHARACTERS} characters"
+    if name.startswith(OUR_PREFIX) and name != TaskName.DISPATCH:
+        return f"{name!r} is a task of this system; name a task of your own, or {TaskName.DISPATCH.value!r}"
+    if name.startswith(_CELERY_PREFIX):
+        return f"{name!r} is a task of Celery itself; name a task of your own"
+    return ""
+
+
+def user_queue_problem(queue: str, task: str = "") -> str:
+    """Why a user's task may not be sent to a queue; nothing when it may. ``leoflow.dispatch`` has its own."""
+    if queue == DISPATCH_QUEUE and task == TaskName.DISPATCH:
+        return ""
+    if not 0 < len(queue) <= MAX_NAME_CHARACTERS or not is_printable(queue):
+        return f"a queue's name is a printable text of 1 to {MAX_NAME_CHARACTERS} characters"
+    if queue in ALL_QUEUES or queue.startswith(tuple(f"{name}." for name in LAUNCH_QUEUES)):
+        return f"{queue!r} is a queue of this system; name a queue of your own"
+    if queue.startswith(_RESERVED_QUEUES):
+        return f"{queue!r} is a name that the broker keeps for itself; name a queue of your own"
+    return ""
 
 
 def executor_of_task(name: str) -> ExecutorType:
@@ -167,16 +202,62 @@ def check_secrets(request: TaskRequest, executor: ExecutorType) -> None:
             )
 
 
-def check_task(request: TaskRequest, standard: ExecutorType, max_inline_seconds: int) -> ExecutorType:
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the operator lets requests ask for; ``permitted`` empty is the standard executor and the inline one."""
+
+    standard: ExecutorType
+    max_inline_seconds: int
+    permitted: frozenset[ExecutorType] = frozenset()
+
+    def check_executor(self, executor: ExecutorType) -> None:
+        """Refuse an executor that the operator does not offer.
+
+        Raises:
+            InvalidRequest: names the executor, those that are permitted, and the setting.
+        """
+        permitted = self.permitted or {self.standard, ExecutorType.INLINE}
+        if executor not in permitted:
+            raise InvalidRequest(
+                f"executor: {executor.value!r} is not permitted here; use {' or '.join(sorted(permitted))}, or have "
+                "LEOFLOW_DISPATCH_PERMITTED_EXECUTORS name it",
+                "executor",
+            )
+
+
+def check_callback(request: TaskRequest) -> None:
+    """Refuse a result callback that is not a user's task on a user's queue.
+
+    Raises:
+        InvalidRequest: names the field, the value and the fix.
+    """
+    if request.result_callback is not None:
+        for field, problem in callback_problems(request.result_callback.task, request.result_callback.queue).items():
+            raise InvalidRequest(f"{field}: {problem}", field)
+
+
+def callback_problems(task: str, queue: str | None) -> dict[str, str]:
+    """What is wrong with a result callback: field → problem."""
+    # Not leoflow.dispatch either: the final event, which is what a callback gets, is no request.
+    name = f"{task!r} is a task of this system; name a task of your own" if task == TaskName.DISPATCH else ""
+    found = {"result_callback.task": name or user_task_problem(task)}
+    found["result_callback.queue"] = user_queue_problem(queue) if queue else ""
+    return {field: problem for field, problem in found.items() if problem}
+
+
+def check_task(request: TaskRequest, policy: Policy) -> ExecutorType:
     """The executor of a request that nothing there would refuse.
 
     Raises:
         InvalidRequest: names what would be refused, and the fix.
     """
-    executor = executor_for(request, standard)
+    executor = executor_for(request, policy.standard)
+    policy.check_executor(executor)
     if executor is ExecutorType.INLINE:
-        check_inline_timeout(request, max_inline_seconds)
+        check_inline_timeout(request, policy.max_inline_seconds)
     check_secrets(request, executor)
+    check_callback(request)
+    check_claims(request)
     return executor
 
 

@@ -6,7 +6,7 @@ A row is written before its message: a crash in between delays the task until th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,15 @@ from leoflow_celery.store import statements
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.events import append_events, event_row
 from leoflow_celery.store.models import TaskCompletion, TaskInstance, is_live, table_of
-from leoflow_celery.store.placement import Use, claim_of, insert_volume, places_of, queues_of, record_volumes
+from leoflow_celery.store.placement import (
+    Use,
+    check_owners,
+    claim_of,
+    insert_volume,
+    places_of,
+    queues_of,
+    record_volumes,
+)
 from leoflow_celery.store.views import Submitted, TaskInstanceView
 from leoflow_celery.store.xcom.base import XComStore
 
@@ -89,6 +97,7 @@ class SubmissionStore:
             created = {(ti, number) for ti, number, _ in inserted}
             fresh = [item for key, item in distinct.items() if key in created]
             queues: dict[str, str] = {}
+            ids = _recorded_ids(connection, distinct.keys() - created)
             if fresh:
                 # One that ends here is never claimed, which is when the values of an earlier try go.
                 again = {(ti, number) for ti, number, again in inserted if again or state is not TaskState.QUEUED}
@@ -96,7 +105,7 @@ class SubmissionStore:
                 queues = self._record_fresh(connection, fresh, state, now)
                 for chunk in batched([item.request.task_instance_id for item in fresh], CHUNK_ROWS):
                     _end_older(connection, statements.supersede(named=True), {"p_ids": chunk}, now)
-        return [_submitted(item, created, queues) for item in tries]
+        return [_submitted(item, created, queues, ids) for item in tries]
 
     def _record_fresh(
         self, connection: sa.Connection, fresh: Sequence[NewTry], state: TaskState, now: float
@@ -110,6 +119,8 @@ class SubmissionStore:
         mounting = [item for item in fresh if item.staging_claim]
         uses = [Use(item.request, item.executor) for item in mounting]
         queues = record_volumes(connection, self._insert_volumes, uses, self._default_staging_size, now)
+        # Once the new volumes are there: of two runs that name a new one at once, the second sees the first's.
+        check_owners(connection, (item.request for item in fresh))
         _set_queues(connection, [(*_key(item), queues[item.staging_claim]) for item in mounting])
         return queues
 
@@ -216,13 +227,25 @@ def _ordered(attempts: Sequence[AttemptId]) -> list[AttemptId]:
     return sorted(attempts, key=lambda attempt: (attempt.task_instance_id, attempt.try_number))
 
 
-def _submitted(item: NewTry, created: set[tuple[str, int]], queues: Mapping[str, str]) -> Submitted:
+def _recorded_ids(connection: sa.Connection, tries: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """The Celery ids of tries that were there before: another version may have made them."""
+    found: dict[tuple[str, int], str] = {}
+    for chunk in batched(sorted(tries), CHUNK_ROWS):
+        query = sa.select(_TI.c.task_instance_id, _TI.c.try_number, _TI.c.celery_task_id)
+        rows = connection.execute(query.where(sa.tuple_(_TI.c.task_instance_id, _TI.c.try_number).in_(chunk)))
+        found |= {(task_instance_id, number): name for task_instance_id, number, name in rows}
+    return found
+
+
+def _submitted(
+    item: NewTry, created: set[tuple[str, int]], queues: Mapping[str, str], ids: Mapping[tuple[str, int], str]
+) -> Submitted:
     key, claim = _key(item), item.staging_claim
     is_created = key in created
     created.discard(key)  # the same try twice in one call was created once
     queue = queues.get(claim, "")
     needs_host = item.executor is ExecutorType.DOCKER and bool(claim) and not queue
-    return Submitted(item.request.attempt, celery_task_id(*key), is_created, queue, needs_host)
+    return Submitted(item.request.attempt, ids.get(key) or celery_task_id(*key), is_created, queue, needs_host)
 
 
 def _row(item: NewTry, state: TaskState, now: float) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from kombu.exceptions import OperationalError
 from redis import exceptions as redis_errors
 
 from leoflow_celery import metrics
+from leoflow_celery.domain.canvas import permitted_context
 from leoflow_celery.domain.outcome import FinalEvent
+from leoflow_celery.domain.routing import callback_problems
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, parse_value
 from leoflow_celery.errors import TaskFailed, Unavailable, XComRejected
@@ -120,7 +122,7 @@ def _with_value(services: Services, view: TaskInstanceView) -> Ended:
 
 def complete(app: Celery, item: Waiting, ended: Ended) -> None:
     """Give one Celery id the result of its try."""
-    view, value = ended.view, ended.value
+    item, view, value = _permitted(item), ended.view, ended.value
     context = Context({**item.context, **_own_context(item)})
     if view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
         app.backend.mark_as_done(item.celery_task_id, value, request=context)
@@ -135,6 +137,16 @@ def complete(app: Celery, item: Waiting, ended: Ended) -> None:
         _send_result_callback(app, item, view)
     if item.celery_task_id == view.celery_task_id:
         _measure(view)
+
+
+def _permitted(item: Waiting) -> Waiting:
+    """Without what may not be sent, which an older version may have recorded: its result is stored all the same."""
+    context, refusals = permitted_context(item.context)
+    callback = item.result_callback
+    problems = callback_problems(callback.get("task", ""), callback.get("queue")) if callback else {}
+    for problem in (*map(str, refusals), *(f"{field}: {text}" for field, text in problems.items())):
+        log.warning("completion.refused", extra={"celery_task_id": item.celery_task_id, "error": problem})
+    return replace(item, context=context, result_callback=None if problems else callback)
 
 
 def _measure(view: TaskInstanceView) -> None:
