@@ -15,7 +15,6 @@ from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.routing import RECONCILE_PREFIX, RECONCILED, STAGING_PREFIX, ExecutorType
 from leoflow_celery.domain.staging import StagingPlan, staging_decision
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.staging import StagingVolumeState
 from leoflow_celery.tasks.context import LeoflowTask
 from leoflow_celery.tasks.single_flight import maintenance_task
@@ -30,7 +29,7 @@ def reconcile(self: LeoflowTask) -> int:
     back_ends = present_back_ends(self)
     if not back_ends:
         return 0
-    expected = self.runtime.store.sweeps.expectations({one.executor.value for one in back_ends})
+    expected = self.runtime.store.reaper_queries.expectations({one.executor.value for one in back_ends})
     for one in back_ends:
         interval = self.runtime.settings.maintenance.interval_seconds
         _send(self, RECONCILE_PREFIX, one, {"expectation": _of_host(expected[one.executor], one).to_json()}, interval)
@@ -82,8 +81,7 @@ def plan_staging(volumes: Iterable[StagingVolumeState], now: float, ttl_seconds:
 
 def present_back_ends(task: LeoflowTask) -> list[BackEnd]:
     """Who announced itself within the last minute."""
-    names = task.runtime.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
-    return [one for one in map(BackEnd.parse, names) if one.executor in RECONCILED]
+    return [one for one in task.runtime.store.presence.back_ends() if one.executor in RECONCILED]
 
 
 def _send(task: LeoflowTask, prefix: str, back_end: BackEnd, kwargs: dict[str, Any], expires_seconds: float) -> None:

@@ -15,11 +15,9 @@ from celery.signals import worker_ready, worker_shutting_down
 
 from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
-from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.routing import ALL_QUEUES, LAUNCH_QUEUES, MAINTENANCE_QUEUE
 from leoflow_celery.errors import LeoflowError
 from leoflow_celery.runtime import Runtime
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.tasks.context import runtime_of
 
 log = logging.getLogger(__name__)
@@ -73,9 +71,9 @@ class Gauges(threading.Thread):
             self._stopping.wait(self._app.settings.maintenance.interval_seconds)
 
     def _measure_queues(self, runtime: Runtime) -> None:
-        oldest = runtime.store.sweeps.oldest_waiting()
-        present = runtime.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
-        self._host_queues |= ({BackEnd.parse(name).queue for name in present} | oldest.keys()) - set(ALL_QUEUES)
+        oldest = runtime.store.reaper_queries.oldest_waiting()
+        present = runtime.store.presence.back_ends()
+        self._host_queues |= ({one.queue for one in present} | oldest.keys()) - set(ALL_QUEUES)
         launch_queues = {*LAUNCH_QUEUES, *self._host_queues}
         for queue in launch_queues:
             metrics.set_queue_oldest_age(queue, time.time() - oldest[queue] if queue in oldest else 0)

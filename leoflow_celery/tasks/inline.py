@@ -26,7 +26,7 @@ from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
 from leoflow_celery.errors import ClaimRefused, Unavailable, Unsealable, XComRejected
 from leoflow_celery.executors.inline_http import HttpResult, HttpTaskError
 from leoflow_celery.runtime import Runtime
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.logs import LogRecord
 from leoflow_celery.store.views import Finished, TaskInstanceView
 from leoflow_celery.tasks.completion import Ended
@@ -137,7 +137,7 @@ def _record(runtime: Runtime, view: TaskInstanceView, holder: str, outcome: Outc
 def _finish(
     runtime: Runtime, view: TaskInstanceView, holder: str, outcome: Outcome, xcoms: list[tuple[XComKey, XComValue]]
 ) -> Finished:
-    return runtime.store.attempts.finish(view.attempt, outcome, Guard(holder=holder), xcoms)
+    return runtime.store.attempts.finish(view.attempt, outcome, FinishCondition(holder=holder), xcoms, seen=view)
 
 
 def _log(runtime: Runtime, view: TaskInstanceView, level: str, message: str) -> None:

@@ -18,12 +18,12 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
 from leoflow_celery.errors import NotFound, Unavailable, Unsealable, XComRejected
-from leoflow_celery.store.attempts import Guard
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.store.attempts import FinishCondition
+from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.completion import store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
-from leoflow_celery.tasks.settling import settle_try
+from leoflow_celery.tasks.settling import settle_try, settle_view
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
     identity = AttemptId.from_json(attempt)
     content = self.runtime.sealer.open(sealed)
     outcome = Outcome.from_json(content["outcome"])
-    guard = Guard(unclaimed=bool(content.get("unclaimed")))
+    condition = FinishCondition(unclaimed=bool(content.get("unclaimed")))
     try:
         view = self.runtime.store.attempts.get(identity.task_instance_id, identity.try_number)
     except NotFound:
@@ -75,10 +75,10 @@ def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
     outcome, xcoms = _with_value(self, view, outcome, content.get("return_value"))
     if outcome.state is TaskState.FAILED and not outcome.log_tail:
         outcome = outcome.evolve(log_tail=self.runtime.store.logs.last_lines(view.log_key))
-    finished = self.runtime.store.attempts.finish(identity, outcome, guard, xcoms)
+    finished = self.runtime.store.attempts.finish(identity, outcome, condition, xcoms, seen=view)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
-    settle_try(self, identity.task_instance_id, identity.try_number)
+    settle_view(self, finished.view or view)
 
 
 def _with_value(
@@ -130,4 +130,4 @@ def staging_deleted(self: LeoflowTask, claims: dict[str, str]) -> None:
 @leoflow_task("leoflow.results.present", autoretry_for=(Unavailable,))
 def present(self: LeoflowTask, back_end: str) -> None:
     """A worker holds this back end: the control plane may send work to it."""
-    self.runtime.store.leases.keep_present(f"{BACK_END_PRESENCE}{BackEnd.parse(back_end)}", PRESENCE_GAP_SECONDS)
+    self.runtime.store.presence.keep_present(Kind.BACK_END, str(BackEnd.parse(back_end)))
