@@ -203,6 +203,7 @@ def check_back_ends(settings: Settings) -> Finding:
         return Finding("backends", False, text)
     if not back_ends:
         return Finding("backends", True, f"none is needed: the {standard} executor runs tasks in its own worker")
+    names = ", ".join(map(str, back_ends))
     return Finding("backends", True, f"{names} announced within the last {seconds} s")
 
 

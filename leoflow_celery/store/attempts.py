@@ -377,18 +377,18 @@ def _read(connection: sa.Connection, statement: sa.Executable, parameters: dict[
 
 def _is_launched(connection: sa.Connection, report: LaunchReport, executor: ExecutorType | None, now: float) -> bool:
     named = BackEnd.parse(report.back_end).executor if report.back_end else executor
-    if named is None or executor not in (None, named):
+    if executor not in (None, named):
         return False
     parameters = {
         **attempt_parameters(report.attempt),
         "p_now": now,
-        "p_executor": named.value,
         "p_external_name": report.external_name,
         "p_back_end": report.back_end,
         "p_hostname": storable(report.hostname)[:_HOSTNAME_CHARACTERS],
+        **({"p_executor": named.value} if named else {}),
         **(_back_end_parameters(report.back_end) if report.back_end else {}),
     }
-    statement = task_instance_sql.launched(at_back_end=bool(report.back_end))
+    statement = task_instance_sql.launched(of_executor=named is not None, at_back_end=bool(report.back_end))
     return connection.execute(statement, parameters).rowcount > 0
 
 

@@ -305,13 +305,15 @@ def renew_held() -> sa.Executable:
 
 
 @cache
-def launched(at_back_end: bool) -> sa.Executable:
+def launched(of_executor: bool, at_back_end: bool) -> sa.Executable:
     """An executor started the attempt at ``p_now``: ``p_external_name`` at ``p_back_end``, by ``p_hostname``.
 
-    Only an attempt that was given to ``p_executor``, and with ``at_back_end`` to that back end: a second delivery may
+    Only an attempt that was given to ``p_executor`` and to that back end, where they are named: a second delivery may
     have started it elsewhere too, and only one of them is served. The first report counts, another one changes nothing.
     """
-    conditions = [_is_attempt(), is_live(), _T.executor == sa.bindparam("p_executor")]
+    conditions = [_is_attempt(), is_live()]
+    if of_executor:
+        conditions.append(_T.executor == sa.bindparam("p_executor"))
     if at_back_end:
         conditions.append(_runs_at())
     is_first = _T.launched_at.is_(None)

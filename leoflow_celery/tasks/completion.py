@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from celery import Celery
@@ -23,6 +24,7 @@ from kombu.exceptions import OperationalError
 from redis import exceptions as redis_errors
 
 from leoflow_celery import metrics
+from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import FinalEvent
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, parse_value
@@ -62,16 +64,21 @@ class Ended:
 
 def complete_due(app: Celery, runtime: Runtime) -> int:
     """Complete whatever is due; the number of Celery ids completed."""
-    return _complete(app, runtime, runtime.store.completions.take(LEASE_SECONDS), None)
+    waiting = runtime.store.completions.take(LEASE_SECONDS)
+    tries = {AttemptId(item.task_instance_id, item.try_number) for item in waiting}
+    views = {(view.task_instance_id, view.try_number): view for view in runtime.store.attempts.ended(tries)}
+    read = cache(lambda task_instance_id, try_number: _with_value(runtime, views[task_instance_id, try_number]))
+    return _complete(app, runtime, waiting, lambda item: read(item.task_instance_id, item.try_number))
 
 
 def complete_try(app: Celery, runtime: Runtime, view: TaskInstanceView, ended: Ended | None = None) -> int:
     """Complete whoever waits for one try; ``ended`` spares reading what the caller knows."""
     taken = runtime.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
-    return _complete(app, runtime, taken, ended)
+    read = cache(lambda: ended or _with_value(runtime, view))
+    return _complete(app, runtime, taken, lambda _: read())
 
 
-def _complete(app: Celery, runtime: Runtime, waiting: Sequence[Waiting], ended: Ended | None) -> int:
+def _complete(app: Celery, runtime: Runtime, waiting: Sequence[Waiting], ended: Callable[[Waiting], Ended]) -> int:
     done: list[str] = []
     try:
         for item in waiting:
@@ -82,9 +89,9 @@ def _complete(app: Celery, runtime: Runtime, waiting: Sequence[Waiting], ended: 
     return len(done)
 
 
-def _completed(app: Celery, runtime: Runtime, item: Waiting, ended: Ended | None) -> bool:
+def _completed(app: Celery, runtime: Runtime, item: Waiting, ended: Callable[[Waiting], Ended]) -> bool:
     try:
-        complete(app, item, ended or _read(runtime, item))
+        complete(app, item, ended(item))
     except Exception as error:
         if _is_away(error):
             raise
@@ -100,10 +107,6 @@ def _is_away(error: Exception) -> bool:
     # kombu calls everything so, also what Redis says to one message or key.
     cause = error.__cause__ if isinstance(error, OperationalError) and error.__cause__ else error
     return isinstance(cause, _AWAY)
-
-
-def _read(runtime: Runtime, item: Waiting) -> Ended:
-    return _with_value(runtime, runtime.store.attempts.get(item.task_instance_id, item.try_number))
 
 
 def _with_value(runtime: Runtime, view: TaskInstanceView) -> Ended:
