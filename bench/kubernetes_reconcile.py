@@ -121,7 +121,7 @@ def record(client: Client, specs: Sequence[LaunchSpec]) -> int:
     statements: list[str] = []
     engine = store.database.engine
     sa.event.listen(engine, "before_cursor_execute", lambda *call: statements.append(call[2]))
-    assert len(store.sweeps.expectations({"kubernetes"})["kubernetes"].attempts) == len(specs)
+    assert len(store.reaper_queries.expectations({"kubernetes"})["kubernetes"].attempts) == len(specs)
     return sum(text.lstrip().upper().startswith("SELECT") for text in statements)
 
 
@@ -178,7 +178,7 @@ def main() -> None:
         create_pods(api, specs, options.threads)
         with Client() as client:
             selects = record(client, specs)
-            expectation = client.services.store.sweeps.expectations({"kubernetes"})["kubernetes"]
+            expectation = client.services.store.reaper_queries.expectations({"kubernetes"})["kubernetes"]
             path = system.directory / "expectation.json"
             path.write_text(json.dumps(expectation.to_json()))
         ours, floor, memory = [], [], 0.0

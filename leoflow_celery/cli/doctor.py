@@ -221,28 +221,29 @@ def check_workers(settings: Settings) -> Finding:
 
 def check_back_ends(settings: Settings) -> Finding:
     """A worker of the standard executor reaches its server: only then it announces itself."""
-    from leoflow_celery.domain.backend import BackEnd
     from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, ExecutorType
     from leoflow_celery.store import Store
-    from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+    from leoflow_celery.store.presence import BACK_END_GAP_SECONDS
 
     standard = ExecutorType(settings.dispatch.executor_type)
     store = Store(settings)
     try:
-        names = store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
+        back_ends = store.presence.back_ends()
     finally:
         store.close()
-    if standard in RECONCILED and standard not in {BackEnd.parse(name).executor for name in names}:
+    seconds = round(BACK_END_GAP_SECONDS)
+    if standard in RECONCILED and standard not in {one.executor for one in back_ends}:
         module = _WORKER_OF.get(QUEUE_OF[standard], QUEUE_OF[standard])
         text = (
-            f"no {standard} worker has announced itself for {PRESENCE_GAP_SECONDS} s: none runs, or it does not reach "
+            f"no {standard} worker has announced itself for {seconds} s: none runs, or it does not reach "
             f"its {_SERVER_OF[standard]}; start 'celery -A workers.{module} worker', or look for "
             "backend.not_announced in its log"
         )
         return Finding("backends", False, text)
-    if not names:
+    if not back_ends:
         return Finding("backends", True, f"none is needed: the {standard} executor runs tasks in its own worker")
-    return Finding("backends", True, f"{', '.join(names)} announced within the last {PRESENCE_GAP_SECONDS} s")
+    names = ", ".join(map(str, back_ends))
+    return Finding("backends", True, f"{names} announced within the last {seconds} s")
 
 
 #: What a worker of these executors talks to.

@@ -20,7 +20,6 @@ from leoflow_celery.domain.routing import (
     Policy,
     check_task,
     executor_for,
-    host_queue,
 )
 from leoflow_celery.domain.states import RunState, TaskState
 from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
@@ -30,7 +29,6 @@ from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
 from leoflow_celery.store.events import EventView
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.logs import LogKey
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.store.views import RunView, Submitted, TaskInstanceView
@@ -135,8 +133,7 @@ class Client:
     def _host_queues(self, executor: ExecutorType) -> list[str]:
         if executor not in RECONCILED:
             return []
-        hosts = self.services.store.leases.present(f"{BACK_END_PRESENCE}{executor}:", PRESENCE_GAP_SECONDS)
-        return [host_queue(executor, host) for host in hosts]
+        return [one.queue for one in self.services.store.presence.back_ends(executor) if one.host]
 
     def _send(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> None:
         sent: list[AttemptId] = []

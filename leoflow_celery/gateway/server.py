@@ -65,10 +65,10 @@ class GatewayServer:
         self._notifier = Notifier(on_finished or nudge_results(self._services), threads.notify)
         self._registry, self._foreign = HolderRegistry(), ForeignHolders()
         store = self._services.store
-        self._claims = Claims(store.holders, self._foreign, threads)
+        self._claims = Claims(store.claims, self._foreign, threads)
         self._health = Health()
         self._journal = Journal(store.logs, threads.logs)
-        access = LogAccess(store.holders, self._registry, self._foreign, threads)
+        access = LogAccess(store.claims, self._registry, self._foreign, threads)
         self._streams = LogStreams(access, self._registry, self._journal)
         self._heartbeats = Heartbeats(
             store,

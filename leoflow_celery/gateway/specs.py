@@ -23,7 +23,7 @@ from leoflow_celery.gateway.values import Kind
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.queueing.messages import open_request
 from leoflow_celery.security import KeyRing
-from leoflow_celery.store.attempts import AttemptStore, Guard
+from leoflow_celery.store.attempts import AttemptStore, FinishCondition
 from leoflow_celery.store.views import TaskInstanceView
 
 #: Where pods and containers find the staging volume of their run.
@@ -145,8 +145,8 @@ class Specs:
 
     async def _give_up(self, caller: Caller, reason: FailureReason, error: LeoflowError) -> pb.TaskSpec:
         outcome = Outcome.failed(reason, str(error))
-        guard = Guard(holder=caller.holder)
-        finished = await self._threads.store(self._attempts.finish, caller.attempt, outcome, guard)
+        condition = FinishCondition(holder=caller.holder)
+        finished = await self._threads.store(self._attempts.finish, caller.attempt, outcome, condition)
         if finished.recorded:
             self._notifier.finished(caller.attempt)
         raise NotPossible(str(error)) from error

@@ -252,22 +252,21 @@ class AttemptEnded:
 
 @dataclass(frozen=True, slots=True)
 class StagingDeleted:
-    """Staging volumes of a back end are gone, name → reason; ``asked_at`` is the plan's ``read_at``."""
+    """Staging volumes of a back end are gone, name → reason."""
 
     purpose: ClassVar[str] = "staging_deleted"
     max_age_seconds: ClassVar[float | None] = _MAX_AGE_SECONDS
 
     back_end: BackEnd
-    asked_at: float
     claims: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"back_end": str(self.back_end), "asked_at": self.asked_at, "claims": self.claims}
+        return {"back_end": str(self.back_end), "claims": self.claims}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         claims = {str(name): str(reason) for name, reason in data["claims"].items()}
-        return cls(BackEnd.parse(str(data["back_end"])), float(data["asked_at"]), claims)
+        return cls(BackEnd.parse(str(data["back_end"])), claims)
 
 
 @dataclass(frozen=True, slots=True)

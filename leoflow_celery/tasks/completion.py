@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from celery import Celery
@@ -23,6 +24,7 @@ from kombu.exceptions import OperationalError
 from redis import exceptions as redis_errors
 
 from leoflow_celery import metrics
+from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.canvas import permitted_context
 from leoflow_celery.domain.outcome import FinalEvent
 from leoflow_celery.domain.routing import callback_problems
@@ -64,16 +66,21 @@ class Ended:
 
 def complete_due(app: Celery, services: Services) -> int:
     """Complete whatever is due; the number of Celery ids completed."""
-    return _complete(app, services, services.store.completions.take(LEASE_SECONDS), None)
+    waiting = services.store.completions.take(LEASE_SECONDS)
+    tries = {AttemptId(item.task_instance_id, item.try_number) for item in waiting}
+    views = {(view.task_instance_id, view.try_number): view for view in services.store.attempts.ended(tries)}
+    read = cache(lambda task_instance_id, try_number: _with_value(services, views[task_instance_id, try_number]))
+    return _complete(app, services, waiting, lambda item: read(item.task_instance_id, item.try_number))
 
 
 def complete_try(app: Celery, services: Services, view: TaskInstanceView, ended: Ended | None = None) -> int:
     """Complete whoever waits for one try; ``ended`` spares reading what the caller knows."""
     taken = services.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
-    return _complete(app, services, taken, ended)
+    read = cache(lambda: ended or _with_value(services, view))
+    return _complete(app, services, taken, lambda _: read())
 
 
-def _complete(app: Celery, services: Services, waiting: Sequence[Waiting], ended: Ended | None) -> int:
+def _complete(app: Celery, services: Services, waiting: Sequence[Waiting], ended: Callable[[Waiting], Ended]) -> int:
     done: list[str] = []
     try:
         for item in waiting:
@@ -84,9 +91,9 @@ def _complete(app: Celery, services: Services, waiting: Sequence[Waiting], ended
     return len(done)
 
 
-def _completed(app: Celery, services: Services, item: Waiting, ended: Ended | None) -> bool:
+def _completed(app: Celery, services: Services, item: Waiting, ended: Callable[[Waiting], Ended]) -> bool:
     try:
-        complete(app, item, ended or _read(services, item))
+        complete(app, item, ended(item))
     except Exception as error:
         if _is_away(error):
             raise
@@ -102,10 +109,6 @@ def _is_away(error: Exception) -> bool:
     # kombu calls everything so, also what Redis says to one message or key.
     cause = error.__cause__ if isinstance(error, OperationalError) and error.__cause__ else error
     return isinstance(cause, _AWAY)
-
-
-def _read(services: Services, item: Waiting) -> Ended:
-    return _with_value(services, services.store.attempts.get(item.task_instance_id, item.try_number))
 
 
 def _with_value(services: Services, view: TaskInstanceView) -> Ended:

@@ -14,10 +14,8 @@ from celery import bootsteps
 from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.background import Periodic
-from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.routing import ALL_QUEUES, LAUNCH_QUEUES, MAINTENANCE_QUEUE
 from leoflow_celery.services import Services
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 
 
 class QueueHeads:
@@ -78,9 +76,9 @@ class Looks:
         measure_staging(services)
 
     def _measure_queues(self, services: Services) -> None:
-        oldest = services.store.sweeps.oldest_waiting()
-        present = services.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
-        self._host_queues |= ({BackEnd.parse(name).queue for name in present} | oldest.keys()) - set(ALL_QUEUES)
+        oldest = services.store.reaper_queries.oldest_waiting()
+        present = services.store.presence.back_ends()
+        self._host_queues |= ({one.queue for one in present} | oldest.keys()) - set(ALL_QUEUES)
         launch_queues = {*LAUNCH_QUEUES, *self._host_queues}
         for queue in launch_queues:
             metrics.set_queue_oldest_age(queue, time.time() - oldest[queue] if queue in oldest else 0)

@@ -26,7 +26,7 @@ from leoflow_celery.errors import ClaimRefused, DecryptionFailed, Unavailable, X
 from leoflow_celery.executors.inline_http import HttpResult, HttpTaskError
 from leoflow_celery.queueing.messages import SCOPE_OF, LaunchInline, open_request
 from leoflow_celery.services import Services
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.logs import LogRecord
 from leoflow_celery.store.views import Finished, TaskInstanceView
 from leoflow_celery.tasks.advance_try import advance_view
@@ -138,7 +138,7 @@ def _record(services: Services, view: TaskInstanceView, holder: str, outcome: Ou
 def _finish(
     services: Services, view: TaskInstanceView, holder: str, outcome: Outcome, xcoms: list[tuple[XComKey, XComValue]]
 ) -> Finished:
-    return services.store.attempts.finish(view.attempt, outcome, Guard(holder=holder), xcoms)
+    return services.store.attempts.finish(view.attempt, outcome, FinishCondition(holder=holder), xcoms, seen=view)
 
 
 def _log(services: Services, view: TaskInstanceView, level: str, message: str) -> None:

@@ -26,9 +26,10 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.routing import QUEUE_OF, RESULTS_QUEUE, ExecutorType, TaskName, host_queue
 from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed
 from leoflow_celery.queueing.publisher import requested_grace
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
+from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_try
+from leoflow_celery.tasks.advance_try import advance_view
 from leoflow_celery.tasks.completion import complete_due
 from leoflow_celery.tasks.context import LeoflowTask
 from leoflow_celery.tasks.single_flight import maintenance_task
@@ -55,7 +56,7 @@ def _send(task: LeoflowTask, view: TaskInstanceView) -> bool:
         task.publisher.launch_again(view, task.services.store.relaunch_policy)
     except DecryptionFailed as error:
         metrics.record_undispatchable("unsealable")
-        _give_up(task, view, Verdict(FailureReason.INVALID_SPEC, str(error)), Guard(unclaimed=True))
+        _give_up(task, view, Verdict(FailureReason.INVALID_SPEC, str(error)), FinishCondition(unclaimed=True))
         return False
     task.services.store.submissions.mark_sent([view.attempt])
     return True
@@ -96,21 +97,21 @@ def _policy(task: LeoflowTask) -> ReapPolicy:
 
 def _reap_silent(task: LeoflowTask, policy: ReapPolicy) -> int:
     store, count = task.services.store, 0
-    store.listeners.keep_reaper_present()
-    may_judge = cache(lambda executor: store.listeners.may_judge(executor, policy.heartbeat_timeout_seconds))
-    for view in store.sweeps.silent(policy.heartbeat_timeout_seconds):
+    store.presence.keep_present(Kind.REAPER)
+    may_judge = cache(lambda executor: store.presence.may_judge(executor, policy.heartbeat_timeout_seconds))
+    for view in store.reaper_queries.silent(policy.heartbeat_timeout_seconds):
         last = view.last_heartbeat_at
         verdict = reap_silent(None if last is None else time.time() - last, policy)
         if verdict is not None and may_judge(view.executor):
             # It may have woken up since it was read: only silence since then ends it.
-            count += _give_up(task, view, verdict, Guard(silent_since=last))
+            count += _give_up(task, view, verdict, FinishCondition(silent_since=last))
     return count
 
 
 def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
     count, look = 0, cache(partial(_look, task))
     youngest = min(policy.lost_message_seconds, policy.launch_timeout_seconds)
-    for view in task.services.store.sweeps.waiting(youngest):
+    for view in task.services.store.reaper_queries.waiting(youngest):
         depth, all_told = look(view.queue)
         now = time.time()
         launched = None if view.launched_at is None else now - view.launched_at
@@ -119,7 +120,7 @@ def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
         verdict = reap_queued(waited, view.queue, depth, launched, patience, bound_to, started_as, all_told=all_told)
         if verdict is not None:
             # What was told since the row was read counts as well.
-            count += _give_up(task, view, verdict, Guard(unclaimed=True, unlaunched=launched is None))
+            count += _give_up(task, view, verdict, FinishCondition(unclaimed=True, unlaunched=launched is None))
     return count
 
 
@@ -166,13 +167,15 @@ def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy) -> int:
     views = task.services.store.submissions.unplaced(policy.queued_timeout_seconds)
     verdicts = ((view, unplaced_verdict(time.time() - view.queued_at, view.staging_claim)) for view in views)
     # Nothing was started, so there is nothing to start again.
-    return sum(_give_up(task, view, verdict, Guard(unclaimed=True), may_relaunch=False) for view, verdict in verdicts)
+    return sum(
+        _give_up(task, view, verdict, FinishCondition(unclaimed=True), may_relaunch=False) for view, verdict in verdicts
+    )
 
 
 def _reap_cancelled(task: LeoflowTask, policy: ReapPolicy) -> int:
     verdict = Verdict(FailureReason.CANCELLED, "did not stop within the grace")
-    views = task.services.store.sweeps.cancelled(policy.cancel_grace_seconds)
-    return sum(_give_up(task, view, verdict, Guard()) for view in views if _had_its_grace(task, view, policy))
+    views = task.services.store.reaper_queries.cancelled(policy.cancel_grace_seconds)
+    return sum(_give_up(task, view, verdict, FinishCondition()) for view in views if _had_its_grace(task, view, policy))
 
 
 def _had_its_grace(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> bool:
@@ -189,17 +192,22 @@ def _depth(task: LeoflowTask, queue: str) -> int | None:
 
 
 def _give_up(
-    task: LeoflowTask, view: TaskInstanceView, verdict: Verdict, guard: Guard, *, may_relaunch: bool = True
+    task: LeoflowTask,
+    view: TaskInstanceView,
+    verdict: Verdict,
+    condition: FinishCondition,
+    *,
+    may_relaunch: bool = True,
 ) -> bool:
     store = task.services.store
     outcome = Outcome.failed(verdict.reason, verdict.message, log_tail=store.logs.last_lines(view.log_key))
-    finished = store.attempts.finish(view.attempt, outcome, guard, may_relaunch=may_relaunch)
-    if not finished.recorded:
+    finished = store.attempts.finish(view.attempt, outcome, condition, may_relaunch=may_relaunch, seen=view)
+    if not finished.recorded or finished.view is None:
         return False
     log.warning("attempt.given_up", extra={"attempt": str(view.attempt), "reason": verdict.reason.value})
     if finished.relaunch:
         metrics.record_relaunch(verdict.reason)
-    advance_try(task, view.task_instance_id, view.try_number)
+    advance_view(task, finished.view)
     return True
 
 

@@ -78,7 +78,7 @@ def staging(self: LeoflowTask, sealed: str) -> None:
         log.warning("staging.skipped", extra={"executor": _type_of(self), "error": str(error)})
         return
     if gone:
-        self.publisher.staging_deleted(StagingDeleted(back_end, plan.read_at, gone))
+        self.publisher.staging_deleted(StagingDeleted(back_end, gone))
 
 
 for _executor in RECONCILED:

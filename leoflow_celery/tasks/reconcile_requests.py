@@ -14,7 +14,6 @@ from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.routing import RECONCILED, ExecutorType, TaskName
 from leoflow_celery.domain.staging import StagingPlan, staging_decision
 from leoflow_celery.queueing.messages import CollectStaging, Reconcile
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.staging import StagingVolumeState
 from leoflow_celery.tasks.context import LeoflowTask
 from leoflow_celery.tasks.single_flight import maintenance_task
@@ -26,7 +25,7 @@ def reconcile(self: LeoflowTask) -> int:
     back_ends = present_back_ends(self)
     if not back_ends:
         return 0
-    expected = self.services.store.sweeps.expectations({one.executor.value for one in back_ends})
+    expected = self.services.store.reaper_queries.expectations({one.executor.value for one in back_ends})
     for one in back_ends:
         interval = self.services.settings.maintenance.interval_seconds
         self.publisher.reconcile(one, Reconcile(_of_host(expected[one.executor], one)), interval)
@@ -78,5 +77,4 @@ def plan_staging(volumes: Iterable[StagingVolumeState], now: float, ttl_seconds:
 
 def present_back_ends(task: LeoflowTask) -> list[BackEnd]:
     """Who announced itself within the last minute."""
-    names = task.services.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
-    return [one for one in map(BackEnd.parse, names) if one.executor in RECONCILED]
+    return [one for one in task.services.store.presence.back_ends() if one.executor in RECONCILED]

@@ -33,10 +33,10 @@ from leoflow_celery.queueing.messages import (
 )
 from leoflow_celery.security import Scope
 from leoflow_celery.services import Services
-from leoflow_celery.store.attempts import Guard
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.store.attempts import FinishCondition
+from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_try
+from leoflow_celery.tasks.advance_try import advance_try, advance_view
 from leoflow_celery.tasks.completion import store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, services_of
 
@@ -117,21 +117,23 @@ def record_end(self: LeoflowTask, speaker: str, sealed: str) -> None:
     except NotFound:
         log.warning("record.unknown", extra={"attempt": str(identity), "outcome": outcome.state.value})
         return
-    if not _may_speak(view, BackEnd(executor, ended.host)):
-        raise self.refused(f"attempt {identity} was not given to {BackEnd(executor, ended.host)}")
+    back_end = BackEnd(executor, ended.host)
+    if view.executor != executor or view.back_end not in ("", str(back_end)):
+        raise self.refused(f"attempt {identity} was not given to {back_end}")
     outcome, xcoms = _with_value(self, view, outcome, ended.return_value)
     if outcome.state is TaskState.FAILED and not outcome.log_tail:
         outcome = outcome.evolve(log_tail=services.store.logs.last_lines(view.log_key))
-    guard = Guard(unclaimed=ended.unclaimed, unlaunched=ended.unclaimed)
-    finished = services.store.attempts.finish(identity, outcome, guard, xcoms)
+    condition = FinishCondition(
+        unclaimed=ended.unclaimed,
+        unlaunched=ended.unclaimed,
+        executor=executor,
+        # A host whose server is away does not know its own name.
+        back_end=str(back_end) if ended.host or executor is not ExecutorType.DOCKER else None,
+    )
+    finished = services.store.attempts.finish(identity, outcome, condition, xcoms, seen=view)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
-    advance_try(self, identity.task_instance_id, identity.try_number)
-
-
-def _may_speak(view: TaskInstanceView, back_end: BackEnd) -> bool:
-    """Whether SQL gave the try to this executor, and its launch to no other back end of it."""
-    return view.executor == back_end.executor and view.back_end in ("", str(back_end))
+    advance_view(self, finished.view or view)
 
 
 def _with_value(
@@ -177,14 +179,14 @@ def staging_deleted(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """Record which staging volumes are gone, each with its reason."""
     message = _of_own_back_end(self, *self.heard(StagingDeleted, sealed, speaker))
     for name, reason in message.claims.items():
-        self.services.store.staging.mark_staging_deleted(name, reason)
+        self.services.store.staging.mark_staging_deleted(name, reason, str(message.back_end))
 
 
 @leoflow_task(TaskName.RECORD_PRESENCE, autoretry_for=(Unavailable,))
 def present(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """A worker holds this back end: the control plane may send work to it."""
     message = _of_own_back_end(self, *self.heard(Present, sealed, speaker))
-    self.services.store.leases.keep_present(f"{BACK_END_PRESENCE}{message.back_end}", PRESENCE_GAP_SECONDS)
+    self.services.store.presence.keep_present(Kind.BACK_END, str(message.back_end))
 
 
 def _of_own_back_end(task: LeoflowTask, executor: ExecutorType, message: B) -> B:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Beat, Guard
+from leoflow_celery.store.attempts import Beat, FinishCondition
 from leoflow_celery.store.events import event_row
 from leoflow_celery.store.models import TaskCompletion, TaskEvent, TaskInstance, table_of
 from leoflow_celery.store.submissions import _completion_row, _row
@@ -83,14 +83,14 @@ def full_scans(lines: list[str]) -> list[str]:
 
 Call = Callable[[Store], object]
 CALLS: dict[str, Call] = {
-    "silent": lambda store: list(store.sweeps.silent(90)),
-    "waiting": lambda store: list(store.sweeps.waiting(60)),
-    "cancelled": lambda store: list(store.sweeps.cancelled(60)),
+    "silent": lambda store: list(store.reaper_queries.silent(90)),
+    "waiting": lambda store: list(store.reaper_queries.waiting(60)),
+    "cancelled": lambda store: list(store.reaper_queries.cancelled(60)),
     "unsent": lambda store: store.submissions.unsent(30),
     "place": lambda store: store.submissions.place(),
     "unplaced": lambda store: store.submissions.unplaced(60),
-    "expectations": lambda store: store.sweeps.expectations({"kubernetes", "docker"}),
-    "oldest waiting": lambda store: store.sweeps.oldest_waiting(),
+    "expectations": lambda store: store.reaper_queries.expectations({"kubernetes", "docker"}),
+    "oldest waiting": lambda store: store.reaper_queries.oldest_waiting(),
     "staging": lambda store: store.staging.list_active(),
     "take": lambda store: store.completions.take(60),
     "take of one": lambda store: store.completions.take(60, "ti-1", 1),
@@ -104,7 +104,9 @@ CALLS: dict[str, Call] = {
         [Beat(submit(store, f"ti-{n}"), f"h{n}") for n in range(10)], 60
     ),
     "start": lambda store: [claim(store, submit(store, "ti-2")), store.attempts.start(submit(store, "ti-2"), "h1")],
-    "finish": lambda store: store.attempts.finish(submit(store, "ti-1"), Outcome.success(), Guard(holder="h1")),
+    "finish": lambda store: store.attempts.finish(
+        submit(store, "ti-1"), Outcome.success(), FinishCondition(holder="h1")
+    ),
     "cancel": lambda store: store.attempts.request_cancel("ti-3"),
     "events": lambda store: store.events.of("ti-1"),
     "run": lambda store: store.runs.task_instances("default", "sales", "run-7"),

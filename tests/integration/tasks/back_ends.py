@@ -9,7 +9,7 @@ from typing import Any
 
 from leoflow_celery.client import Handle
 from leoflow_celery.domain.attempt import attempt_name
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.store.presence import Kind
 from tests.support.process import ManagedProcess
 from tests.support.system import System, wait_for_worker
 from tests.support.waiting import wait_until
@@ -43,11 +43,11 @@ class BackEnds:
         wait_until(lambda: set(back_ends) <= set(self.present()), 60, lambda: f"{back_ends}, not {self.present()}")
 
     def present(self) -> list[str]:
-        return self.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
+        return [str(one) for one in self.store.presence.back_ends()]
 
     def announce(self, back_end: str) -> None:
         """Say that a back end is there, for a worker that comes later."""
-        self.store.leases.keep_present(f"{BACK_END_PRESENCE}{back_end}", PRESENCE_GAP_SECONDS)
+        self.store.presence.keep_present(Kind.BACK_END, back_end)
 
     def submit(self, executor: str, task_id: str, run_id: str = "", **fields: Any) -> Handle:
         identity = secrets.token_hex(8)

@@ -125,7 +125,7 @@ def test_a_launch_whose_report_waits_is_not_taken_for_lost(own_system: System) -
     own_system.redis.delete(*keys)
     client.services.launch_notes.leave("k8s", LaunchReport(handle.attempt, "pod", "node", "kubernetes"))
     lost_after = own_system.settings.maintenance.lost_message_seconds
-    wait_until(lambda: list(client.services.store.sweeps.waiting(lost_after)), 20, "the reaper to look at it")
+    wait_until(lambda: list(client.services.store.reaper_queries.waiting(lost_after)), 20, "the reaper to look at it")
     reaper = own_system.start_worker("workers.control", "-Q", "maintenance")
     for _ in range(3):
         own_system.maintain("reap")
@@ -142,7 +142,7 @@ def test_a_message_that_waits_its_turn_is_not_taken_for_lost(own_system: System,
     handle = client.submit(http_task(target.url("a")))
     own_system.start_worker("workers.control")
     lost_after = own_system.settings.maintenance.lost_message_seconds
-    wait_until(lambda: list(client.services.store.sweeps.waiting(lost_after)), 20, "the reaper to look at it")
+    wait_until(lambda: list(client.services.store.reaper_queries.waiting(lost_after)), 20, "the reaper to look at it")
     for _ in range(3):
         own_system.maintain("reap")
     wait_until(lambda: client.services.queues.depth("maintenance") == 0, 20, "the reaper")

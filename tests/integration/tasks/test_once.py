@@ -19,7 +19,7 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import TaskFailed
 from leoflow_celery.queueing.messages import seal_request
 from leoflow_celery.queueing.publisher import LaunchOrder
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.tasks.completion import complete_try
 from tests.integration.tasks.conftest import UserCalls
@@ -82,7 +82,7 @@ def ended_but_not_completed(client: Client, request: dict[str, Any]) -> str:
         [NewTry(parsed, ExecutorType.INLINE, seal_request(client.services.keys, parsed))]
     )
     store.attempts.claim(parsed.attempt, "dead", "host", 60, start=True)
-    store.attempts.finish(parsed.attempt, Outcome.success(), Guard(holder="dead"))
+    store.attempts.finish(parsed.attempt, Outcome.success(), FinishCondition(holder="dead"))
     return submitted.celery_task_id
 
 

@@ -17,7 +17,7 @@ from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.security import KeyRing, TokenIssuer
 from leoflow_celery.settings import Settings
 from leoflow_celery.store import Store
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.store.presence import Kind
 from tests.unit.cli.conftest import Cli
 
 
@@ -146,7 +146,7 @@ def test_doctor_knows_who_announced_itself(cli: Cli, settings: Settings, monkeyp
     assert "no kubernetes worker has announced itself for 60 s" in finding.sentence
     assert "celery -A workers.k8s worker" in finding.sentence
     store = Store(settings)
-    store.leases.keep_present(f"{BACK_END_PRESENCE}kubernetes", PRESENCE_GAP_SECONDS)
+    store.presence.keep_present(Kind.BACK_END, "kubernetes")
     store.close()
     assert doctor.check_back_ends(settings) == doctor.Finding(
         "backends", True, "kubernetes announced within the last 60 s"

@@ -47,8 +47,9 @@ def run(monkeypatch: pytest.MonkeyPatch, store: Completions, error: Exception) -
             raise error
 
     monkeypatch.setattr(completion, "complete", complete)
-    monkeypatch.setattr(completion, "_read", lambda *_: None)
-    services: Any = SimpleNamespace(store=SimpleNamespace(completions=store))
+    monkeypatch.setattr(completion, "_with_value", lambda *_: None)
+    attempts = SimpleNamespace(ended=lambda _: [SimpleNamespace(task_instance_id="ti", try_number=1)])
+    services: Any = SimpleNamespace(store=SimpleNamespace(completions=store, attempts=attempts))
     return completion.complete_due(SimpleNamespace(), services)
 
 

@@ -17,8 +17,8 @@ from leoflow_celery.domain.routing import RECONCILED, ExecutorType
 from leoflow_celery.domain.staging import claims_named
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS, present
 from leoflow_celery.store.models import StagingVolume, table_of
+from leoflow_celery.store.presence import PresenceStore
 
 _VOLUME = table_of(StagingVolume)
 _OWNER = ("tenant_id", "dag_id", "run_id")
@@ -52,7 +52,12 @@ def insert_volume(database: Database) -> sa.Executable:
 
 
 def record_volumes(
-    connection: sa.Connection, insert: sa.Executable, uses: Sequence[Use], default_size: str, now: float
+    connection: sa.Connection,
+    presence: PresenceStore,
+    insert: sa.Executable,
+    uses: Sequence[Use],
+    default_size: str,
+    now: float,
 ) -> dict[str, str]:
     """Record the volumes that fresh tries mount; the queue of each claim, empty while it has no host.
 
@@ -67,13 +72,13 @@ def record_volumes(
     rows = {str(row["claim_name"]): row for row in _active(connection, first)}
     for use in uses:
         _check_place(use, rows[use.request.staging_claim])
-    return queues_of(connection, {claim: BackEnd.parse(row["backend"]) for claim, row in rows.items()})
+    return queues_of(connection, presence, {claim: BackEnd.parse(row["backend"]) for claim, row in rows.items()})
 
 
-def queues_of(connection: sa.Connection, places: Mapping[str, BackEnd]) -> dict[str, str]:
+def queues_of(connection: sa.Connection, presence: PresenceStore, places: Mapping[str, BackEnd]) -> dict[str, str]:
     """The queue of each claim, after Docker claims without a host got one; empty when none is present."""
     unbound = [claim for claim, place in places.items() if place == BackEnd(ExecutorType.DOCKER)]
-    hosts = present(connection, f"{BACK_END_PRESENCE}{ExecutorType.DOCKER}:", PRESENCE_GAP_SECONDS) if unbound else []
+    hosts = [one.host for one in presence.back_ends(ExecutorType.DOCKER, connection) if one.host] if unbound else []
     bound = {claim: BackEnd(ExecutorType.DOCKER, choose_host(claim, hosts)) for claim in unbound if hosts}
     for claim, place in bound.items():
         connection.execute(
