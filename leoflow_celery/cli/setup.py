@@ -10,7 +10,6 @@ import typer
 
 from leoflow_celery.cli.output import echo_json
 from leoflow_celery.cli.target import JsonOption
-from leoflow_celery.security import KeyRing, Scope
 
 
 def fresh_keys() -> dict[str, str]:
@@ -22,8 +21,12 @@ def fresh_keys() -> dict[str, str]:
 
 def keys(
     scope: Annotated[
-        Scope | None,
-        typer.Option("--for", help="The key of one launch queue, or of publishers, derived from LEOFLOW_SEAL_KEYS."),
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="SCOPE",
+            help="The key of k8s, docker or subprocess workers, or of publishers (dispatch), out of LEOFLOW_SEAL_KEYS.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -39,16 +42,19 @@ def keys(
         typer.echo(f"export {name}='{value}'")
 
 
-def keys_for(scope: Scope) -> dict[str, str]:
+def keys_for(scope: str) -> dict[str, str]:
     """The setting that holds the keys of one scope only, newest first.
 
     Raises:
         ConfigurationError: LEOFLOW_SEAL_KEYS of this process holds no key of the scope.
     """
+    from leoflow_celery.security import KeyRing, Scope
     from leoflow_celery.settings import Settings
 
+    if scope not in [*Scope]:
+        raise typer.BadParameter(f"{scope!r} is none of {', '.join(Scope)}", param_hint="--for")
     ring = KeyRing(Settings.load().security.seal_keys.get_secret_value())
-    return {"LEOFLOW_SEAL_KEYS": ",".join(f"{scope.value}:{key}" for key in ring.keys(scope))}
+    return {"LEOFLOW_SEAL_KEYS": ",".join(f"{scope}:{key}" for key in ring.keys(scope))}
 
 
 def schema(
