@@ -79,7 +79,7 @@ def test_a_try_that_is_bound_to_one_host_is_launched_by_that_host_only(store: St
 
 @pytest.mark.parametrize("outcome", [Outcome.success(), EXIT_1, EVICTED], ids=lambda one: one.state)
 @pytest.mark.parametrize(
-    "executor, back_end", [("kubernetes", None), ("kubernetes", "kubernetes"), ("docker", "docker:h2")]
+    ("executor", "back_end"), [("kubernetes", None), ("kubernetes", "kubernetes"), ("docker", "docker:h2")]
 )
 @pytest.mark.parametrize("is_seen", [False, True])
 def test_another_back_end_ends_nothing(
