@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import sqlalchemy as sa
@@ -18,9 +16,9 @@ from leoflow_celery.store.events import event_row
 from leoflow_celery.store.models import TaskCompletion, TaskEvent, TaskInstance, table_of
 from leoflow_celery.store.submissions import _completion_row, _row
 from tests.contract.store.rows import claim, new_try, submit
+from tests.support.statements import Statement, recorded
 
 HISTORY_ROWS = 20_000
-Statement = tuple[str, Any]
 
 
 @pytest.fixture
@@ -40,21 +38,6 @@ def long_store(store: Store) -> Store:
     with store.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("ANALYZE")
     return store
-
-
-@contextmanager
-def recorded(store: Store) -> Iterator[list[Statement]]:
-    """Every statement that goes to the database inside the block."""
-    statements: list[Statement] = []
-
-    def record(_conn: object, _cursor: object, statement: str, parameters: Any, _context: object, many: bool) -> None:
-        statements.append((statement, parameters[0] if many else parameters))
-
-    sa.event.listen(store.database.engine, "before_cursor_execute", record)
-    try:
-        yield statements
-    finally:
-        sa.event.remove(store.database.engine, "before_cursor_execute", record)
 
 
 def plan_of(store: Store, statement: Statement) -> list[str]:
@@ -105,8 +88,13 @@ CALLS: dict[str, Call] = {
     ),
     "start": lambda store: [claim(store, submit(store, "ti-2")), store.attempts.start(submit(store, "ti-2"), "h1")],
     "finish": lambda store: store.attempts.finish(
-        submit(store, "ti-1"), Outcome.success(), FinishCondition(holder="h1")
+        submit(store, "ti-1"), Outcome.success(), FinishCondition(holder="h1", executor="docker", back_end="docker:h1")
     ),
+    "fail": lambda store: store.attempts.finish(submit(store, "ti-4"), Outcome.failed(FailureReason.EVICTED, "")),
+    "launched": lambda store: store.attempts.launched(
+        [LaunchReport(submit(store, "ti-5"), "name", "host", "docker:host")]
+    ),
+    "mark deleted": lambda store: store.staging.mark_staging_deleted("claim", "orphaned", "kubernetes"),
     "cancel": lambda store: store.attempts.request_cancel("ti-3"),
     "events": lambda store: store.events.of("ti-1"),
     "run": lambda store: store.runs.task_instances("default", "sales", "run-7"),

@@ -125,6 +125,7 @@ class View:
     """As much of a try as completion reads."""
 
     celery_task_id: str = "a"
+    task_instance_id: str = "ti"
     state: TaskState = TaskState.SUCCESS
     reason: str | None = None
     message: str = ""
@@ -143,7 +144,7 @@ class View:
 def world(value: XComValue) -> tuple[Any, Any]:
     """Services with one try that succeeded and left this value, and its app."""
     completions = Completions("a")
-    attempts = SimpleNamespace(get=lambda *_: View())
+    attempts = SimpleNamespace(ended=lambda _: [View()])
     store = SimpleNamespace(completions=completions, attempts=attempts, xcom=SimpleNamespace(get=lambda _: value))
     return SimpleNamespace(store=store), SimpleNamespace(backend=Backend())
 
