@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import stat
 import sys
 import threading
@@ -290,6 +291,18 @@ def test_a_command_that_cannot_be_run_stops_the_start(text, says):
     with pytest.raises(ConfigurationError) as caught:
         CommandBackend(GatewaySettings(secret_command=text))
     assert says in str(caught.value)
+
+
+def test_the_command_of_the_docs_works(command):
+    text = (Path(__file__).parents[3] / "docs" / "secrets.md").read_text()
+    (example,) = re.findall(r"```python\n(#!.*?)```", text, re.DOTALL)
+    known = command.directory / "values.json"
+    known.write_text('{"acme": {"variable": {"region": "eu", "table": "t"}}}')
+    body = example.partition("\n")[2].replace("/etc/values.json", str(known))
+    backend = command.backend(body, preamble=False)
+    assert backend.get(query()) == {"region": "eu", "table": "t"}
+    assert backend.get(query(names=frozenset({"region", "other"}))) == {"region": "eu"}
+    assert backend.get(query("beta")) == {}
 
 
 def test_a_program_that_went_away_is_a_failure(command):
