@@ -1,4 +1,4 @@
-"""What a publisher may not hand over: signatures of ours, ids of others, other runs' volumes. The real queue, the real worker."""
+"""What a publisher may not hand over, at the real queue: our own tasks, ids of other tries, volumes of other runs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_message_that_fails_before_or_in_the_task_sends_no_forged_errback_and_
     system: System, client: Client, victim: AttemptId, target: HttpTarget, user_calls: UserCalls, arguments: Any
 ) -> None:
     others = client.submit(http_task(target.url("a")))
-    assert others.result(timeout=20)["call"] == 1
+    assert others.result.get(timeout=20)["call"] == 1
     task_id = str(uuid.uuid4())
     chain = [{**forged("user.note", "user"), "options": {"queue": "user", "task_id": others.celery_task_id}}]
     embed = {"errbacks": [forged("leoflow.execute.inline", attempt=victim.to_json())], "chain": chain}
@@ -140,7 +140,7 @@ def test_the_result_of_a_finished_try_stays_whatever_comes_under_its_id(
     own = client.submit(http_task(target.url("a", status=404)))
     beside = client.app.send_task("leoflow.dispatch", (http_task(target.url("b")),), queue="dispatch")
     with pytest.raises(TaskFailed):
-        own.result(timeout=20)
+        own.result.get(timeout=20)
     assert beside.get(timeout=20)["call"] == 1
     before = [system.redis.get(f"leoflow:celery-task-meta-{name}") for name in (own.celery_task_id, beside.id)]
     arguments, headers = STRANGERS[stranger]
@@ -165,7 +165,7 @@ def test_the_id_of_a_try_cannot_be_taken_before_it_is_submitted(
     wait_for_quiet(system)
     assert system.redis.get(f"leoflow:celery-task-meta-{celery_id}") is None
     handle = client.submit(http_task(target.url("own"), identity))
-    assert (handle.celery_task_id, handle.result(timeout=20)["path"]) == (celery_id, "/200/own")
+    assert (handle.celery_task_id, handle.result.get(timeout=20)["path"]) == (celery_id, "/200/own")
     assert target.calls == {"own": 1}
 
 
@@ -264,7 +264,7 @@ def test_what_was_recorded_before_is_checked_again_and_stops_nobody(
     target.release("a")
     for waiting in ("forged", "fine"):
         assert AsyncResult(f"{waiting}-{handle.celery_task_id}", app=client.app).get(timeout=20)["call"] == 1
-    assert user_calls.wait_for("user.note") == [[handle.result(timeout=20)]]
+    assert user_calls.wait_for("user.note") == [[handle.result.get(timeout=20)]]
     wait_for_quiet(system)
     assert client.task_instance(victim.task_instance_id).state is TaskState.QUEUED
     assert "completion.refused" in system.process("workers.control").output()
