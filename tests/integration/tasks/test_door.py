@@ -267,4 +267,4 @@ def test_what_was_recorded_before_is_checked_again_and_stops_nobody(
     assert user_calls.wait_for("user.note") == [[handle.get(timeout=20)]]
     wait_for_quiet(system)
     assert client.task_instance(victim.task_instance_id).state is TaskState.QUEUED
-    assert "completion.refused" in system.process("workers.control").output()
+    assert "completion.refused" in system.output()
