@@ -39,6 +39,13 @@ _STANDARD_TENANT = "default"
 _MESSAGES_AT_ONCE = 50
 
 
+def policy_of(settings: Settings) -> Policy:
+    """What a system lets requests ask for."""
+    dispatch = settings.dispatch
+    permitted = frozenset(ExecutorType(name) for name in dispatch.permitted_executors)
+    return Policy(ExecutorType(dispatch.executor_type), settings.inline.max_duration, permitted)
+
+
 class Client:
     """Submits and observes task instances. Thread-safe; close it, or use it as a context manager."""
 
@@ -52,13 +59,6 @@ class Client:
     @classmethod
     def from_environment(cls) -> Client:
         return cls(Settings.load())
-
-    @property
-    def policy(self) -> Policy:
-        """What this system lets requests ask for."""
-        dispatch = self.settings.dispatch
-        permitted = frozenset(ExecutorType(name) for name in dispatch.permitted_executors)
-        return Policy(ExecutorType(dispatch.executor_type), self.settings.inline.max_duration, permitted)
 
     # -- submitting ---------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class Client:
         return [Handle(self, done.attempt, done.celery_task_id, done.created) for done in submitted]
 
     def _new_try(self, request: TaskRequest, context: dict[str, Any]) -> NewTry:
-        executor = check_task(request, self.policy)
+        executor = check_task(request, policy_of(self.settings))
         sealed = seal_request(self.services.keys, request)
         factor = request.oom_memory_factor
         factor = self.settings.maintenance.oom_memory_factor if factor is None else factor
@@ -167,7 +167,7 @@ class Client:
     def mark(self, request: TaskRequest | dict[str, Any], state: TaskState) -> None:
         """Record a try that the scheduler decided without running it: skipped or upstream_failed."""
         parsed = parse_request(request)
-        executor = executor_for(parsed, self.policy.standard)
+        executor = executor_for(parsed, policy_of(self.settings).standard)
         item = NewTry(parsed, executor, seal_request(self.services.keys, parsed))
         self.services.store.submissions.record([item], state)
 

@@ -47,6 +47,8 @@ _CANVAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "celery.starmap": ("xstarmap", ("task",)),
     "celery.chunks": ("chunks", ("task",)),
 }
+#: Celery writes these without a ``subtask_type``.
+_UNTYPED = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
 #: ``kwargs`` of a canvas that hold plain values.
 _CANVAS_VALUES = {
     "celery.chord": {"kwargs", "interval", "max_retries"},
@@ -162,7 +164,7 @@ class _Reader:
     def _read_task(self, item: dict[str, Any], where: str, depth: int) -> None:
         name, subtask_type, kwargs = item["task"], item.get("subtask_type"), item["kwargs"]
         expected, children = _CANVAS.get(name, (None, ()))
-        if (subtask_type or None) != expected:
+        if (subtask_type or None) not in (expected, *((None,) if name in _UNTYPED else ())):
             self._refuse(_below(where, "subtask_type"), f"{subtask_type!r} does not fit task {printable(name)!r}")
         if name not in _CANVAS:
             if name not in _HARMLESS and (problem := user_task_problem(name)):

@@ -94,6 +94,30 @@ def test_the_volume_of_another_run_is_refused_and_nothing_is_recorded(store: Sto
         store.attempts.get("b")
 
 
+@pytest.mark.parametrize("on", [K8S, DOCKER, ExecutorType.SUBPROCESS, ExecutorType.INLINE])
+@pytest.mark.parametrize("other", [{"run_id": "r2"}, {"dag_id": "other"}, {"tenant_id": "acme"}])
+def test_the_volume_of_an_ended_run_stays_its_own_whatever_the_executor(
+    store: Store, on: ExecutorType, other: dict[str, str]
+) -> None:
+    first = record(store, "a", K8S)
+    store.attempts.finish(first.attempt, Outcome.success())
+    store.staging.mark_staging_deleted(CLAIM, "run_succeeded")
+    override = {"spec": {"volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": CLAIM}}]}}
+    for named, field in (
+        ({}, "staging_claim"),
+        (
+            {"staging_claim": "", "pod_override": override},
+            "pod_override.spec.volumes.0.persistentVolumeClaim.claimName",
+        ),
+    ):
+        with pytest.raises(InvalidRequest, match=f"'{CLAIM}' is the volume of run 'default/sales/r1'") as caught:
+            record(store, "b", on, **other, **named)
+        assert caught.value.field == field
+    with pytest.raises(NotFound):
+        store.attempts.get("b")
+    assert backends(store) == {}
+
+
 def test_a_volume_elsewhere_is_refused(store: Store) -> None:
     record(store, "a", K8S)
     with pytest.raises(InvalidRequest, match=r"lives on kubernetes.*docker executor cannot mount it") as caught:

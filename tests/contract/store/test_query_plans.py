@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 import sqlalchemy as sa
 
+from leoflow_celery.domain.attempt import LaunchReport
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat, FinishCondition

@@ -11,12 +11,13 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reap import Verdict
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
+from leoflow_celery.queueing.messages import AdvanceTry, AttemptEnded, seal_message
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks import maintenance, results
 from leoflow_celery.tasks.completion import complete_due
-from leoflow_celery.tasks.context import runtime_of
+from leoflow_celery.tasks.context import services_of
 from tests.support.statements import recorded
 from tests.support.system import System
 
@@ -36,11 +37,11 @@ def submitted(client: Client, name: str) -> TaskInstanceView:
 
 
 def store_of(client: Client) -> Store:
-    return runtime_of(client.app).store
+    return services_of(client.app).store
 
 
 def task(client: Client, name: str) -> Any:
-    assert results.record.name.startswith("leoflow.results."), "the tasks are registered"
+    assert results.record_end.name.startswith("leoflow.results."), "the tasks are registered"
     return client.app.tasks[name]
 
 
@@ -51,9 +52,10 @@ def reads(statements: list[tuple[str, Any]]) -> int:
 @pytest.mark.parametrize("outcome", [Outcome.success(), EXIT_1, EVICTED], ids=lambda one: str(one.reason))
 def test_record_reads_the_try_once(client: Client, outcome: Outcome) -> None:
     view = submitted(client, "recorded")
-    sealed = runtime_of(client.app).sealer.seal({"outcome": outcome.to_json(), "return_value": "1"})
+    ended = AttemptEnded(view.attempt, outcome, return_value="1")
+    sealed = seal_message(services_of(client.app).keys, "subprocess", ended)
     with recorded(store_of(client)) as statements:
-        task(client, "leoflow.results.record").run(attempt=view.attempt.to_json(), sealed=sealed)
+        task(client, "leoflow.results.record").run(speaker="subprocess", sealed=sealed)
     assert reads(statements) == 1
     after = client.task_instance("recorded")
     assert (after.launch, after.state) == ((2, TaskState.QUEUED) if outcome is EVICTED else (1, outcome.state))
@@ -64,8 +66,9 @@ def test_settle_reads_the_try_once_however_many_wait_for_it(client: Client) -> N
     for number in range(3):
         store.completions.register(f"another-{number}", "ended", 1, {"task": "leoflow.dispatch"})
     store.attempts.finish(view.attempt, EXIT_1)
+    sealed = seal_message(services_of(client.app).keys, "control", AdvanceTry("ended", 1))
     with recorded(store) as statements:
-        task(client, "leoflow.results.settle").run("ended", 1)
+        task(client, "leoflow.results.advance").run(sealed=sealed, speaker="control")
     assert reads(statements) == 1
     assert client.app.AsyncResult("another-2").state == "FAILURE"
 
@@ -85,5 +88,5 @@ def test_the_sweep_of_completions_reads_all_tries_at_once(client: Client) -> Non
     for number in range(4):
         store.attempts.finish(submitted(client, f"ti-{number}").attempt, EXIT_1)
     with recorded(store) as statements:
-        assert complete_due(client.app, runtime_of(client.app)) == 4
+        assert complete_due(client.app, services_of(client.app)) == 4
     assert reads(statements) == 1
