@@ -65,7 +65,8 @@ class SecuritySettings(BaseSettings):
 
     #: Signs agent tokens (HS256, at least 32 bytes).
     jwt_secret: SecretStr = SecretStr("")
-    #: Fernet keys, comma separated, newest first: the first seals, all of them open (rotation).
+    #: Fernet keys, comma separated, newest first: the first seals, all of them open (rotation). A launch worker has
+    #: those of its queue only, as ``leoflow keys --for docker`` prints them: ``docker:KEY``.
     seal_keys: SecretStr = SecretStr("")
     #: Lifetime of an agent token. Longer than any task may wait and run; the claim, not the token, ends access.
     agent_token_ttl_seconds: int = 7 * 24 * 3600
