@@ -11,6 +11,7 @@ from typing import Any
 
 from celery import Celery
 
+from leoflow_celery.app import transport
 from leoflow_celery.app.alive import touch_with_heartbeats
 from leoflow_celery.app.config import INCLUDE_OF_QUEUE, celery_config
 from leoflow_celery.app.logging import show_fields
@@ -22,7 +23,9 @@ __all__ = ["LeoflowCelery", "create_app"]
 class LeoflowCelery(Celery):
     """A Celery app that knows the settings it was made with; tasks reach them through it."""
 
-    amqp_cls = "leoflow_celery.app.transport:AMQP"
+    amqp_cls = "leoflow_celery.app.consumer:AMQP"
+    #: What a worker's messages come through, by name: it is of a layer above.
+    door_cls = "leoflow_celery.queueing.dead_letters:Door"
     settings: Settings
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -38,6 +41,7 @@ def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
         ConfigurationError: a setting is wrong.
     """
     settings = settings or Settings.load()
+    transport.register()
     include = sorted({module for queue in queues for module in INCLUDE_OF_QUEUE[queue]})
     app = LeoflowCelery("leoflow_celery", include=include, set_as_current=bool(queues))
     app.settings = settings

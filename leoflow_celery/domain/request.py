@@ -32,7 +32,6 @@ from leoflow_celery.domain.fields import (
     Text,
     Url,
     VariableName,
-    is_storable,
 )
 from leoflow_celery.domain.outcome import storable
 from leoflow_celery.errors import InvalidRequest, RequestTooLarge
@@ -259,12 +258,12 @@ def check_celery_id(celery_id: str) -> None:
     """Refuse the id of a message that could never be recorded as waiting for a try.
 
     Raises:
-        InvalidRequest: too long, or text that no database keeps.
+        InvalidRequest: too long, or text that would forge a line of a log or that no database keeps.
     """
-    if not 0 < len(celery_id) <= MAX_NAME_CHARACTERS or not is_storable(celery_id):
+    if not 0 < len(celery_id) <= MAX_NAME_CHARACTERS or not celery_id.isprintable():
         raise InvalidRequest(
-            f"id: a Celery id has 1 to {MAX_NAME_CHARACTERS} characters, no NUL and no half a surrogate pair; send the "
-            f"message with another one, or with none{_shown(celery_id)}",
+            f"id: a Celery id has 1 to {MAX_NAME_CHARACTERS} characters, all of them printable; send the message with "
+            "another one",
             "id",
         )
 

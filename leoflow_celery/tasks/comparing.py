@@ -93,7 +93,6 @@ def _send(task: LeoflowTask, prefix: str, back_end: BackEnd, kwargs: dict[str, A
         queue=back_end.queue,
         priority=_FIRST,
         expires=expires_seconds,
-        compression="zlib",
         argsrepr="()",
         kwargsrepr=f"{{'to': '{back_end}'}}",
         ignore_result=True,

@@ -36,12 +36,14 @@ _QUIET = {"argsrepr": "('<request>',)", "kwargsrepr": "{}"}
 class QuietRequest(CeleryRequest):
     """A worker's view of a dispatch message that shows no argument, whoever sent it and whoever asks."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._argsrepr, self._kwargsrepr = _QUIET["argsrepr"], _QUIET["kwargsrepr"]
+    argsrepr = _QUIET["argsrepr"]
+    kwargsrepr = _QUIET["kwargsrepr"]
 
     def info(self, safe: bool = False) -> Any:  # noqa: ARG002 - ``celery inspect`` asks for the unsafe one
-        return super().info(safe=True)
+        return {**super().info(safe=True), "args": self.argsrepr, "kwargs": self.kwargsrepr}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.humaninfo()}>"
 
 
 class DispatchTask(LeoflowTask):
