@@ -412,8 +412,8 @@ def _check_headers(headers: dict[str, Any], limits: Limits, now: float) -> None:
         raise Refused(
             Kind.HEADERS,
             "headers.eta",
-            f"headers.eta: is more than {limits.max_delay_seconds:.0f} s ahead, and a worker would hold the message all that "
-            "time; send it later, or raise LEOFLOW_BROKER_MAX_DELAY_SECONDS",
+            f"headers.eta: is more than {limits.max_delay_seconds:.0f} s ahead, and a worker would hold the message "
+            "all that time; send it later, or raise LEOFLOW_BROKER_MAX_DELAY_SECONDS",
         )
 
 
