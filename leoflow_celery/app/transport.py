@@ -192,7 +192,7 @@ class Channel(redis.Channel):
 
     @staticmethod
     def is_wrong_type(error: Exception) -> bool:
-        return str(error).startswith("WRONGTYPE")
+        return "WRONGTYPE" in str(error)
 
     def _set_aside_queues(self) -> None:
         channel: Any = self

@@ -21,7 +21,7 @@ from leoflow_celery.client.measuring import refusals_counted
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.domain.routing import DISPATCH_TASK
-from leoflow_celery.errors import AtCapacity, BrokerUnavailable, Unavailable
+from leoflow_celery.errors import AtCapacity, BrokerUnavailable, InvalidRequest, Unavailable, Unsealable
 from leoflow_celery.tasks.completion import saved_context, store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.settling import settle_try
@@ -51,6 +51,8 @@ class DispatchTask(LeoflowTask):
 
     abstract = True
     ignore_result = False
+    #: The sender's errors: he hears them, and the log need not tell where in our code they were found.
+    throws = (InvalidRequest, Unsealable)
     retry_kwargs: ClassVar[dict[str, Any]] = _QUIET
     Request = f"{__name__}:QuietRequest"
 
