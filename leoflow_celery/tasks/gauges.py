@@ -18,6 +18,7 @@ from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.routing import ALL_QUEUES, LAUNCH_QUEUES, MAINTENANCE_QUEUE
 from leoflow_celery.errors import LeoflowError
+from leoflow_celery.queueing.dead_letters import DeadLetters
 from leoflow_celery.runtime import Runtime
 from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.tasks.context import runtime_of
@@ -66,6 +67,7 @@ class Gauges(threading.Thread):
                 runtime = runtime_of(self._app)
                 self._measure_queues(runtime)
                 measure_staging(runtime)
+                metrics.set_dead_letters(DeadLetters(runtime.settings, runtime.queues.client).count())
             except LeoflowError as error:
                 log.warning("gauges.not_measured", extra={"error": str(error)})
             except Exception as error:  # noqa: BLE001 - a look at the system must not end with one of its surprises

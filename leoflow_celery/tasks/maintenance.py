@@ -30,7 +30,7 @@ from leoflow_celery.store.attempts import Guard
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.completion import complete_due
 from leoflow_celery.tasks.context import LeoflowTask
-from leoflow_celery.tasks.settling import settle_try
+from leoflow_celery.tasks.settling import keep_given_up, settle_try
 from leoflow_celery.tasks.single_flight import maintenance_task
 
 log = logging.getLogger(__name__)
@@ -191,6 +191,8 @@ def _give_up(
     log.warning("attempt.given_up", extra={"attempt": str(view.attempt), "reason": verdict.reason.value})
     if finished.relaunch:
         metrics.record_relaunch(verdict.reason)
+    else:
+        keep_given_up(task, view, outcome)
     settle_try(task, view.task_instance_id, view.try_number)
     return True
 

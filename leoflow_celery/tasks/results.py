@@ -23,7 +23,7 @@ from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.completion import store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
-from leoflow_celery.tasks.settling import settle_try
+from leoflow_celery.tasks.settling import keep_given_up, settle_try
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
     finished = self.runtime.store.attempts.finish(identity, outcome, guard, xcoms)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
+    elif finished.recorded:
+        keep_given_up(self, view, outcome)
     settle_try(self, identity.task_instance_id, identity.try_number)
 
 
