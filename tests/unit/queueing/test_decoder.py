@@ -142,8 +142,7 @@ def admitted_or_refused(data: bytes, app: Celery, rules: TaskRules) -> None:
     """Either way nothing else happens; and what is admitted, kombu and Celery's request take."""
     try:
         admitted = decoded(data, rules)
-    except Refused as refused:
-        assert refused.sentence.isprintable()
+    except Refused:
         return
     message = Message(json.loads(dumps(admitted)), channel=Channel(app.connection_for_read().transport))
     assert not message.errors
