@@ -162,10 +162,9 @@ def parse_json(data: bytes, kind: Kind, name: str, *, with_types: bool = False) 
     Raises:
         Refused: says what is wrong with it.
     """
-    hook = object_hook if with_types else None
     try:
         text = data.decode()
-        value = json.loads(text, object_hook=hook, parse_constant=_no_number, parse_float=_finite)
+        value = (_TYPED if with_types else _PLAIN).decode(text)
     except RecursionError:
         raise Refused(kind, name, f"{name}: lists and objects are nested too deep; flatten them") from None
     except Exception:  # noqa: BLE001 - a type's own reader may raise anything
@@ -190,6 +189,11 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError
     return value
+
+
+#: Made once: that costs as much as reading a message.
+_PLAIN = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
+_TYPED = json.JSONDecoder(object_hook=object_hook, parse_constant=_no_number, parse_float=_finite)
 
 
 def _is_whole(value: Any) -> bool:
@@ -382,8 +386,9 @@ RESERVED_HEADERS = frozenset(
 
 def _check_fields(values: dict[str, Any], rules: Mapping[str, Callable[[Any], str]], kind: Kind, where: str) -> None:
     for name, value in values.items():
-        check = rules.get(name)
-        if value is not None and check is not None and (wrong := check(value)):
+        if value is None or (check := rules.get(name)) is None:
+            continue
+        if wrong := check(value):
             raise Refused(kind, f"{where}.{name}", f"{where}.{name}: {wrong}; correct it or leave it out")
 
 
@@ -399,7 +404,7 @@ def _check_headers(headers: dict[str, Any], limits: Limits, now: float) -> None:
         raise Refused(
             Kind.HEADERS, "headers.task", "headers.task: no task is named; send a message of the Celery task protocol 2"
         )
-    for name in headers:
+    for name in headers.keys() - _HEADERS.keys():
         if name in RESERVED_HEADERS or name.startswith("_"):
             raise Refused(
                 Kind.HEADERS,
