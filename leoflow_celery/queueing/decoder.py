@@ -137,6 +137,7 @@ def decode_task(raw: bytes, queue: str, rules: TaskRules, now: float) -> Admitte
         about = about_of(envelope, len(raw))
         _check_envelope(envelope)
         _check_headers(envelope["headers"], rules.limits, now)
+        _check_fields(envelope["properties"], _PROPERTIES, Kind.PROPERTIES, "properties")
         admitted = _readable(envelope, queue)
         _check_task(admitted, queue, rules.tasks)
     except Refused as refused:
@@ -243,7 +244,6 @@ def _check_envelope(envelope: Any) -> None:
     encoding = envelope.get("content-encoding", "utf-8")
     if not (isinstance(encoding, str) and encoding.lower() in ("utf-8", "utf8", "us-ascii")):
         raise Refused(Kind.CONTENT, "content-encoding", "content-encoding: is not utf-8; send the body in UTF-8")
-    _check_fields(envelope["properties"], _PROPERTIES, Kind.PROPERTIES, "properties")
 
 
 def _readable(envelope: dict[str, Any], queue: str) -> Admitted:
@@ -587,6 +587,7 @@ def decode_broadcast(data: bytes, limits: Limits, *, all_commands: bool) -> dict
         raise Refused(Kind.CONTROL, "message", "control: the command is larger than any message may be")
     envelope = parse_json(data, Kind.CONTROL, "control")
     _check_envelope(envelope)
+    _check_fields(envelope["properties"], _PROPERTIES, Kind.PROPERTIES, "properties")
     clock = envelope["headers"].get("clock")
     if clock is not None and _whole_number(0, _MAX_CLOCK)(clock):
         raise Refused(Kind.CONTROL, "headers.clock", "headers.clock: is not a clock")
