@@ -76,6 +76,9 @@ METRICS: dict[str, Metric] = {
     "leoflow_relaunches_total": Metric("counter", "Tries started again by us.", ("reason",)),
     "leoflow_reconcile_duration_seconds": Metric("histogram", "Time of one reconcile pass.", ("executor",)),
     "leoflow_staging_volumes": Metric("gauge", "Staging volumes.", ("state",)),
+    "leoflow_secret_backend_failures_total": Metric(
+        "counter", "Questions that a back end of variables, connections and secrets could not answer.", ("backend",)
+    ),
     "leoflow_agents_connected": Metric("gauge", "Agents with an open log stream.", across_processes="livesum"),
 }
 
@@ -287,6 +290,11 @@ def set_agents_connected(number: int) -> None:
 def record_auth_failure(reason: str) -> None:
     """An agent call had no acceptable token (``InvalidToken.reason``)."""
     _count("leoflow_auth_failures_total", reason)
+
+
+def record_secret_failure(backend: str) -> None:
+    """A back end of variables, connections and secrets could not answer; its name is from the settings."""
+    _count("leoflow_secret_backend_failures_total", backend)
 
 
 # Exposition

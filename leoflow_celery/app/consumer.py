@@ -13,7 +13,7 @@ fails when a release makes it needless:
   worker.
 - No news of workers. Mingle and gossip believe what anybody says: that tasks are revoked, or what the time is. Nothing
   of ours needs them, and without them a worker starts a second sooner.
-- Events in groups, and no event ``task-sent`` of the system's own tasks.
+- Events in groups: a message per event costs a busy worker as much as the task.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from contextlib import suppress
 from functools import partial, wraps
 from typing import Any
 
-from celery.app import amqp
-from celery.utils.imports import symbol_by_name
 from celery.worker.consumer import Consumer as CeleryConsumer
 from redis.exceptions import RedisError
 
-from leoflow_celery.domain.routing import is_monitored
+from leoflow_celery.queueing.dead_letters import Door
 
 log = logging.getLogger(__name__)
 #: A monitor may see an event so much later than it happened (which the event itself says exactly). Celery sends at
@@ -40,15 +38,6 @@ _EVENT_GROUP_SECONDS = 0.1
 _ACKNOWLEDGE_AGAIN_SECONDS = 1.0
 #: What code raises that a message surprised. Anything else is no message's fault.
 _SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
-
-
-class AMQP(amqp.AMQP):
-    """What the app makes its messages with."""
-
-    def as_task_v2(self, task_id: str, name: str, *args: Any, **options: Any) -> Any:
-        """A message, without the event ``task-sent`` when no monitor is to see the task."""
-        message = super().as_task_v2(task_id, name, *args, **options)
-        return message if is_monitored(name) else message._replace(sent_event=None)
 
 
 class Consumer(CeleryConsumer):
@@ -62,8 +51,7 @@ class Consumer(CeleryConsumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._acknowledgements: deque[Callable[[], Any]] = deque()
         super().__init__(*args, **{**kwargs, "without_mingle": True, "without_gossip": True})
-        app: Any = self.app
-        self.door = symbol_by_name(app.door_cls)(app)
+        self.door = Door(self.app)
 
     def connect(self) -> Any:
         """A connection whose messages come through the door."""
@@ -86,7 +74,7 @@ class Consumer(CeleryConsumer):
 
         Celery has closed its loop by then, after the last task.
         """
-        for leave in (*getattr(self.app, "before_leaving", ()), self._acknowledge, self._flush_events):
+        for leave in (self._acknowledge, self._flush_events):
             try:
                 leave()
             except Exception as error:  # noqa: BLE001 - the broker may be away in many ways

@@ -13,6 +13,8 @@ release makes it needless:
 - Keys of another kind. A key of Redis that holds no list where a queue is ends the worker, and the next one. It is
   moved out of the way.
 - A body is decoded once: the door has done it.
+
+``AMQP`` is Celery's documented ``amqp_cls``; it is here because publishers need it and load nothing of a worker.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from queue import Empty
 from typing import Any
 
 import kombu.transport
+from celery.app import amqp
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps
 from redis.exceptions import ResponseError
+
+from leoflow_celery.domain.routing import is_monitored
 
 log = logging.getLogger(__name__)
 _NAME = f"{__name__}:Transport"
@@ -227,3 +232,12 @@ class Transport(redis.Transport):
 
     Channel = Channel
     door: Any = None
+
+
+class AMQP(amqp.AMQP):
+    """What the app makes its messages with."""
+
+    def as_task_v2(self, task_id: str, name: str, *args: Any, **options: Any) -> Any:
+        """A message, without the event ``task-sent`` when no monitor is to see the task."""
+        message = super().as_task_v2(task_id, name, *args, **options)
+        return message if is_monitored(name) else message._replace(sent_event=None)

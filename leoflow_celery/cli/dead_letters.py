@@ -99,8 +99,8 @@ def resend(letter_id: IdArgument) -> None:
 def _try_again(letter: DeadLetter, settings: Settings) -> str:
     """Submit the request of a try that was given up as the next one: what has ended stays as it ended."""
     from leoflow_celery.client import Client
-    from leoflow_celery.client.messages import open_request
     from leoflow_celery.domain.reasons import NOT_LAUNCHED
+    from leoflow_celery.queueing.messages import open_request
 
     with Client(settings) as client:
         view = client.task_instance(letter.task_instance_id)
@@ -110,7 +110,7 @@ def _try_again(letter: DeadLetter, settings: Settings) -> str:
                 f"{view.state}, and needs no other one for this letter; drop it",
                 "id",
             )
-        request = open_request(client.runtime, view.sealed_request)
+        request = open_request(client.services.keys, view.sealed_request)
         # A token of the sender's own was for the try that ended.
         handle = client.submit(request.evolve(try_number=view.try_number + 1, agent_token=""))
     return (

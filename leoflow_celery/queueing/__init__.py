@@ -1,1 +1,1 @@
-"""How our messages look in Redis: the decoder of what comes in, and the dead letters of what was refused."""
+"""All that knows how our messages look in Redis: what they say, the decoder, publisher, depths, locks, dead letters."""

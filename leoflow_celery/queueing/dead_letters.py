@@ -24,7 +24,14 @@ from redis.exceptions import RedisError
 from leoflow_celery import metrics
 from leoflow_celery.broker_url import redis_url
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.errors import BrokerUnavailable, InvalidRequest, LeoflowError, NotFound, RequestTooLarge, Unsealable
+from leoflow_celery.errors import (
+    BrokerUnavailable,
+    DecryptionFailed,
+    InvalidRequest,
+    LeoflowError,
+    NotFound,
+    RequestTooLarge,
+)
 from leoflow_celery.queueing.decoder import (
     About,
     Admitted,
@@ -38,7 +45,7 @@ from leoflow_celery.queueing.decoder import (
     decode_task,
     printable,
 )
-from leoflow_celery.security import Sealer
+from leoflow_celery.security import KeyRing, Scope, Sealer
 from leoflow_celery.settings import BrokerSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -122,20 +129,27 @@ def seal_letter(settings: Settings, letter_id: str, queue: str, raw: bytes) -> s
         LeoflowError: this process has no keys.
     """
     content = {"purpose": _PURPOSE, "id": letter_id, "queue": queue, "raw": base64.b64encode(raw).decode()}
-    return Sealer(settings.security.seal_keys.get_secret_value()).seal(content)
+    return _sealer(settings, queue).seal(content)
 
 
 def open_letter(settings: Settings, letter: DeadLetter, sealed: str) -> bytes:
     """The message again.
 
     Raises:
-        Unsealable: it was sealed with another key, or is not that of this letter.
+        DecryptionFailed: it was sealed with another key, or is not that of this letter.
         ConfigurationError: this process has no keys.
     """
-    content = Sealer(settings.security.seal_keys.get_secret_value()).open(sealed)
+    content = _sealer(settings, letter.queue).open(sealed)
     if [content.get(name) for name in ("purpose", "id", "queue")] != [_PURPOSE, letter.id, letter.queue]:
-        raise Unsealable(f"dead letter {letter.id}: what is sealed belongs to another letter or queue; drop it")
+        raise DecryptionFailed(f"dead letter {letter.id}: what is sealed belongs to another letter or queue; drop it")
     return base64.b64decode(content["raw"])
+
+
+def _sealer(settings: Settings, queue: str) -> Sealer:
+    """A launch worker holds the key of its own queue only; the control plane has that of every queue."""
+    own = queue.partition(".")[0]
+    scope = Scope(own) if own in (Scope.KUBERNETES, Scope.DOCKER, Scope.SUBPROCESS) else Scope.CONTROL
+    return KeyRing(settings.security.seal_keys.get_secret_value()).sealer(scope)
 
 
 class DeadLetters:
@@ -200,7 +214,7 @@ class DeadLetters:
 
         Raises:
             NotFound: nothing is kept of it.
-            Unsealable: it was sealed with another key.
+            DecryptionFailed: it was sealed with another key.
         """
         with _mapped():
             sealed = self._client.hget(self._keys[2], letter.id)
@@ -214,7 +228,7 @@ class DeadLetters:
         Raises:
             InvalidRequest: it is not kept whole.
             NotFound: somebody else sent it again or dropped it.
-            Unsealable: it was sealed with another key.
+            DecryptionFailed: it was sealed with another key.
         """
         if not letter.is_whole:
             raise InvalidRequest(

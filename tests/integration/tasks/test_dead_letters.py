@@ -17,8 +17,9 @@ from cryptography.fernet import Fernet
 from leoflow_celery import metrics
 from leoflow_celery.cli import main
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.errors import InvalidRequest, NotFound, Unsealable
+from leoflow_celery.errors import DecryptionFailed, InvalidRequest, NotFound
 from leoflow_celery.queueing.dead_letters import GIVEN_UP, DeadLetter, DeadLetters
+from leoflow_celery.queueing.messages import open_request
 from leoflow_celery.settings import Settings
 from tests.support.poison import CANARY, envelope, raw
 from tests.support.redis_server import RedisServer
@@ -131,12 +132,12 @@ def test_nobody_makes_a_letter_say_something_else(letters: DeadLetters, system: 
     second, _ = kept(letters, 2)
     moved = replace(first, queue="maintenance")
     client.hset("leoflow:dead-letters:entries", first.id, json.dumps(asdict(moved)))
-    with pytest.raises(Unsealable, match="belongs to another letter or queue"):
+    with pytest.raises(DecryptionFailed, match="belongs to another letter or queue"):
         letters.send_again(letters.get(first.id))
     swapped = client.hget("leoflow:dead-letters:raw", first.id)
     assert swapped is not None
     client.hset("leoflow:dead-letters:raw", second.id, swapped)
-    with pytest.raises(Unsealable, match="belongs to another letter or queue"):
+    with pytest.raises(DecryptionFailed, match="belongs to another letter or queue"):
         letters.send_again(second)
     assert client.llen("leoflow:dispatch") == client.llen("leoflow:maintenance") == 0
 
@@ -239,9 +240,7 @@ def test_an_attempt_that_was_never_launched_is_a_letter_and_is_sent_again_as_the
     assert "submitted d.t again as try 2; try 1 stays failed" in leoflow("resend", found.id)
     assert letters.all() == []
     assert [client.task_instance("waits", number).state for number in (1, 2)] == [TaskState.FAILED, TaskState.QUEUED]
-    assert client.runtime.sealer.open(client.task_instance("waits", 2).sealed_request)["request"]["env"] == {
-        "SECRET": CANARY
-    }
+    assert open_request(client.services.keys, client.task_instance("waits", 2).sealed_request).env == {"SECRET": CANARY}
     letters.keep(found)
     assert "is at try 2" in leoflow("resend", found.id, code=2)
 

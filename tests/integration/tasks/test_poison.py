@@ -28,14 +28,13 @@ from tests.support.redis_spy import dump
 from tests.support.system import System
 from tests.support.waiting import wait_until
 
-_ATTEMPT = {"task_instance_id": "nobody", "try_number": 1, "launch": 1}
-_LAUNCH = {"attempt": _ATTEMPT, "sealed": "x"}
+_LAUNCH = {"sealed": "x"}
 #: A task of each queue, with arguments that it takes and that do nothing.
 TASK_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "dispatch": ("leoflow.dispatch", {"request": {"no": "request"}}),
-    "results": ("leoflow.results.present", {"back_end": "docker:h"}),
+    "results": ("leoflow.results.present", {"speaker": "docker", "sealed": "x"}),
     "maintenance": ("leoflow.maintenance.expire_xcoms", {}),
-    "inline": ("leoflow.execute.inline", {"attempt": _ATTEMPT}),
+    "inline": ("leoflow.execute.inline", _LAUNCH),
     "subprocess": ("leoflow.execute.subprocess", _LAUNCH),
     "k8s": ("leoflow.execute.kubernetes", _LAUNCH),
     "docker": ("leoflow.execute.docker", _LAUNCH),

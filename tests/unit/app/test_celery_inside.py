@@ -18,7 +18,8 @@ from celery.worker.request import Request
 from kombu.transport.memory import Channel
 from kombu.transport.virtual import Message
 
-from leoflow_celery.app.consumer import AMQP, Consumer
+from leoflow_celery.app.consumer import Consumer
+from leoflow_celery.app.transport import AMQP
 from tests.support.poison import CANARY, encoded, envelope
 
 
@@ -139,10 +140,10 @@ def test_a_consumer_starts_without_news_of_other_workers(monkeypatch: pytest.Mon
     seen: dict[str, Any] = {}
 
     def init(self: Any, *_: Any, **kwargs: Any) -> None:
-        self.app = SimpleNamespace(door_cls=f"{__name__}:made_door")
+        self.app = SimpleNamespace()
         seen.update(kwargs)
 
     monkeypatch.setattr(celery_consumer.Consumer, "__init__", init)
-    monkeypatch.setattr("leoflow_celery.app.consumer.symbol_by_name", lambda _: lambda _: "door")
+    monkeypatch.setattr("leoflow_celery.app.consumer.Door", lambda _: "door")
     assert Consumer(without_gossip=False).door == "door"
     assert (seen["without_mingle"], seen["without_gossip"]) == (True, True)

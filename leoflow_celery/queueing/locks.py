@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from leoflow_celery.background import Periodic
 from leoflow_celery.errors import BrokerUnavailable
 
 log = logging.getLogger(__name__)
@@ -58,27 +58,23 @@ class BrokerLocks:
                 raise BrokerUnavailable(f"lock {name!r}: the broker did not answer: {error}") from error
 
 
-@contextmanager
-def _renewed(lock: Any, name: str, interval_seconds: float) -> Iterator[None]:
-    """The lock starts anew every so often, by a thread that ends with the block and with the process."""
-    from redis.exceptions import LockError, RedisError
+def _renewed(lock: Any, name: str, interval_seconds: float) -> Periodic:
+    """The lock starts anew every so often, until the block ends or the lock was lost."""
+    from redis.exceptions import LockError
 
-    over = threading.Event()
+    def renew() -> None:  # a broker that does not answer is asked again: there is another third of the lock's life
+        try:
+            lock.reacquire()
+        except LockError:
+            log.warning("lock.lost", extra={"lock": name})
+            renewal.stop()
 
-    def renew() -> None:
-        while not over.wait(interval_seconds):
-            try:
-                lock.reacquire()
-            except LockError:
-                log.warning("lock.lost", extra={"lock": name})
-                return
-            except RedisError as error:  # there is another third of its life
-                log.warning("lock.not_renewed", extra={"lock": name, "error": str(error)})
-
-    thread = threading.Thread(target=renew, name=f"leoflow-lock-{name}", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    renewal = Periodic(
+        renew,
+        interval_seconds,
+        name=f"leoflow-lock-{name}",
+        failed="lock.not_renewed",
+        fields={"lock": name},
+        at_once=False,
+    )
+    return renewal

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import time
 
-from leoflow_celery.client.messages import MessageSender
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import NOT_LAUNCHED
-from leoflow_celery.domain.routing import ExecutorType, task_name
+from leoflow_celery.domain.routing import ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import BrokerUnavailable
 from leoflow_celery.queueing.dead_letters import DeadLetters, given_up_letter
@@ -23,32 +22,31 @@ def keep_given_up(task: LeoflowTask, view: TaskInstanceView, outcome: Outcome) -
     """A dead letter for a try that ended without having been launched, which an operator can send again."""
     if outcome.reason not in NOT_LAUNCHED:
         return
-    name, cause = task_name(ExecutorType(view.executor)), f"{outcome.reason}: {outcome.message}"
+    name, cause = TaskName.of("execute", ExecutorType(view.executor)), f"{outcome.reason}: {outcome.message}"
     letter = given_up_letter(view.attempt, view.queue, name, view.celery_task_id, cause)
     try:
-        DeadLetters(task.runtime.settings, task.runtime.queues.client).keep(letter)
+        DeadLetters(task.services.settings, task.services.queues.client).keep(letter)
     except BrokerUnavailable as error:  # the try says what became of it
         log.warning("dead_letter.not_kept", extra={"attempt": str(view.attempt), "error": str(error)})
 
 
-def settle_try(task: LeoflowTask, task_instance_id: str, try_number: int) -> None:
+def advance_try(task: LeoflowTask, task_instance_id: str, try_number: int) -> None:
     """Do for a try what its state asks for now; safe to do any number of times."""
-    settle_view(task, task.runtime.store.attempts.get(task_instance_id, try_number))
+    advance_view(task, task.services.store.attempts.get(task_instance_id, try_number))
 
 
-def settle_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None = None) -> None:
+def advance_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None = None) -> None:
     """The same for a try that was just read; ``ended`` spares reading its value again."""
     if view.is_terminal:
-        complete_try(task.app, task.runtime, view, ended)
+        complete_try(task.app, task.services, view, ended)
     elif view.state is TaskState.QUEUED and view.sent_at is None and not view.needs_host:
         _send_launch(task, view)
 
 
 def _send_launch(task: LeoflowTask, view: TaskInstanceView) -> None:
-    sender = MessageSender(task.app, task.runtime)
     delay = view.send_after - time.time()
     if delay > 0:
-        sender.settle(view.task_instance_id, view.try_number, countdown_seconds=delay)
+        task.publisher.advance_try(view.task_instance_id, view.try_number, countdown_seconds=delay)
         return
-    sender.launch_again(view)
-    task.runtime.store.submissions.mark_sent([view.attempt])
+    task.publisher.launch_again(view, task.services.store.relaunch_policy)
+    task.services.store.submissions.mark_sent([view.attempt])

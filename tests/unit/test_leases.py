@@ -8,7 +8,7 @@ import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.errors import DatabaseUnavailable
-from leoflow_celery.runtime.leases import LeaseKeeper
+from leoflow_celery.services import LeaseKeeper
 from leoflow_celery.store.attempts import Beat, BeatVerdicts
 from tests.support.waiting import wait_until
 

@@ -20,7 +20,7 @@ _STEPS = (0, 3, 6, 9)
 _UNACKED = "unacked"
 
 
-class QueueInspector:
+class QueueDepths:
     """Depths of the queues of one broker."""
 
     def __init__(self, settings: BrokerSettings) -> None:
@@ -43,7 +43,7 @@ class QueueInspector:
         Raises:
             BrokerUnavailable: the broker did not answer.
         """
-        with _mapped(self._settings), self.client.pipeline(transaction=False) as pipe:
+        with broker_errors_mapped(self._settings), self.client.pipeline(transaction=False) as pipe:
             for name in _lists(queue):
                 pipe.llen(self._settings.key_prefix + name)
             return int(sum(pipe.execute()))
@@ -54,7 +54,7 @@ class QueueInspector:
         Raises:
             BrokerUnavailable: the broker did not answer.
         """
-        with _mapped(self._settings), self.client.pipeline(transaction=False) as pipe:
+        with broker_errors_mapped(self._settings), self.client.pipeline(transaction=False) as pipe:
             for name in _lists(queue):
                 pipe.lindex(self._settings.key_prefix + name, -1)
             payload = next(filter(None, pipe.execute()), None)
@@ -67,7 +67,7 @@ class QueueInspector:
             BrokerUnavailable: the broker did not answer.
         """
         waiting = self.waiting(queue)
-        with _mapped(self._settings):
+        with broker_errors_mapped(self._settings):
             held = sum(
                 1
                 for _, payload in self.client.hscan_iter(self._settings.key_prefix + _UNACKED, count=200)
@@ -93,7 +93,9 @@ def _queue_of(payload: bytes) -> str | None:
     return str(routing_key)
 
 
-class _mapped:  # noqa: N801 - a context manager, used as one
+class broker_errors_mapped:  # noqa: N801 - a context manager, used as one
+    """What Redis raises inside becomes BrokerUnavailable."""
+
     def __init__(self, settings: BrokerSettings) -> None:
         self._url = settings.url
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import sqlalchemy as sa
-
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import Fenced
-from leoflow_celery.store.attempts import Beat, BeatVerdicts, batched
+from leoflow_celery.store import task_instance_sql
+from leoflow_celery.store.attempts import Beat, BeatVerdicts
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.models import TaskInstance, is_live, table_of
+from leoflow_celery.store.task_instance_sql import attempt_parameters
 from leoflow_celery.store.xcom.base import XComStore
-
-_T = table_of(TaskInstance).c
-_CHUNK = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +34,7 @@ class Claim:
         return self.belongs_to(attempt, holder) and self.state not in TERMINAL
 
 
-class HolderStore:
+class ClaimStore:
     """What the gateway asks on behalf of holders, far more often than they claim."""
 
     def __init__(self, database: Database, xcom: XComStore) -> None:
@@ -52,42 +48,24 @@ class HolderStore:
             DatabaseUnavailable: the database did not answer, or has no tables.
         """
         with self._database.reading() as connection:
-            connection.execute(sa.select(_T.launch).limit(1)).first()
+            connection.execute(task_instance_sql.select_any()).first()
 
     def claim(self, task_instance_id: str, try_number: int) -> Claim | None:
         """The claim on a try, None when the try is not recorded."""
-        query = sa.select(_T.launch, _T.state, _T.holder, _T.lease_until).where(
-            _T.task_instance_id == task_instance_id, _T.try_number == try_number
-        )
+        parameters = {"p_ti": task_instance_id, "p_try": try_number}
         with self._database.reading() as connection:
-            row = connection.execute(query).first()
+            row = connection.execute(task_instance_sql.select_claim(), parameters).first()
         if row is None:
             return None
-        return Claim(AttemptId(task_instance_id, try_number, row[0]), TaskState(row[1]), row[2], row[3])
+        *attempt, holder, state, lease_until = row
+        return Claim(AttemptId(*attempt), TaskState(state), holder, lease_until)
 
     def verdicts(self, beats: Collection[Beat]) -> BeatVerdicts:
         """What ``AttemptStore.heartbeat`` would find, without renewing anything."""
-        of_holder = {beat.holder: beat.attempt for beat in beats}
-        live: dict[str, float | None] = {}
-        if of_holder:
-            with self._database.reading() as connection:
-                for chunk in batched(of_holder.items(), _CHUNK):
-                    query = sa.select(
-                        _T.holder, _T.task_instance_id, _T.try_number, _T.launch, _T.cancel_requested_at
-                    ).where(
-                        _T.task_instance_id.in_([attempt.task_instance_id for _, attempt in chunk]),
-                        _T.holder.in_([holder for holder, _ in chunk]),
-                        is_live(),
-                    )
-                    live |= {
-                        holder: cancelled_at
-                        for holder, ti, try_number, launch, cancelled_at in connection.execute(query)
-                        if of_holder.get(holder) == AttemptId(ti, try_number, launch)
-                    }
-        return BeatVerdicts(
-            frozenset(of_holder.keys() - live.keys()),
-            frozenset(holder for holder, cancelled_at in live.items() if cancelled_at is not None),
-        )
+        if not beats:
+            return BeatVerdicts(frozenset(), frozenset())
+        with self._database.reading() as connection:
+            return BeatVerdicts.find(connection, task_instance_sql.select_held(), beats)
 
     def put_xcoms(self, attempt: AttemptId, holder: str, items: Sequence[tuple[XComKey, XComValue]]) -> None:
         """Store values of an attempt that the holder holds; the check and the values are one transaction.
@@ -95,16 +73,9 @@ class HolderStore:
         Raises:
             Fenced: the holder lost the attempt, or it has ended.
         """
-        held = sa.select(_T.launch).where(
-            _T.task_instance_id == attempt.task_instance_id,
-            _T.try_number == attempt.try_number,
-            _T.launch == attempt.launch,
-            _T.holder == holder,
-            is_live(),
-        )
-        if not self._database.is_sqlite:  # SQLite's transaction has the only write lock already
-            held = held.with_for_update()
+        # SQLite's transaction has the only write lock already.
+        held = task_instance_sql.lock_claim(locking=not self._database.is_sqlite)
         with self._database.transaction() as connection:
-            if connection.execute(held).first() is None:
+            if connection.execute(held, {**attempt_parameters(attempt), "p_holder": holder}).first() is None:
                 raise Fenced(f"attempt {attempt} is not held by {holder} any more")
             self._xcom.put(items, connection)

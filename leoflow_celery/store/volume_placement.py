@@ -14,10 +14,11 @@ import sqlalchemy as sa
 from leoflow_celery.domain.backend import BackEnd, choose_host
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import RECONCILED, ExecutorType
+from leoflow_celery.domain.staging import claims_named
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS, present
 from leoflow_celery.store.models import StagingVolume, table_of
+from leoflow_celery.store.presence import PresenceStore
 
 _VOLUME = table_of(StagingVolume)
 _OWNER = ("tenant_id", "dag_id", "run_id")
@@ -37,9 +38,12 @@ def claim_of(request: TaskRequest, executor: ExecutorType) -> str:
 
 
 def insert_volume(database: Database) -> sa.Executable:
-    """Record a volume that is about to exist; a name that was deleted before is active again (clear and re-run)."""
+    """Record a volume that is about to exist; a name that was deleted before is active again (clear and re-run).
+
+    It stays the volume of its first run.
+    """
     insert = database.insert(_VOLUME)
-    names = (*_OWNER, "size", "backend", "created_at")
+    names = ("size", "backend", "created_at")
     return insert.on_conflict_do_update(  # type: ignore[no-any-return]
         index_elements=["claim_name"],
         set_={**{name: insert.excluded[name] for name in names}, "deleted_at": None, "deleted_reason": None},
@@ -48,12 +52,17 @@ def insert_volume(database: Database) -> sa.Executable:
 
 
 def record_volumes(
-    connection: sa.Connection, insert: sa.Executable, uses: Sequence[Use], default_size: str, now: float
+    connection: sa.Connection,
+    presence: PresenceStore,
+    insert: sa.Executable,
+    uses: Sequence[Use],
+    default_size: str,
+    now: float,
 ) -> dict[str, str]:
     """Record the volumes that fresh tries mount; the queue of each claim, empty while it has no host.
 
     Raises:
-        InvalidRequest: a volume belongs to another run, or lives where the executor cannot mount it.
+        InvalidRequest: a volume lives where the executor cannot mount it.
     """
     # In one order everywhere: two submitters of the same claims would deadlock otherwise.
     first = {use.request.staging_claim: use for use in sorted(uses, key=lambda use: use.request.staging_claim)}
@@ -62,14 +71,14 @@ def record_volumes(
     connection.execute(insert, [_row(use, default_size, now) for use in first.values()])
     rows = {str(row["claim_name"]): row for row in _active(connection, first)}
     for use in uses:
-        _check(use, rows[use.request.staging_claim])
-    return queues_of(connection, {claim: BackEnd.parse(row["backend"]) for claim, row in rows.items()})
+        _check_place(use, rows[use.request.staging_claim])
+    return queues_of(connection, presence, {claim: BackEnd.parse(row["backend"]) for claim, row in rows.items()})
 
 
-def queues_of(connection: sa.Connection, places: Mapping[str, BackEnd]) -> dict[str, str]:
+def queues_of(connection: sa.Connection, presence: PresenceStore, places: Mapping[str, BackEnd]) -> dict[str, str]:
     """The queue of each claim, after Docker claims without a host got one; empty when none is present."""
     unbound = [claim for claim, place in places.items() if place == BackEnd(ExecutorType.DOCKER)]
-    hosts = present(connection, f"{BACK_END_PRESENCE}{ExecutorType.DOCKER}:", PRESENCE_GAP_SECONDS) if unbound else []
+    hosts = [one.host for one in presence.back_ends(ExecutorType.DOCKER, connection) if one.host] if unbound else []
     bound = {claim: BackEnd(ExecutorType.DOCKER, choose_host(claim, hosts)) for claim in unbound if hosts}
     for claim, place in bound.items():
         connection.execute(
@@ -106,15 +115,31 @@ def _row(use: Use, default_size: str, now: float) -> dict[str, object]:
     }
 
 
-def _check(use: Use, row: sa.RowMapping) -> None:
+def check_owners(connection: sa.Connection, requests: Iterable[TaskRequest]) -> None:
+    """Refuse volumes that belong to another run, whatever the executor, also after they were deleted.
+
+    Raises:
+        InvalidRequest: names the field, the volume and the fix.
+    """
+    named = [(request, claims_named(request)) for request in requests]
+    owners: dict[str, tuple[str, ...]] = {}
+    for chunk in batched(sorted({name for _, claims in named for name in claims}), CHUNK_ROWS):
+        query = sa.select(_VOLUME.c.claim_name, *(_VOLUME.c[name] for name in _OWNER))
+        rows = connection.execute(query.where(_VOLUME.c.claim_name.in_(chunk)))
+        owners |= {name: tuple(owner) for name, *owner in rows}
+    for request, claims in named:
+        own = tuple(getattr(request, name) for name in _OWNER)
+        for name, field in claims.items():
+            if owners.get(name, own) != own:
+                raise InvalidRequest(
+                    f"{field}: {name!r} is the volume of run {'/'.join(owners[name])!r}, and of that run only; name "
+                    "another one for this run",
+                    field,
+                )
+
+
+def _check_place(use: Use, row: sa.RowMapping) -> None:
     request = use.request
-    if any(getattr(request, name) != row[name] for name in _OWNER):
-        owner = "/".join(row[name] for name in _OWNER)
-        raise InvalidRequest(
-            f"staging_claim: {request.staging_claim!r} is the volume of run {owner!r}, which ends with that run; "
-            "name another one for this run",
-            "staging_claim",
-        )
     place = BackEnd.parse(row["backend"])
     if place.executor is not use.executor:
         raise InvalidRequest(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from leoflow_celery.runtime.once import once
+from leoflow_celery.services import once
 
 
 class Parts:

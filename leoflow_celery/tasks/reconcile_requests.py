@@ -8,32 +8,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
-from leoflow_celery.client.messages import MessageSender
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.expectation import Expectation
-from leoflow_celery.domain.routing import RECONCILE_PREFIX, RECONCILED, STAGING_PREFIX, ExecutorType
+from leoflow_celery.domain.routing import RECONCILED, ExecutorType, TaskName
 from leoflow_celery.domain.staging import StagingPlan, staging_decision
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.queueing.messages import CollectStaging, Reconcile
 from leoflow_celery.store.staging import StagingVolumeState
 from leoflow_celery.tasks.context import LeoflowTask
 from leoflow_celery.tasks.single_flight import maintenance_task
 
-#: Before any launch: a reconcile behind ten thousand launches would find nothing in time.
-_FIRST = 0
 
-
-@maintenance_task("reconcile")
+@maintenance_task(TaskName.REQUEST_RECONCILE)
 def reconcile(self: LeoflowTask) -> int:
     """Send every present back end what must exist there."""
     back_ends = present_back_ends(self)
     if not back_ends:
         return 0
-    expected = self.runtime.store.sweeps.expectations({one.executor.value for one in back_ends})
+    expected = self.services.store.reaper_queries.expectations({one.executor.value for one in back_ends})
     for one in back_ends:
-        interval = self.runtime.settings.maintenance.interval_seconds
-        _send(self, RECONCILE_PREFIX, one, {"expectation": _of_host(expected[one.executor], one).to_json()}, interval)
+        interval = self.services.settings.maintenance.interval_seconds
+        self.publisher.reconcile(one, Reconcile(_of_host(expected[one.executor], one)), interval)
     return 0
 
 
@@ -48,23 +43,23 @@ def _of_host(expectation: Expectation, back_end: BackEnd) -> Expectation:
     )
 
 
-@maintenance_task("collect_staging")
+@maintenance_task(TaskName.REQUEST_STAGING)
 def collect_staging(self: LeoflowTask) -> int:
     """Send every present back end the staging volumes to delete, and those to keep."""
-    now, ttl = time.time(), self.runtime.settings.staging.ttl_seconds
-    volumes = self.runtime.store.staging.list_active()
+    now, ttl = time.time(), self.services.settings.staging.ttl_seconds
+    volumes = self.services.store.staging.list_active()
     # Never bound to a host, so it never came into being.
     _mark_deleted(self, plan_staging((one for one in volumes if one.backend == ExecutorType.DOCKER), now, ttl))
     for one in present_back_ends(self):
         plan = plan_staging((volume for volume in volumes if volume.backend == str(one)), now, ttl)
-        interval = self.runtime.settings.maintenance.staging_interval_seconds
-        _send(self, STAGING_PREFIX, one, {"plan": plan.to_json()}, interval)
+        interval = self.services.settings.maintenance.staging_interval_seconds
+        self.publisher.collect_staging(one, CollectStaging(plan), interval)
     return 0
 
 
 def _mark_deleted(task: LeoflowTask, plan: StagingPlan) -> None:
     for claim_name, reason in plan.delete.items():
-        task.runtime.store.staging.mark_staging_deleted(claim_name, reason)
+        task.services.store.staging.mark_staging_deleted(claim_name, reason)
 
 
 def plan_staging(volumes: Iterable[StagingVolumeState], now: float, ttl_seconds: float) -> StagingPlan:
@@ -82,18 +77,4 @@ def plan_staging(volumes: Iterable[StagingVolumeState], now: float, ttl_seconds:
 
 def present_back_ends(task: LeoflowTask) -> list[BackEnd]:
     """Who announced itself within the last minute."""
-    names = task.runtime.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
-    return [one for one in map(BackEnd.parse, names) if one.executor in RECONCILED]
-
-
-def _send(task: LeoflowTask, prefix: str, back_end: BackEnd, kwargs: dict[str, Any], expires_seconds: float) -> None:
-    MessageSender(task.app, task.runtime).send(
-        f"{prefix}{back_end.executor}",
-        kwargs,
-        queue=back_end.queue,
-        priority=_FIRST,
-        expires=expires_seconds,
-        argsrepr="()",
-        kwargsrepr=f"{{'to': '{back_end}'}}",
-        ignore_result=True,
-    )
+    return [one for one in task.services.store.presence.back_ends() if one.executor in RECONCILED]

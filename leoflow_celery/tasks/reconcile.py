@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, cast
+from typing import cast
 
 from leoflow_celery import metrics
 from leoflow_celery.domain.backend import BackEnd
-from leoflow_celery.domain.expectation import Expectation
-from leoflow_celery.domain.routing import RECONCILE_PREFIX, STAGING_PREFIX, STOP_PREFIX, ExecutorType, executor_of_task
-from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.domain.routing import RECONCILED, ExecutorType, TaskName, executor_of_task
 from leoflow_celery.errors import BrokerUnavailable, TransientLaunchError
 from leoflow_celery.executors.base import ReconcilableExecutor
+from leoflow_celery.queueing.messages import SCOPE_OF, CollectStaging, Reconcile, StagingDeleted, Stop
 from leoflow_celery.tasks import executors
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
-from leoflow_celery.tasks.reporting import report_staging_deleted
 
 log = logging.getLogger(__name__)
 #: Two messages of beat: a worker that died in a reconcile is replaced by the next but one. A live one renews its lock.
@@ -37,15 +35,16 @@ def _type_of(task: LeoflowTask) -> ExecutorType:
     return executor_of_task(task.name)
 
 
-def reconcile(self: LeoflowTask, expectation: dict[str, Any]) -> None:
+def reconcile(self: LeoflowTask, sealed: str) -> None:
     """Compare what exists with what SQL expects; a server that is away is looked at again by the next message."""
-    executor_type, started = _type_of(self), time.monotonic()
+    expectation, executor_type = self.opened(Reconcile, sealed, SCOPE_OF[_type_of(self)]).expectation, _type_of(self)
+    started = time.monotonic()
     try:
         executor = executor_of(self)
         name = f"reconcile.{BackEnd(executor_type, executor.host)}"
-        with self.runtime.locks.single_flight(name, _LOCK_SECONDS) as held:
+        with self.services.locks.single_flight(name, _LOCK_SECONDS) as held:
             if held:
-                done = executor.reconcile(Expectation.from_json(expectation))
+                done = executor.reconcile(expectation)
                 metrics.record_reconcile(executor_type, time.monotonic() - started)
                 log.info(
                     "reconcile.done", extra={"executor": executor_type, "seen": done.seen, "reported": done.reported}
@@ -54,32 +53,35 @@ def reconcile(self: LeoflowTask, expectation: dict[str, Any]) -> None:
         log.warning("reconcile.skipped", extra={"executor": executor_type, "error": str(error)})
 
 
-def stop(self: LeoflowTask, name: str, grace_seconds: float) -> None:
+def stop(self: LeoflowTask, sealed: str) -> None:
     """Stop one attempt by its external name."""
+    order = self.opened(Stop, sealed, SCOPE_OF[_type_of(self)])
     try:
-        executor_of(self).cancel(name, grace_seconds)
+        executor_of(self).cancel(order.name, order.grace_seconds)
     except TransientLaunchError as error:
         if self.request.retries >= _STOP_RETRIES:
-            log.warning("stop.left_to_reconcile", extra={"attempt_name": name, "error": error.message})
+            log.warning("stop.left_to_reconcile", extra={"attempt_name": order.name, "error": error.message})
             return
         raise self.retry(countdown=2**self.request.retries, exc=error) from error
 
 
-def staging(self: LeoflowTask, plan: dict[str, Any]) -> None:
+def staging(self: LeoflowTask, sealed: str) -> None:
     """Delete staging volumes and tell which are gone."""
+    plan = self.opened(CollectStaging, sealed, SCOPE_OF[_type_of(self)]).plan
     try:
         executor = executor_of(self)
-        name = f"staging.{BackEnd(_type_of(self), executor.host)}"
-        with self.runtime.locks.single_flight(name, _LOCK_SECONDS) as held:
-            gone = executor.collect_staging(StagingPlan.from_json(plan)) if held else {}
+        back_end = BackEnd(_type_of(self), executor.host)
+        name = f"staging.{back_end}"
+        with self.services.locks.single_flight(name, _LOCK_SECONDS) as held:
+            gone = executor.collect_staging(plan) if held else {}
     except (TransientLaunchError, BrokerUnavailable) as error:
         log.warning("staging.skipped", extra={"executor": _type_of(self), "error": str(error)})
         return
     if gone:
-        report_staging_deleted(self, gone)
+        self.publisher.staging_deleted(StagingDeleted(back_end, gone))
 
 
-for _executor in (ExecutorType.KUBERNETES, ExecutorType.DOCKER):
-    leoflow_task(f"{RECONCILE_PREFIX}{_executor}")(reconcile)
-    leoflow_task(f"{STOP_PREFIX}{_executor}")(stop)
-    leoflow_task(f"{STAGING_PREFIX}{_executor}")(staging)
+for _executor in RECONCILED:
+    leoflow_task(TaskName.of("reconcile", _executor))(reconcile)
+    leoflow_task(TaskName.of("stop", _executor))(stop)
+    leoflow_task(TaskName.of("staging", _executor))(staging)
