@@ -45,6 +45,17 @@ class BrokerSettings(BaseSettings):
     socket_timeout_seconds: float = 5
     #: How long a result is kept for AsyncResult.get().
     result_expires_seconds: int = 7 * 24 * 3600
+    #: A larger message is refused before it is read. A request may have 1 MiB, which sealing and base64 make 2.
+    max_message_bytes: int = Field(default=8 * 1024 * 1024, ge=1_024)
+    #: A message whose ``eta`` is further ahead is refused: a worker holds it until then, in memory.
+    max_delay_seconds: float = Field(default=24 * 3600, gt=0)
+    #: Which commands of ``celery control`` workers obey: those that ask (``celery inspect``, Flower), or all of them.
+    #: Everybody who can write to the broker can send them, and the others end, stop or redirect workers.
+    remote_control: Literal["inspect", "all"] = "inspect"
+    #: Refused messages that are kept to be looked at; the oldest one goes for the newest.
+    dead_letters: int = Field(default=1_000, ge=1)
+    #: Of a larger one only the beginning is kept, and it cannot be sent again.
+    dead_letter_max_bytes: int = Field(default=65_536, ge=1_024)
 
 
 class DatabaseSettings(BaseSettings):

@@ -141,7 +141,7 @@ def check_database(settings: Settings) -> Finding:
 
 
 def check_broker(settings: Settings) -> Finding:
-    """The broker takes a connection."""
+    """The broker takes a connection, and whether there are dead letters."""
     from kombu.exceptions import OperationalError
 
     from leoflow_celery.app import create_app
@@ -157,7 +157,19 @@ def check_broker(settings: Settings) -> Finding:
         return Finding("broker", False, text)
     finally:
         app.close()
-    return Finding("broker", True, f"{address} answers")
+    return Finding("broker", True, f"{address} answers{_dead_letters(settings)}")
+
+
+def _dead_letters(settings: Settings) -> str:
+    """What a system that works may still have left behind."""
+    from leoflow_celery.queueing.dead_letters import DeadLetters
+
+    letters = DeadLetters(settings)
+    try:
+        number = letters.count()
+    finally:
+        letters.close()
+    return f"; dead letters: {number}, look at 'leoflow dead-letters list'" if number else "; there are no dead letters"
 
 
 def check_gateway(settings: Settings, ca: Path | None = None) -> Finding:

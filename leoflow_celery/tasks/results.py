@@ -36,7 +36,7 @@ from leoflow_celery.services import Services
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_try, advance_view
+from leoflow_celery.tasks.advance_try import advance_try, advance_view, keep_given_up
 from leoflow_celery.tasks.completion import store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, services_of
 
@@ -133,6 +133,8 @@ def record_end(self: LeoflowTask, speaker: str, sealed: str) -> None:
     finished = services.store.attempts.finish(identity, outcome, condition, xcoms, seen=view)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
+    elif finished.recorded:
+        keep_given_up(self, view, outcome)
     advance_view(self, finished.view or view)
 
 
