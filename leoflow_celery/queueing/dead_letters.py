@@ -303,6 +303,44 @@ def given_up_letter(attempt: AttemptId, queue: str, task: str, celery_id: str, c
     )
 
 
+def keep_not_believed(
+    letters: DeadLetters, queue: str, why: str, task: str, celery_id: str = "", raw: bytes = b"", size_bytes: int = 0
+) -> None:
+    """Count, log and keep a message whose content nobody believes; ``raw`` is the message where it can be sent again."""
+    letter = DeadLetter(
+        id=uuid.uuid4().hex[:16],
+        queue=printable(queue),
+        kind=Kind.NOT_BELIEVED,
+        sentence=why,
+        at=time.time(),
+        task=printable(task),
+        celery_id=printable(celery_id),
+        size_bytes=size_bytes or len(raw),
+    )
+    metrics.record_refused(letter.queue, Kind.NOT_BELIEVED)
+    shown = {"queue": letter.queue, "task": letter.task, "celery_task_id": letter.celery_id, "letter": letter.id}
+    log.warning("message.refused", extra={"kind": letter.kind, "why": why, **shown})
+    try:
+        letters.keep(letter, raw)
+    except BrokerUnavailable as error:
+        log.warning("dead_letter.not_kept", extra={"letter": letter.id, "error": str(error)})
+
+
+def envelope_of(task: str, queue: str, request: Any) -> bytes:
+    """The message of a running task, as its publisher could have put it on the queue."""
+    body = json.dumps([request.args or [], request.kwargs or {}, {}]).encode()
+    headers = {"lang": "py", "task": task, "id": request.id, "root_id": request.root_id or request.id}
+    delivery = {"exchange": "", "routing_key": queue}
+    properties = {"correlation_id": request.id, "delivery_mode": 2, "delivery_info": delivery, "priority": 0}
+    properties |= {"body_encoding": "base64", "delivery_tag": str(uuid.uuid4())}
+    envelope = {
+        "body": base64.b64encode(body).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+    }
+    return json.dumps({**envelope, "headers": headers, "properties": properties}).encode()
+
+
 class Door:
     """Stands between the broker and a worker: lets in what can be run, and sees to what cannot.
 

@@ -61,6 +61,8 @@ class Kind(StrEnum):
     #: A key of the broker that holds another kind of value than it is for.
     WRONG_TYPE = "wrong_type"
     CONTROL = "control"
+    #: It is well formed, and nobody who may say so said it.
+    NOT_BELIEVED = "not_believed"
     #: Celery refused what the decoder let through.
     UNEXPECTED = "unexpected"
 

@@ -22,6 +22,7 @@ from leoflow_celery.domain.routing import RESULTS_QUEUE, ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
 from leoflow_celery.errors import DecryptionFailed, NotFound, Unavailable, XComRejected
+from leoflow_celery.queueing.dead_letters import DeadLetters, keep_not_believed
 from leoflow_celery.queueing.launch_notes import LaunchNote
 from leoflow_celery.queueing.messages import (
     EXECUTOR_OF,
@@ -92,8 +93,8 @@ def _report_of(services: Services, note: LaunchNote) -> LaunchReport | None:
     except (DecryptionFailed, ValueError) as error:
         why = str(error)
     if why:
-        metrics.record_refused(RESULTS_QUEUE, "not_believed")
-        log.warning("launch_note.refused", extra={"note": note.field[:200], "error": why})
+        letters = DeadLetters(services.settings, services.queues.client)
+        keep_not_believed(letters, RESULTS_QUEUE, why, task="launched", size_bytes=len(note.content))
         return None
     return report
 
