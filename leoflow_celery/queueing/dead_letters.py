@@ -306,7 +306,7 @@ def given_up_letter(attempt: AttemptId, queue: str, task: str, celery_id: str, c
 def keep_not_believed(
     letters: DeadLetters, queue: str, why: str, task: str, celery_id: str = "", raw: bytes = b"", size_bytes: int = 0
 ) -> None:
-    """Count, log and keep a message whose content nobody believes; ``raw`` is the message where it can be sent again."""
+    """Count, log and keep a message whose content nobody believes; ``raw`` is the message if it can be sent again."""
     letter = DeadLetter(
         id=uuid.uuid4().hex[:16],
         queue=printable(queue),
