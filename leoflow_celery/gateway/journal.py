@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
+from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.gateway.log_lines import Replay, record_of
 from leoflow_celery.gateway.sessions import Recent
 from leoflow_celery.gateway.threads import LOG_THREADS
@@ -34,9 +35,9 @@ _LINE_OVERHEAD_BYTES = 200
 class HolderLog:
     """The lines of one holder between the wire and the disk; shared by its streams when it has several."""
 
-    def __init__(self, holder: str, key: LogKey, received: int, compare: bool) -> None:
+    def __init__(self, holder: str, key: LogKey, attempt: AttemptId, received: int, compare: bool) -> None:
         """``received``: the last line taken earlier. ``compare``: lines on disk may come again (see ``Replay``)."""
-        self.holder, self.key = holder, key
+        self.holder, self.key, self.attempt = holder, key, attempt
         self.received = self.written = received
         self.error: OSError | None = None
         self.listeners: set[asyncio.Event] = set()
@@ -115,6 +116,10 @@ class HolderLog:
             self._writer = None
 
 
+def _try_of(attempt: AttemptId) -> tuple[str, int]:
+    return attempt.task_instance_id, attempt.try_number
+
+
 class Journal:
     """All logs that are being written. Used on the event loop; the writing happens in ``pool``."""
 
@@ -123,23 +128,25 @@ class Journal:
         self._logs: dict[str, HolderLog] = {}
         #: Logs of streams whose numbers begin anew with each stream: nobody else may find them.
         self._unnumbered: set[HolderLog] = set()
-        self._of_file: defaultdict[LogKey, set[HolderLog]] = defaultdict(set)
+        self._of_try: defaultdict[tuple[str, int], set[HolderLog]] = defaultdict(set)
         self._dirty: set[HolderLog] = set()
         self._work = asyncio.Event()
         #: The last line of holders whose streams are closed; they may come back.
         self._received: Recent[str, int] = Recent()
 
-    def open(self, holder: str, key: LogKey, listener: asyncio.Event, *, numbered: bool) -> HolderLog:
+    def open(
+        self, holder: str, key: LogKey, attempt: AttemptId, listener: asyncio.Event, *, numbered: bool
+    ) -> HolderLog:
         """The log of a holder. ``numbered``: its line numbers go on counting when a stream is opened again."""
         entry = self._logs.get(holder) if numbered else None
         if entry is None or entry.error is not None or entry.fenced:
             received = self._received.get(holder) if numbered else None
-            entry = HolderLog(holder, key, received or 0, compare=received is None)
+            entry = HolderLog(holder, key, attempt, received or 0, compare=received is None)
             if numbered:
                 self._logs[holder] = entry
             else:
                 self._unnumbered.add(entry)
-            self._of_file[key].add(entry)
+            self._of_try[_try_of(attempt)].add(entry)
         entry.listeners.add(listener)
         return entry
 
@@ -148,16 +155,17 @@ class Journal:
         entry.listeners.discard(listener)
         self._close_if_unused(entry)
 
-    async def fence(self, key: LogKey, holder: str) -> None:
-        """``holder`` writes this log from now on: no line of anybody else lands in it after this returned."""
-        others = [entry for entry in self._of_file.get(key, ()) if entry.holder != holder]
+    async def fence(self, attempt: AttemptId, holder: str) -> None:
+        """``holder`` writes the log of the try from now on: after this, no line of whoever had it before lands."""
+        others = [entry for entry in self._of_try.get(_try_of(attempt), ()) if entry.holder != holder]
         for entry in others:
             entry.fence()
         await self._until(lambda: not any(entry.busy for entry in others))
 
-    async def settle(self, key: LogKey, holder: str) -> None:
+    async def settle(self, attempt: AttemptId, holder: str) -> None:
         """Until what was taken of a holder is on disk, or its disk was slow for too long."""
-        await self._until(lambda: all(one.idle for one in self._of_file.get(key, ()) if one.holder == holder))
+        mine = [entry for entry in self._of_try.get(_try_of(attempt), ()) if entry.holder == holder]
+        await self._until(lambda: all(entry.idle for entry in mine))
 
     @staticmethod
     async def _until(condition: Callable[[], bool], patience_seconds: float = _SLOW_DISK_SECONDS) -> bool:
@@ -212,9 +220,10 @@ class Journal:
         entry.close()
         self._dirty.discard(entry)
         self._unnumbered.discard(entry)
-        self._of_file[entry.key].discard(entry)
-        if not self._of_file[entry.key]:
-            del self._of_file[entry.key]
+        of_try = self._of_try[_try_of(entry.attempt)]
+        of_try.discard(entry)
+        if not of_try:
+            del self._of_try[_try_of(entry.attempt)]
         if self._logs.get(entry.holder) is not entry:
             return
         del self._logs[entry.holder]

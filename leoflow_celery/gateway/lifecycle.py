@@ -80,7 +80,7 @@ class Lifecycle:
             raise
         metrics.record_claim("granted")
         self._registry.grant(holder, caller.attempt)
-        await self._journal.fence(caller.log_key, holder)
+        await self._journal.fence(caller.attempt, holder)
         response = pb.RegisterResponse(session_id=caller.session or holder)
         response.server_time.FromNanoseconds(time.time_ns())
         self._measure_start(view)
@@ -100,7 +100,7 @@ class Lifecycle:
         if request.state == pb.TASK_STATE_RUNNING:
             return await self._start(caller)
         outcome = outcome_of(request, caller.reason)
-        await self._journal.settle(caller.log_key, caller.holder)
+        await self._journal.settle(caller.attempt, caller.holder)
         finished = await self._threads.store(self._finish, caller, outcome)
         if not finished.recorded:
             return await self._refuse(caller)

@@ -109,7 +109,7 @@ class LogStreams:
         caller = await self._holder(caller)
         wake = asyncio.Event()
         is_foreign = caller.holder.startswith(FOREIGN_PREFIX)
-        entry = self._journal.open(caller.holder, caller.log_key, wake, numbered=not is_foreign)
+        entry = self._journal.open(caller.holder, caller.log_key, caller.attempt, wake, numbered=not is_foreign)
         stream = OpenStream(Beat(caller.attempt, caller.holder), entry, wake)
         self._open.add(stream)
         try:

@@ -62,6 +62,26 @@ def holder_name(attempt: AttemptId, session: str, *, renews: bool = False) -> st
     return f"{'renewing' if renews else 'agent'}:{hashed}"
 
 
+def signing_secrets(text: str) -> list[str]:
+    """The secrets in a setting, the one that signs first.
+
+    A secret may hold a comma itself, as it could before there were several: a text with a part that is too short for a
+    secret is one, and a text as a whole verifies too.
+
+    Raises:
+        ConfigurationError: not even the whole is long enough.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if len(parts) > 1 and all(len(part.encode()) >= _MIN_SECRET_BYTES for part in parts):
+        return [*parts, text]
+    if len(text.encode()) < _MIN_SECRET_BYTES:
+        raise ConfigurationError(
+            f"LEOFLOW_JWT_SECRET must have at least {_MIN_SECRET_BYTES} bytes, and so must each of several with commas "
+            "between them, newest first; 'leoflow keys' prints a fresh one"
+        )
+    return [text]
+
+
 class TokenIssuer:
     """Mints and verifies agent tokens with shared secrets."""
 
@@ -69,14 +89,9 @@ class TokenIssuer:
         """Take comma separated secrets, newest first: the first signs, each of them verifies.
 
         Raises:
-            ConfigurationError: no secret, or one that is too short.
+            ConfigurationError: no secret that is long enough.
         """
-        self._secrets = [secret.strip() for secret in secrets.split(",") if secret.strip()]
-        if not self._secrets or any(len(secret.encode()) < _MIN_SECRET_BYTES for secret in self._secrets):
-            raise ConfigurationError(
-                f"LEOFLOW_JWT_SECRET must be one secret of at least {_MIN_SECRET_BYTES} bytes, or several with commas "
-                "between them, newest first; 'leoflow keys' prints a fresh one"
-            )
+        self._secrets = signing_secrets(secrets)
         self._ttl_seconds, self._renewed_ttl_seconds = ttl_seconds, renewed_ttl_seconds
         # A heartbeat costs a signature check otherwise. Expiry is checked on every call, below.
         self._decode = lru_cache(maxsize=_CACHED_TOKENS)(self._decode_uncached)
