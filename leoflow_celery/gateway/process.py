@@ -7,6 +7,7 @@ import logging
 import resource
 import signal
 import sys
+from typing import Any
 
 import uvloop
 
@@ -40,6 +41,7 @@ async def _serve(settings: Settings) -> int:
     server = GatewayServer(settings)
     signals: asyncio.Queue[str] = asyncio.Queue()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_unhandled)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, signal.Signals(number).name)
     await server.start()
@@ -55,6 +57,12 @@ async def _serve(settings: Settings) -> int:
     impatient.cancel()
     await stopping
     return 0
+
+
+def _unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a task of nobody raised. What grpc could not decode holds a stranger's bytes, and has had its line."""
+    if not isinstance(context.get("exception"), UnicodeDecodeError):
+        loop.default_exception_handler(context)
 
 
 def raise_open_files_limit() -> None:

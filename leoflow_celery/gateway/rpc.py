@@ -193,7 +193,8 @@ class Bounded(logging.Filter):
 
 def bound_logs() -> None:
     """Limit what callers can make this process log; for the process that is a gateway and nothing else."""
-    log.addFilter(Bounded())
+    for name in (__name__, "leoflow_celery.gateway.server"):
+        logging.getLogger(name).addFilter(Bounded())
     foreign = Bounded(foreign=True)
     for name in _FOREIGN_LOGGERS:
         logging.getLogger(name).addFilter(foreign)

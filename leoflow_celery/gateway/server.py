@@ -29,6 +29,8 @@ from leoflow_celery.settings import Settings
 
 log = logging.getLogger(__name__)
 
+#: How often grpc is asked whether its server still serves.
+_LOOK_SECONDS = 0.25
 _MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -93,6 +95,7 @@ class GatewayServer:
         )
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
+        self._watch: asyncio.Task[None] | None = None
         self.port = 0
 
     def _unary(self, settings: Settings, policy: ChannelPolicy) -> dict[str, Unary]:
@@ -143,18 +146,43 @@ class GatewayServer:
         Raises:
             ConfigurationError: the address cannot be listened on, or the TLS files cannot be used.
         """
-        self._server = server = grpc.aio.server(options=_OPTIONS)
-        server.add_generic_rpc_handlers((self._service, self._health.service))
-        self.port = self._bind(server)
+        self._server = server = self._bound_server(self._settings.listen)
         await self._health.begin()
         await self._heartbeats.flush()
         await server.start()
+        self._watch = asyncio.create_task(self._serve_again())
         self._loops = [asyncio.create_task(loop) for loop in (self._heartbeats.run(), self._journal.run())]
         log.info("gateway.listening", extra={"address": self.address})
         return self.port
 
-    def _bind(self, server: grpc.aio.Server) -> int:
-        listen, cert, key = self._settings.listen, self._settings.tls_cert, self._settings.tls_key
+    def _bound_server(self, listen: str) -> grpc.aio.Server:
+        server = grpc.aio.server(options=_OPTIONS)
+        server.add_generic_rpc_handlers((self._service, self._health.service))
+        self.port = self._bind(server, listen)
+        return server
+
+    async def _serve_again(self) -> None:
+        """Serve with a new server when grpc's own loop ended: one call whose path is not UTF-8 is enough for that.
+
+        It is decoded where no handler of ours is (grpcio 1.85, ``AioServer._server_main_loop``). Open calls break, and
+        their agents come back. ``tests/integration/gateway/test_strangers.py`` says when grpc can do without this.
+        """
+        while self._server is not None:
+            try:
+                if not await self._server.wait_for_termination(_LOOK_SECONDS):
+                    return
+            except Exception as error:  # noqa: BLE001 - whatever ended its loop
+                log.warning("grpc's server ended (%s) and is started again", type(error).__name__)
+                await self._server.stop(None)
+                try:
+                    self._server = self._bound_server(self.address)
+                    await self._server.start()
+                except ConfigurationError as taken:
+                    log.error("%s", taken)  # noqa: TRY400 - one line is what an operator wants
+                    await asyncio.sleep(_LOOK_SECONDS)
+
+    def _bind(self, server: grpc.aio.Server, listen: str) -> int:
+        cert, key = self._settings.tls_cert, self._settings.tls_key
         try:
             if cert is None or key is None:
                 return server.add_insecure_port(listen)
@@ -169,6 +197,8 @@ class GatewayServer:
         """Refuse new calls, let open ones finish, write what is in memory, and release everything."""
         grace = self._settings.shutdown_grace_seconds if grace_seconds is None else grace_seconds
         await self._health.end()
+        if self._watch is not None:
+            self._watch.cancel()
         if self._server is not None:
             stopping = asyncio.create_task(self._server.stop(grace))
             self._streams.close()
