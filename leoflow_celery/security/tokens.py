@@ -9,6 +9,7 @@ as long as its message may wait and its task may run. A **renewed token** names 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,8 +144,8 @@ class TokenIssuer:
         try:
             claims = self._claims(token)
             holder, issued_at, expires_at = claims.get("holder", ""), float(claims["iat"]), float(claims["exp"])
-            if not isinstance(holder, str):
-                raise InvalidToken("malformed", "the agent token's holder is not a text")
+            if not isinstance(holder, str) or not math.isfinite(issued_at + expires_at):
+                raise InvalidToken("malformed", "the agent token's holder, iat or exp is not of its kind")
             return AgentIdentity(
                 AttemptId(str(claims["sub"]), int(claims["try_number"]), int(claims.get("launch", 1))),
                 str(claims["tenant_id"]),
