@@ -95,11 +95,12 @@ class Heartbeats:
         """
         if self._registry.is_granted(caller.holder, self._lease_seconds):
             return self._registry.why_stopped(caller.holder)
+        stopped = self._registry.why_stopped(caller.holder)
         found = await self._claims.refuse_after_the_end(caller)
         if found is not Standing.HOLDER:
             return Stop.ENDED if found is Standing.ENDED else Stop.FENCED
-        self._registry.confirm(caller.holder)
-        return None
+        self._registry.revive(caller.holder, stopped)
+        return self._registry.why_stopped(caller.holder)
 
     async def run(self) -> None:
         """Flush every interval, and once more after ``stop`` was called."""

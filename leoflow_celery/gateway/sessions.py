@@ -130,7 +130,7 @@ class Authenticator:
         session, holder, renews = values.get(SESSION_KEY, ""), "", False
         if session:
             _check_session(session)
-            renews = RENEWS_TOKEN in values.get(CAPABILITIES_KEY, "")
+            renews = RENEWS_TOKEN in (word.strip() for word in values.get(CAPABILITIES_KEY, "").split(","))
             holder = holder_name(identity.attempt, session, renews=renews)
         check_use(identity, holder, renews, method)
         return Caller(identity, holder, peer, values.get(REASON_KEY, ""), renews, session)
@@ -412,10 +412,17 @@ class HolderRegistry:
         self.wake(attempt)
 
     def confirm(self, *holders: str) -> None:
-        """SQL said just now that they have their attempts."""
+        """SQL said just now that they have their attempts; who was told to leave since it was asked is left out."""
         now = time.monotonic()
         for holder in holders:
-            self._granted.set(holder, now)
+            if self._stops.get(holder) in (None, Stop.CANCELLED):
+                self._granted.set(holder, now)
+
+    def revive(self, holder: str, stopped: Stop | None) -> None:
+        """SQL said that it has its attempt, and nobody learned better since it was ``stopped``."""
+        if self._stops.get(holder) is stopped:
+            self._stops.pop(holder)
+            self.confirm(holder)
 
     def is_granted(self, holder: str, within_seconds: float = math.inf) -> bool:
         """Whether the holder had its attempt when SQL was last asked, so long ago at the most, and may keep it."""

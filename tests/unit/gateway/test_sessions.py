@@ -70,6 +70,18 @@ def test_a_grant_closes_the_streams_of_whoever_had_the_try() -> None:
     assert (registry.grants(ATTEMPT), registry.grants(AttemptId("other", 1))) == (2, 0)
 
 
+def test_an_answer_of_sql_that_comes_after_the_end_revives_nobody() -> None:
+    registry = HolderRegistry()
+    registry.grant("me", ATTEMPT)
+    registry.stop("me", Stop.FENCED)
+    registry.confirm("me")
+    registry.revive("me", None)
+    assert not registry.is_granted("me")
+    registry.revive("me", Stop.FENCED)
+    assert registry.is_granted("me")
+    assert registry.why_stopped("me") is None
+
+
 def test_what_was_known_of_a_holder_wears_out_unless_the_database_is_away() -> None:
     registry = HolderRegistry()
     registry.grant("me", ATTEMPT)

@@ -16,10 +16,9 @@ _TRIES = sa.table(
     "task_instance",
     *(sa.column(name) for name in ("task_instance_id", "try_number", "launch", "state", "holder")),
 )
-#: Inline workers and agents without a session have names that open nothing.
-_IS_SESSION = sa.and_(
-    _TRIES.c.holder.is_not(None), _TRIES.c.holder.not_like("worker:%"), _TRIES.c.holder.not_like("foreign:%")
-)
+#: Every other holder has a name that opens nothing; a session that holds one of these words was nobody's.
+_NAMES = ("worker:%", "foreign:%", "agent:%", "renewing:%")
+_IS_SESSION = sa.and_(_TRIES.c.holder.is_not(None), *(_TRIES.c.holder.not_like(name) for name in _NAMES))
 _IS_LIVE = _TRIES.c.state.in_(["queued", "running"])
 
 
