@@ -23,6 +23,7 @@ from typing import Generic, Protocol, TypeVar
 
 from leoflow_celery import metrics
 from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.reap import may_judge_silence
 from leoflow_celery.errors import Fenced, GatewayUnavailable, InvalidToken
 from leoflow_celery.gateway.rpc import InvalidArgument
 from leoflow_celery.gateway.threads import Threads
@@ -37,6 +38,7 @@ from leoflow_celery.security import AgentIdentity, TokenIssuer, holder_name
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat
 from leoflow_celery.store.holders import Claim
+from leoflow_celery.store.leases import GATEWAY_GAP_SECONDS, GATEWAY_PRESENCE
 from leoflow_celery.store.logs import LogKey
 
 FOREIGN_PREFIX = "foreign:"
@@ -344,13 +346,17 @@ class Claims:
 
     async def _is_gone(self, claim: Claim) -> bool:
         """Whether a holder without a session lost its connection: it broke, its gateway ended, or it is silent."""
-        if self._lease_seconds - (claim.lease_left_seconds or 0) >= self._lease_seconds / 3:
-            return True
+        leases, lease_seconds = self._store.leases, self._lease_seconds
+        if lease_seconds - (claim.lease_left_seconds or 0) >= lease_seconds / 3:
+            # After an outage of the database or of all gateways everybody seems silent.
+            listening = await self._threads.store(leases.present_seconds, GATEWAY_PRESENCE, GATEWAY_GAP_SECONDS)
+            if may_judge_silence(listening, lease_seconds):
+                return True
         holder = claim.holder or ""
         gateway = holder.removeprefix(FOREIGN_PREFIX).rpartition(":")[0]
         if gateway == self._foreign.gateway:
             return self._foreign.is_lost(holder)
-        return gateway not in await self._threads.store(self._store.leases.present, GATEWAY_LEASE, 0)
+        return gateway not in await self._threads.store(leases.present, GATEWAY_LEASE, 0)
 
 
 def over(caller: Caller) -> Fenced:
