@@ -16,20 +16,13 @@ from typing import Any
 
 from leoflow_celery import metrics
 from leoflow_celery.errors import Unavailable
-from leoflow_celery.gateway.sessions import (
-    GATEWAY_LEASE,
-    Caller,
-    Claims,
-    HolderRegistry,
-    Standing,
-    Stop,
-)
+from leoflow_celery.gateway.sessions import Caller, Claims, HolderRegistry, Standing, Stop
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.security import TokenIssuer
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat, BeatVerdicts
-from leoflow_celery.store.leases import GATEWAY_GAP_SECONDS, GATEWAY_PRESENCE
+from leoflow_celery.store.presence import Kind
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +30,6 @@ log = logging.getLogger(__name__)
 _STUCK_SECONDS = 5.0
 #: How often the reaper is told that heartbeats are heard here.
 _PRESENCE_SECONDS = 3.0
-#: What this gateway granted to agents without a session is free so long after its death: three renewals.
-_GATEWAY_LEASE_SECONDS = 3 * _PRESENCE_SECONDS
-#: Leases of gateways that ended without giving them up are kept so long.
-_FORGOTTEN_SECONDS = 3_600.0
 
 
 class Heartbeats:
@@ -108,8 +97,8 @@ class Heartbeats:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), self._flush_seconds)
             await self.flush()
-        with contextlib.suppress(Unavailable):  # else the lease ends by itself
-            await self._threads.store(self._store.leases.release, GATEWAY_LEASE + self._gateway, self._gateway)
+        with contextlib.suppress(Unavailable):  # else its absence says it
+            await self._threads.store(self._store.presence.leave, Kind.GATEWAY, self._gateway)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -142,15 +131,14 @@ class Heartbeats:
         # After the beats: who finds a gateway present may trust that earlier beats are written.
         found = [self._store.attempts.heartbeat(beats, self._lease_seconds)] if beats else []
         if watched:
-            found.append(self._store.holders.verdicts(watched))
+            found.append(self._store.claims.verdicts(watched))
         if not found:
-            self._store.holders.ping()
+            self._store.claims.ping()
         if time.monotonic() - self._said_present > _PRESENCE_SECONDS:
-            leases = self._store.leases
-            leases.keep_present(GATEWAY_PRESENCE, GATEWAY_GAP_SECONDS)
-            leases.acquire(GATEWAY_LEASE + self._gateway, self._gateway, _GATEWAY_LEASE_SECONDS)
             if self._said_present < 0:
-                leases.forget(GATEWAY_LEASE, _FORGOTTEN_SECONDS)
+                self._store.presence.leave(Kind.GATEWAY, self._gateway)
+            self._store.presence.keep_present(Kind.GATEWAY)
+            self._store.presence.keep_present(Kind.GATEWAY, self._gateway)
             self._said_present = time.monotonic()
         return tuple(found)
 

@@ -21,12 +21,12 @@ from google.protobuf.message import DecodeError, Message
 from leoflow_celery import metrics
 from leoflow_celery.errors import (
     ClaimRefused,
+    DecryptionFailed,
     Fenced,
     InvalidToken,
     LeoflowError,
     NotFound,
     Unavailable,
-    Unsealable,
 )
 from leoflow_celery.protocol.service import METHODS, REFUSED_KEY, SERVICE, Method, serialize
 
@@ -79,7 +79,7 @@ _CODE_OF: tuple[tuple[type[LeoflowError], grpc.StatusCode], ...] = (
     (InvalidArgument, grpc.StatusCode.INVALID_ARGUMENT),
     (NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
     (NotPossible, grpc.StatusCode.FAILED_PRECONDITION),
-    (Unsealable, grpc.StatusCode.FAILED_PRECONDITION),
+    (DecryptionFailed, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
 

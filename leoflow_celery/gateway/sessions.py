@@ -37,13 +37,10 @@ from leoflow_celery.protocol.service import (
 from leoflow_celery.security import AgentIdentity, TokenIssuer, holder_name
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat
-from leoflow_celery.store.holders import Claim
-from leoflow_celery.store.leases import GATEWAY_GAP_SECONDS, GATEWAY_PRESENCE
+from leoflow_celery.store.claims import Claim
 from leoflow_celery.store.logs import LogKey
 
 FOREIGN_PREFIX = "foreign:"
-#: The lease in SQL by which others know that a gateway lives; its id follows.
-GATEWAY_LEASE = "gateway."
 _BEARER = "bearer "
 _MAX_SESSION_CHARACTERS = 200
 _MAX_NUMBER = 1_000_000
@@ -283,7 +280,7 @@ class Claims:
     async def of(self, caller: Caller) -> Claim | None:
         """The claim on the caller's try."""
         attempt = caller.attempt
-        return await self._threads.store(self._store.holders.claim, attempt.task_instance_id, attempt.try_number)
+        return await self._threads.store(self._store.claims.claim, attempt.task_instance_id, attempt.try_number)
 
     async def standing(self, caller: Caller) -> Standing:
         """What the caller is to its attempt now."""
@@ -334,7 +331,7 @@ class Claims:
             return before  # whoever may open the socket: its connections cannot be told apart
         if await self._is_gone(claim):
             after = self._foreign.follow(caller)
-            if await self._threads.store(self._store.holders.hand_over, caller.attempt, before, after):
+            if await self._threads.store(self._store.claims.hand_over, caller.attempt, before, after):
                 self._registry.stop(before, Stop.FENCED)
                 self._registry.grant(after, caller.attempt)
                 return after
@@ -346,17 +343,16 @@ class Claims:
 
     async def _is_gone(self, claim: Claim) -> bool:
         """Whether a holder without a session lost its connection: it broke, its gateway ended, or it is silent."""
-        leases, lease_seconds = self._store.leases, self._lease_seconds
-        if lease_seconds - (claim.lease_left_seconds or 0) >= lease_seconds / 3:
-            # After an outage of the database or of all gateways everybody seems silent.
-            listening = await self._threads.store(leases.present_seconds, GATEWAY_PRESENCE, GATEWAY_GAP_SECONDS)
-            if may_judge_silence(listening, lease_seconds):
-                return True
+        present = await self._threads.store(self._store.presence.gateways)
+        silent_seconds = self._lease_seconds - (claim.lease_left_seconds or 0)
+        # After an outage of the database or of all gateways everybody seems silent.
+        if silent_seconds >= self._lease_seconds / 3 and may_judge_silence(present.get(""), self._lease_seconds):
+            return True
         holder = claim.holder or ""
         gateway = holder.removeprefix(FOREIGN_PREFIX).rpartition(":")[0]
         if gateway == self._foreign.gateway:
             return self._foreign.is_lost(holder)
-        return gateway not in await self._threads.store(leases.present, GATEWAY_LEASE, 0)
+        return gateway not in present
 
 
 def over(caller: Caller) -> Fenced:

@@ -49,6 +49,7 @@ class System:
             "CONTROL_PLANE_ADDR": address,
             "AGENT_INSECURE": "true",
             "EXECUTOR_TYPE": "subprocess",
+            "DISPATCH_PERMITTED_EXECUTORS": "kubernetes,docker,subprocess,inline",
             "SUBPROCESS_STATE_DIR": directory / "attempts",
             **overrides,
         }

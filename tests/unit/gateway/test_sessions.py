@@ -11,7 +11,7 @@ from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.gateway.sessions import HolderRegistry, Recent, Standing, Stop, standing_of
 from leoflow_celery.store.attempts import Beat
-from leoflow_celery.store.holders import Claim
+from leoflow_celery.store.claims import Claim
 
 ATTEMPT = AttemptId("ti", 1)
 
