@@ -90,7 +90,11 @@ class GatewayUnavailable(Unavailable):
 
 
 class InvalidToken(LeoflowError):
-    """An agent token is not acceptable. ``reason`` is a metric label: missing, expired, malformed, forged, foreign."""
+    """An agent token is not acceptable.
+
+    ``reason`` is a metric label: missing, expired, malformed, forged, foreign, bound (renewed for another session) or
+    launch (good for Register only).
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)

@@ -26,7 +26,17 @@ from leoflow_celery.errors import (
     LeoflowError,
     NotFound,
 )
-from leoflow_celery.protocol.service import AUTHORIZATION_KEY, METHODS, REFUSED_KEY, SESSION_KEY, serialize
+from leoflow_celery.protocol import agent_pb2 as pb
+from leoflow_celery.protocol.service import (
+    AUTHORIZATION_KEY,
+    CAPABILITIES_KEY,
+    METHODS,
+    REFUSED_KEY,
+    RENEWS_TOKEN,
+    SESSION_KEY,
+    TOKEN_KEY,
+    serialize,
+)
 
 T = TypeVar("T")
 
@@ -115,7 +125,38 @@ class ControlPlane:
         self._channel = channel
         #: When a unary call was last answered (monotonic): the control plane was there.
         self.answered_at = 0.0
-        self._metadata = ((AUTHORIZATION_KEY, f"Bearer {config.token}"), (SESSION_KEY, config.session))
+        self._session = config.session
+        self._launch_token = self._token = config.token
+        self._registration = pb.RegisterRequest()
+        self._registering = asyncio.Lock()
+
+    async def register(self, request: pb.RegisterRequest) -> None:
+        """Claim the attempt. Answered with a token, all later calls use that.
+
+        Raises:
+            What ``call`` raises.
+        """
+        self._registration = request
+        _, trailing = await self._unary("Register", request, self._launch_token)
+        self.use_token(str(trailing.get(TOKEN_KEY, "")))
+
+    def use_token(self, token: str) -> None:
+        """The token of every call from now on; empty: keep the one there is."""
+        self._token = token or self._token
+
+    async def token_again(self, refused: str) -> bool:
+        """Another token than the one that was refused, by registering once more; False when there can be none.
+
+        A renewed token lives for minutes: after a longer absence of the control plane it has expired, and the token of
+        the launch still says who we are.
+
+        Raises:
+            What ``call`` raises.
+        """
+        async with self._registering:
+            if self._token == refused != self._launch_token:
+                await self.register(self._registration)
+            return self._token != refused
 
     async def call(self, name: str, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         """One unary call, with further metadata beside ours.
@@ -123,27 +164,46 @@ class ControlPlane:
         Raises:
             GatewayUnavailable, InvalidToken, ClaimRefused, Fenced, NotFound, CallRefused: see ``map_error``.
         """
+        token = self._token
+        try:
+            answer, _ = await self._unary(name, request, token, metadata)
+        except InvalidToken:
+            if not await self.token_again(token):
+                raise
+            answer, _ = await self._unary(name, request, self._token, metadata)
+        return answer
+
+    async def _unary(
+        self, name: str, request: Any, token: str, metadata: Sequence[tuple[str, str]] = ()
+    ) -> tuple[Any, dict[str, Any]]:
         method = METHODS[name]
         stub = self._channel.unary_unary(method.path, serialize, method.response.FromString)
+        sent: Any = stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=(*self._metadata(token), *metadata))
         try:
-            answer = await stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=(*self._metadata, *metadata))
+            answer = await sent
+            trailing = dict(await sent.trailing_metadata() or ())
         except grpc.aio.AioRpcError as error:
             raise _mapped(error) from error
         self.answered_at = time.monotonic()
-        return answer
+        return answer, trailing
+
+    def _metadata(self, token: str) -> Sequence[tuple[str, str]]:
+        own = ((SESSION_KEY, self._session), (CAPABILITIES_KEY, RENEWS_TOKEN))
+        return ((AUTHORIZATION_KEY, f"Bearer {token}"), *own)
 
     def open_log_stream(self) -> LogStream:
         """A new StreamLogs call."""
         method = METHODS["StreamLogs"]
         stub: Any = self._channel.stream_stream(method.path, None, method.response.FromString)
-        return LogStream(stub(metadata=self._metadata))
+        return LogStream(stub(metadata=self._metadata(self._token)), self._token)
 
 
 class LogStream:
     """One StreamLogs call; lines go in serialized, acknowledged line numbers come out."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, call: Any, token: str) -> None:
+        """``token`` is the one that it was opened with."""
+        self._call, self.token = call, token
 
     async def send(self, line: bytes) -> bool:
         """Send one line; False when the stream is over (``acks`` says why)."""

@@ -41,7 +41,7 @@ class AgentConfig:
     #: Whether an interruption that is no cancellation is left to the executor to report: it sees why (an eviction, …).
     leave_interruption: bool = False
     #: The holder of the claim: one per agent process, the same in every call.
-    session: str = field(default_factory=lambda: uuid.uuid4().hex)
+    session: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> AgentConfig:
