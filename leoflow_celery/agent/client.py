@@ -26,6 +26,7 @@ from leoflow_celery.errors import (
     LeoflowError,
     NotFound,
 )
+from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.protocol.service import AUTHORIZATION_KEY, METHODS, REFUSED_KEY, SESSION_KEY, serialize
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ T = TypeVar("T")
 #: One call may take this long before it counts as unanswered.
 CALL_TIMEOUT_SECONDS = 20.0
 _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 2.0
+#: A token that is refused sooner after its exchange will not be better after the next one.
+_EXCHANGE_AGAIN_SECONDS = 10.0
 _OPTIONS: list[tuple[str, Any]] = [
     # A restarted gateway is found again within a second or two.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -109,13 +112,18 @@ def open_channel(config: AgentConfig) -> grpc.aio.Channel:
 
 
 class ControlPlane:
-    """The nine methods of AgentService, as one holder."""
+    """The methods of AgentService, as one holder.
+
+    An agent without a token first exchanges what its pod's file holds for one, and again when that was refused (it has
+    expired). The token is kept in memory alone.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, config: AgentConfig) -> None:
         self._channel = channel
         #: When a unary call was last answered (monotonic): the control plane was there.
         self.answered_at = 0.0
-        self._metadata = ((AUTHORIZATION_KEY, f"Bearer {config.token}"), (SESSION_KEY, config.session))
+        self._token, self._token_path, self._session = config.token, config.token_path, config.session
+        self._exchanging, self._exchanged_at = asyncio.Lock(), float("-inf")
 
     async def call(self, name: str, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         """One unary call, with further metadata beside ours.
@@ -123,27 +131,77 @@ class ControlPlane:
         Raises:
             GatewayUnavailable, InvalidToken, ClaimRefused, Fenced, NotFound, CallRefused: see ``map_error``.
         """
+        if not self._token:
+            await self._exchange("")
+        token = self._token
+        try:
+            return await self._call(name, request, (*self._credentials(token), *metadata))
+        except InvalidToken as error:
+            await self.replace_token(token, error)
+        return await self._call(name, request, (*self._credentials(self._token), *metadata))
+
+    async def replace_token(self, refused: str, error: InvalidToken) -> None:
+        """Get another token than the one that was refused.
+
+        Raises:
+            InvalidToken: there is no other; ``error`` itself when none was asked for.
+            GatewayUnavailable, ClaimRefused: as the exchange was answered.
+        """
+        if self._token == refused:
+            if not self._token_path or time.monotonic() - self._exchanged_at < _EXCHANGE_AGAIN_SECONDS:
+                raise error
+            await self._exchange(refused)
+
+    async def _exchange(self, refused: str) -> None:
+        async with self._exchanging:
+            if self._token != refused:
+                return  # another call has exchanged it meanwhile
+            proof = _read_proof(self._token_path)
+            try:
+                answer = await self._call("ExchangeToken", pb.ExchangeTokenRequest(), _bearer(proof))
+            except CallRefused as error:
+                raise InvalidToken("refused", f"the control plane gives this pod no token: {error}") from error
+            if not answer.agent_token:
+                raise InvalidToken("refused", "the control plane answered the exchange without a token")
+            self._token, self._exchanged_at = answer.agent_token, time.monotonic()
+
+    def _credentials(self, token: str) -> tuple[tuple[str, str], ...]:
+        return (*_bearer(token), (SESSION_KEY, self._session))
+
+    async def _call(self, name: str, request: Any, metadata: Sequence[tuple[str, str]]) -> Any:
         method = METHODS[name]
         stub = self._channel.unary_unary(method.path, serialize, method.response.FromString)
         try:
-            answer = await stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=(*self._metadata, *metadata))
+            answer = await stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=tuple(metadata))
         except grpc.aio.AioRpcError as error:
             raise _mapped(error) from error
         self.answered_at = time.monotonic()
         return answer
 
     def open_log_stream(self) -> LogStream:
-        """A new StreamLogs call."""
+        """A new StreamLogs call, with the token of the calls before it."""
         method = METHODS["StreamLogs"]
         stub: Any = self._channel.stream_stream(method.path, None, method.response.FromString)
-        return LogStream(stub(metadata=self._metadata))
+        return LogStream(stub(metadata=self._credentials(self._token)), self._token)
+
+
+def _bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return ((AUTHORIZATION_KEY, f"Bearer {token}"),)
+
+
+def _read_proof(path: str) -> str:
+    """The service account's token, as it is now: the kubelet replaces it."""
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"LEOFLOW_AGENT_TOKEN_PATH={path} cannot be read: {error}") from error
 
 
 class LogStream:
     """One StreamLogs call; lines go in serialized, acknowledged line numbers come out."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, call: Any, token: str) -> None:
+        self._call, self.token = call, token
 
     async def send(self, line: bytes) -> bool:
         """Send one line; False when the stream is over (``acks`` says why)."""

@@ -117,6 +117,8 @@ class LogShipper:
             if not sender.done():
                 raise GatewayUnavailable("the control plane closed the log stream early")
             self._acknowledge(self._spool.next - 1)
+        except InvalidToken as error:
+            await self._plane.replace_token(stream.token, error)
         finally:
             sender.cancel()
             stream.cancel()

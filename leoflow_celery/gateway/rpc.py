@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -16,31 +16,40 @@ import grpc.aio
 
 from leoflow_celery import metrics
 from leoflow_celery.errors import InvalidToken
-from leoflow_celery.gateway.callers import Authenticator, Caller
+from leoflow_celery.gateway.callers import Caller
 from leoflow_celery.gateway.refusals import Refusal, refusal_of
 from leoflow_celery.protocol.service import METHODS, SERVICE, Method, serialize
 
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Unary = Callable[[Caller, Any], Awaitable[Any]]
+Metadata = Iterable[tuple[str, str | bytes]] | None
+#: Who calls, from a call's metadata and its peer: what the method's function takes first.
+Authenticate = Callable[[Metadata, Callable[[], str]], Any]
+Unary = Callable[[Any, Any], Awaitable[Any]]
 Stream = Callable[[Caller, Context], Awaitable[None]]
 
 
 def agent_service(
-    authenticate: Authenticator, unary: Mapping[str, Unary], streams: Mapping[str, Stream]
+    authenticate: Authenticate,
+    unary: Mapping[str, Unary],
+    streams: Mapping[str, Stream],
+    otherwise: Mapping[str, Authenticate],
 ) -> grpc.GenericRpcHandler:
-    """The AgentService over functions, one for each method of the protocol."""
+    """The AgentService over functions, one for each method of the protocol.
+
+    ``otherwise`` authenticates the methods it names; their functions take what it returns instead of a ``Caller``.
+    """
     handlers = {
         method.name: _stream_handler(method, streams[method.name], authenticate)
         if method.streaming
-        else _unary_handler(method, unary[method.name], authenticate)
+        else _unary_handler(method, unary[method.name], otherwise.get(method.name, authenticate))
         for method in METHODS.values()
     }
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
-def _unary_handler(method: Method, function: Unary, authenticate: Authenticator) -> Any:
+def _unary_handler(method: Method, function: Unary, authenticate: Authenticate) -> Any:
     async def call(request: Any, context: Context) -> Any:
         try:
             return await function(authenticate(context.invocation_metadata(), context.peer), request)
@@ -50,7 +59,7 @@ def _unary_handler(method: Method, function: Unary, authenticate: Authenticator)
     return grpc.unary_unary_rpc_method_handler(call, method.request.FromString, serialize)
 
 
-def _stream_handler(method: Method, function: Stream, authenticate: Authenticator) -> Any:
+def _stream_handler(method: Method, function: Stream, authenticate: Authenticate) -> Any:
     async def call(_requests: object, context: Context) -> None:
         try:
             await function(authenticate(context.invocation_metadata(), context.peer), context)

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.gateway.callers import Authenticator, Caller, ForeignHolders
 from leoflow_celery.gateway.claims import Claims
+from leoflow_celery.gateway.exchange import Exchange, open_reviewer
 from leoflow_celery.gateway.health import Health
 from leoflow_celery.gateway.heartbeats import Heartbeats
 from leoflow_celery.gateway.journal import Journal
@@ -79,11 +80,16 @@ class GatewayServer:
             flush_seconds=settings.gateway.heartbeat_flush_seconds,
             on_database=self._health.database,
         )
+        self._exchange = Exchange(self._runtime, threads, open_reviewer(settings))
         self._service = agent_service(
-            authenticate, self._unary(settings, policy), {"StreamLogs": self._streams.stream_logs}
+            authenticate,
+            self._unary(settings, policy),
+            {"StreamLogs": self._streams.stream_logs},
+            {"ExchangeToken": self._exchange.authenticate},
         )
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
+        self._checking_rights: asyncio.Task[None] | None = None
         self.port = 0
 
     def _unary(self, settings: Settings, policy: ChannelPolicy) -> dict[str, Unary]:
@@ -102,6 +108,7 @@ class GatewayServer:
             "Heartbeat": self._heartbeats.heartbeat,
             "GetVariables": self._identified(secrets.get_variables),
             "GetConnections": self._identified(secrets.get_connections),
+            "ExchangeToken": self._exchange.exchange_token,
         }
 
     def _identified(self, function: Unary) -> Unary:
@@ -131,6 +138,7 @@ class GatewayServer:
         await self._health.begin()
         await self._heartbeats.flush()
         await server.start()
+        self._checking_rights = asyncio.create_task(self._exchange.warn_of_missing_rights())
         self._loops = [asyncio.create_task(loop) for loop in (self._heartbeats.run(), self._journal.run())]
         log.info("gateway.listening", extra={"address": self.address})
         return self.port
@@ -151,6 +159,8 @@ class GatewayServer:
         """Refuse new calls, let open ones finish, write what is in memory, and release everything."""
         grace = self._settings.shutdown_grace_seconds if grace_seconds is None else grace_seconds
         await self._health.end()
+        if self._checking_rights is not None:
+            self._checking_rights.cancel()
         if self._server is not None:
             stopping = asyncio.create_task(self._server.stop(grace))
             self._streams.close()
@@ -158,6 +168,7 @@ class GatewayServer:
         await self._stop_loops()
         self._journal.close()
         await asyncio.to_thread(self._threads.close)
+        self._exchange.close()
         self._runtime.close()
 
     async def abort(self) -> None:

@@ -107,7 +107,7 @@ def _report_failure(task: LeoflowTask, attempt: AttemptId, outcome: Outcome) -> 
 def _start(task: LeoflowTask, attempt: AttemptId, sealed: str) -> Launched:
     try:
         request = TaskRequest.model_validate(task.runtime.sealer.open(sealed)["request"])
-        return _execute(task, LaunchSpec(request, attempt))
+        return _execute(task, LaunchSpec(request, attempt, task.runtime.sealer))
     except (TransientLaunchError, PermanentLaunchError):
         raise
     except Unsealable as error:
