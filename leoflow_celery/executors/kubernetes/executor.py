@@ -157,8 +157,11 @@ class KubernetesExecutor:
         with self._taken_back_when_refused(launch.name, uid):
             try:
                 self._api.patch(self._api.pods_path(launch.name), body, operation="patch_pod")
-            except NotFound as error:
-                message = f"pod {launch.name} existed a moment ago and is gone"
+            except ApiError as error:
+                is_another = any(cause.get("field") == "metadata.uid" for cause in error.causes)
+                if not is_another and not isinstance(error, NotFound):
+                    raise
+                message = f"pod {launch.name} existed a moment ago and is gone, or another one has its name"
                 raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message) from error
 
     def _create(self, launch: LaunchSpec, pod: Json) -> tuple[Json, bool]:

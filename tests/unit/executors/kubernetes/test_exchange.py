@@ -40,9 +40,7 @@ def test_a_pod_holds_no_token_and_its_secret_only_the_requests_variables() -> No
 def test_the_kubelet_gives_it_a_short_token_for_our_gateway_alone() -> None:
     pod = built()
     source = {"audience": "leoflow-agent", "expirationSeconds": 600, "path": "token"}
-    assert projected(pod) == [
-        {"name": "leoflow-identity", "projected": {"sources": [{"serviceAccountToken": source}]}}
-    ]
+    assert projected(pod) == [{"name": "leoflow-identity", "projected": {"sources": [{"serviceAccountToken": source}]}}]
     assert task(pod)["volumeMounts"] == [MOUNT]
     assert pod["spec"]["automountServiceAccountToken"] is False, "nothing for the API server itself"
 
