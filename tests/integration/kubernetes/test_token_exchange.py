@@ -1,4 +1,4 @@
-"""Pods without a token on a real cluster: who is vouched for, what the API server says of a token, and what strangers get.
+"""Pods without a token on a real cluster: who is vouched for, what the API server says, and what strangers get.
 
 A stranger here may do in the namespace of task pods what an administrator may, but has none of our keys.
 """
