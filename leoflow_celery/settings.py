@@ -63,12 +63,16 @@ class SecuritySettings(BaseSettings):
 
     model_config = _config("LEOFLOW_")
 
-    #: Signs agent tokens (HS256, at least 32 bytes).
+    #: Secrets of agent tokens (HS256, at least 32 bytes each), comma separated, newest first: the first signs, each of
+    #: them verifies (rotation).
     jwt_secret: SecretStr = SecretStr("")
     #: Fernet keys, comma separated, newest first: the first seals, all of them open (rotation).
     seal_keys: SecretStr = SecretStr("")
-    #: Lifetime of an agent token. Longer than any task may wait and run; the claim, not the token, ends access.
+    #: Lifetime of the token an agent is launched with. Longer than any task may wait and run; the claim, not the token,
+    #: ends access, and an agent that renews can use it for Register only.
     agent_token_ttl_seconds: int = 7 * 24 * 3600
+    #: Lifetime of the tokens that such an agent gets from then on; heartbeats bring the next one after a third of it.
+    agent_token_renewed_ttl_seconds: Annotated[float, Field(gt=0)] = 15 * 60
 
 
 class GatewaySettings(BaseSettings):
@@ -90,6 +94,8 @@ class GatewaySettings(BaseSettings):
     secrets_path: Path | None = None
     #: A holder silent for longer can be replaced. Six heartbeats.
     lease_seconds: float = 90
+    #: For how long after its end a holder may repeat its report and send its last log lines.
+    ended_access_seconds: Annotated[float, Field(ge=0)] = 300
     #: Heartbeats are written to SQL together, this often.
     heartbeat_flush_seconds: float = 1.0
     #: Threads that talk to SQL.

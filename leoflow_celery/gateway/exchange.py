@@ -26,7 +26,7 @@ from leoflow_celery.errors import (
 )
 from leoflow_celery.executors.base import Sealing
 from leoflow_celery.executors.identity import AUDIENCE, SEAL, PodReviewer, PresentedPod, Voucher, attempt_in
-from leoflow_celery.gateway.refusals import NotPermitted, NotPossible
+from leoflow_celery.gateway.rpc import NotPermitted, NotPossible
 from leoflow_celery.gateway.threads import REVIEW_THREADS, Threads
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.protocol.service import AUTHORIZATION_KEY
@@ -69,7 +69,7 @@ class Exchange:
         self._open = 0
 
     def authenticate(
-        self, metadata: Iterable[tuple[str, str | bytes]] | None, _peer: Callable[[], str]
+        self, metadata: Iterable[tuple[str, str | bytes]] | None, _peer: Callable[[], str], _method: str
     ) -> tuple[PodReviewer, str]:
         """The token that a call presents, once it looks like one worth asking the cluster about.
 

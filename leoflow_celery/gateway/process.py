@@ -12,6 +12,7 @@ import uvloop
 
 from leoflow_celery import metrics
 from leoflow_celery.app.logging import log_to_stderr
+from leoflow_celery.gateway.rpc import bound_logs
 from leoflow_celery.gateway.server import GatewayServer
 from leoflow_celery.settings import Settings
 
@@ -25,6 +26,7 @@ def run(settings: Settings) -> int:
         ConfigurationError: a setting is missing or cannot work, or the address cannot be listened on.
     """
     log_to_stderr()
+    bound_logs()
     raise_open_files_limit()
     end_metrics = metrics.serve(settings.gateway.metrics_port)
     try:

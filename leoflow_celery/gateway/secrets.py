@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from leoflow_celery.errors import ConfigurationError
-from leoflow_celery.gateway.callers import Caller
-from leoflow_celery.gateway.claims import Claims
-from leoflow_celery.gateway.refusals import NotPossible
+from leoflow_celery.gateway.rpc import NotPossible
+from leoflow_celery.gateway.sessions import Caller, Claims
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.gateway.values import ValueProvider, open_provider
 from leoflow_celery.protocol import agent_pb2 as pb

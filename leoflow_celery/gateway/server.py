@@ -8,22 +8,18 @@ import logging
 from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 
 from leoflow_celery.errors import ConfigurationError
-from leoflow_celery.gateway.callers import Authenticator, Caller, ForeignHolders
-from leoflow_celery.gateway.claims import Claims
 from leoflow_celery.gateway.exchange import Exchange, open_reviewer
 from leoflow_celery.gateway.health import Health
 from leoflow_celery.gateway.heartbeats import Heartbeats
 from leoflow_celery.gateway.journal import Journal
 from leoflow_celery.gateway.lifecycle import Lifecycle
-from leoflow_celery.gateway.log_access import LogAccess
 from leoflow_celery.gateway.log_streams import LogStreams
 from leoflow_celery.gateway.notify import Notifier, OnFinished, nudge_results
-from leoflow_celery.gateway.registry import HolderRegistry
 from leoflow_celery.gateway.rpc import Unary, agent_service
 from leoflow_celery.gateway.secrets import ChannelPolicy, SecretMethods
+from leoflow_celery.gateway.sessions import Authenticator, Caller, Claims, ForeignHolders, HolderRegistry
 from leoflow_celery.gateway.specs import Specs
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.gateway.tls import Certificate
@@ -38,6 +34,9 @@ _MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    # Identity only: the limit above is on what arrives, and a kilobyte of it could unpack to a gigabyte before anybody
+    # is asked for a token.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # Two gateways on one port would each see half of the agents; the second one must fail instead.
     ("grpc.so_reuseport", 0),
     # Agents behind NAT keep idle connections open with pings; a dead agent's connection is noticed within a minute.
@@ -66,18 +65,28 @@ class GatewayServer:
         self._notifier = Notifier(on_finished or nudge_results(self._runtime), threads.notify)
         self._registry, self._foreign = HolderRegistry(), ForeignHolders()
         store = self._runtime.store
-        self._claims = Claims(store.holders, self._foreign, threads)
+        gateway = settings.gateway
+        self._claims = Claims(
+            store,
+            self._foreign,
+            self._registry,
+            threads,
+            lease_seconds=gateway.lease_seconds,
+            ended_access_seconds=gateway.ended_access_seconds,
+        )
         self._health = Health()
         self._journal = Journal(store.logs, threads.logs)
-        access = LogAccess(store.holders, self._registry, self._foreign, threads)
-        self._streams = LogStreams(access, self._registry, self._journal)
+        self._streams = LogStreams(self._claims, self._registry, self._foreign, self._journal)
         self._heartbeats = Heartbeats(
             store,
+            self._runtime.tokens,
             self._registry,
             self._claims,
             threads,
-            lease_seconds=settings.gateway.lease_seconds,
-            flush_seconds=settings.gateway.heartbeat_flush_seconds,
+            gateway=self._foreign.gateway,
+            lease_seconds=gateway.lease_seconds,
+            flush_seconds=gateway.heartbeat_flush_seconds,
+            ended_access_seconds=gateway.ended_access_seconds,
             on_database=self._health.database,
         )
         self._exchange = Exchange(self._runtime, threads, open_reviewer(settings))
@@ -98,7 +107,17 @@ class GatewayServer:
         specs = Specs(store.attempts, self._runtime.sealer, policy, task_secrets, self._notifier, threads)
         xcoms = XComMethods(store, specs, self._claims, threads, settings.xcom)
         secrets = SecretMethods(gateway, policy, self._claims, threads)
-        lifecycle = Lifecycle(store, self._registry, self._foreign, self._notifier, threads, gateway.lease_seconds)
+        lifecycle = Lifecycle(
+            store,
+            self._runtime.tokens,
+            self._registry,
+            self._foreign,
+            self._claims,
+            self._journal,
+            self._notifier,
+            threads,
+            gateway.lease_seconds,
+        )
         return {
             "Register": lifecycle.register,
             "GetTaskSpec": self._identified(specs.get_task_spec),
@@ -132,8 +151,7 @@ class GatewayServer:
             ConfigurationError: the address cannot be listened on, or the TLS files cannot be used.
         """
         self._server = server = grpc.aio.server(options=_OPTIONS)
-        server.add_generic_rpc_handlers((self._service,))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        server.add_generic_rpc_handlers((self._service, self._health.service))
         self.port = self._bind(server)
         await self._health.begin()
         await self._heartbeats.flush()

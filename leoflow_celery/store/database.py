@@ -17,6 +17,8 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 from tenacity import retry, retry_if_exception_message, stop_after_delay, wait_random
 
 from leoflow_celery.errors import ConfigurationError, DatabaseUnavailable
@@ -26,6 +28,23 @@ Item = TypeVar("Item")
 
 #: Rows per statement: far below every database's limit of bound parameters.
 CHUNK_ROWS = 500
+
+
+class SecondsSince(FunctionElement[float]):
+    """The seconds since a timestamp column, by the database's clock; NULL for NULL."""
+
+    type = sa.Double()
+    inherit_cache = True
+
+
+@compiles(SecondsSince, "postgresql")
+def _postgresql_seconds_since(element: SecondsSince, compiler: Any, **options: Any) -> str:
+    return f"EXTRACT(EPOCH FROM clock_timestamp() - {compiler.process(element.clauses, **options)})"
+
+
+@compiles(SecondsSince, "sqlite")
+def _sqlite_seconds_since(element: SecondsSince, compiler: Any, **options: Any) -> str:
+    return f"((julianday('now') - julianday({compiler.process(element.clauses, **options)})) * 86400.0)"
 
 
 def parse_url(text: str) -> URL:

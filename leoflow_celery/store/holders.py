@@ -12,30 +12,29 @@ from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import Fenced
 from leoflow_celery.store.attempts import Beat, BeatVerdicts, batched
-from leoflow_celery.store.database import Database
+from leoflow_celery.store.database import Database, SecondsSince
 from leoflow_celery.store.models import TaskInstance, is_live, table_of
 from leoflow_celery.store.xcom.base import XComStore
 
 _T = table_of(TaskInstance).c
 _CHUNK = 500
+_CLAIM = sa.select(_T.launch, _T.state, _T.holder, SecondsSince(_T.lease_until), SecondsSince(_T.ended_at)).where(
+    _T.task_instance_id == sa.bindparam("p_ti"), _T.try_number == sa.bindparam("p_try")
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The claim on a try as it stands; ``attempt`` is the current launch."""
+    """The claim on a try as it stands; ``attempt`` is the current launch. Seconds are by the database's clock.
+
+    ``lease_left_seconds`` is negative when it ran out; ``ended_seconds`` is the time since the end.
+    """
 
     attempt: AttemptId
     state: TaskState
     holder: str | None
-    lease_until: float | None
-
-    def belongs_to(self, attempt: AttemptId, holder: str) -> bool:
-        """Whether this is the holder of this launch, ended or not."""
-        return self.attempt == attempt and self.holder == holder
-
-    def is_live_for(self, attempt: AttemptId, holder: str) -> bool:
-        """Whether the holder may still change something."""
-        return self.belongs_to(attempt, holder) and self.state not in TERMINAL
+    lease_left_seconds: float | None
+    ended_seconds: float | None = None
 
 
 class HolderStore:
@@ -56,14 +55,31 @@ class HolderStore:
 
     def claim(self, task_instance_id: str, try_number: int) -> Claim | None:
         """The claim on a try, None when the try is not recorded."""
-        query = sa.select(_T.launch, _T.state, _T.holder, _T.lease_until).where(
-            _T.task_instance_id == task_instance_id, _T.try_number == try_number
-        )
         with self._database.reading() as connection:
-            row = connection.execute(query).first()
+            row = connection.execute(_CLAIM, {"p_ti": task_instance_id, "p_try": try_number}).first()
         if row is None:
             return None
-        return Claim(AttemptId(task_instance_id, try_number, row[0]), TaskState(row[1]), row[2], row[3])
+        launch, state, holder, past_lease, since_end = row
+        ended = TaskState(state) in TERMINAL
+        return Claim(
+            AttemptId(task_instance_id, try_number, launch),
+            TaskState(state),
+            holder,
+            None if past_lease is None else -float(past_lease),
+            max(float(since_end or 0), 0.0) if ended else None,
+        )
+
+    def hand_over(self, attempt: AttemptId, before: str, after: str) -> bool:
+        """Rename the holder of a live attempt; False when it has another one by now. Its lease stays as it is."""
+        held = sa.and_(
+            _T.task_instance_id == attempt.task_instance_id,
+            _T.try_number == attempt.try_number,
+            _T.launch == attempt.launch,
+            _T.holder == before,
+            is_live(),
+        )
+        with self._database.transaction() as connection:
+            return bool(connection.execute(sa.update(table_of(TaskInstance)).where(held).values(holder=after)).rowcount)
 
     def verdicts(self, beats: Collection[Beat]) -> BeatVerdicts:
         """What ``AttemptStore.heartbeat`` would find, without renewing anything."""
@@ -106,5 +122,5 @@ class HolderStore:
             held = held.with_for_update()
         with self._database.transaction() as connection:
             if connection.execute(held).first() is None:
-                raise Fenced(f"attempt {attempt} is not held by {holder} any more")
+                raise Fenced(f"attempt {attempt} is not held by the writer any more")
             self._xcom.put(items, connection)

@@ -46,6 +46,14 @@ class LeaseStore:
         with self._database.transaction() as connection:
             connection.execute(sa.delete(_TABLE).where(_TABLE.c.name == name, _TABLE.c.holder == holder))
 
+    def forget(self, prefix: str, older_than_seconds: float) -> None:
+        """Remove leases whose names start with ``prefix`` and that ran out so long ago: nobody will take them again."""
+        old = sa.and_(
+            _TABLE.c.name.startswith(prefix, autoescape=True), _TABLE.c.until < time.time() - older_than_seconds
+        )
+        with self._database.transaction() as connection:
+            connection.execute(sa.delete(_TABLE).where(old))
+
     @contextmanager
     def single_flight(self, name: str, ttl_seconds: float) -> Iterator[bool]:
         """True inside for the one caller that may work; the lease ends with the block or with its time."""

@@ -24,7 +24,7 @@ from leoflow_celery.executors.identity import AUDIENCE, SEAL
 from leoflow_celery.executors.kubernetes import KubernetesExecutor
 from leoflow_celery.executors.kubernetes.reviews import PodReviews
 from leoflow_celery.gateway.exchange import vouched_attempt
-from leoflow_celery.gateway.refusals import NotPermitted
+from leoflow_celery.gateway.rpc import NotPermitted
 from leoflow_celery.security import Sealer
 from leoflow_celery.settings import KubernetesSettings, Settings
 from tests.support.api_recorder import ApiRecorder, Right, rights_of

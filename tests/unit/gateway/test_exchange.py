@@ -16,7 +16,7 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, ClusterUnavailable, InvalidToken
 from leoflow_celery.executors.identity import SEAL, PresentedPod, Voucher, raw_ids
 from leoflow_celery.gateway.exchange import check_plausible, check_recorded, vouched_attempt
-from leoflow_celery.gateway.refusals import NotPermitted
+from leoflow_celery.gateway.rpc import NotPermitted
 from leoflow_celery.security import Sealer
 from tests.support.launches import launch_spec
 
