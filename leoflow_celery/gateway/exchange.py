@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from leoflow_celery import metrics
 from leoflow_celery.client.messages import open_request
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.routing import ExecutorType
@@ -24,7 +25,7 @@ from leoflow_celery.errors import (
     InvalidToken,
     NotFound,
 )
-from leoflow_celery.executors.base import Sealing
+from leoflow_celery.executors.base import Observer, Sealing
 from leoflow_celery.executors.identity import AUDIENCE, SEAL, PodReviewer, PresentedPod, Voucher, attempt_in
 from leoflow_celery.gateway.rpc import NotPermitted, NotPossible
 from leoflow_celery.gateway.threads import REVIEW_THREADS, Threads
@@ -58,7 +59,12 @@ def open_reviewer(settings: Settings) -> PodReviewer | None:
             f"LEOFLOW_KUBERNETES_AGENT_TOKEN=exchange needs the package {error.name!r}: "
             "pip install 'leoflow-celery[kubernetes]'"
         ) from error
-    return PodReviews(settings.kubernetes, REVIEW_THREADS)
+    return PodReviews(settings.kubernetes, REVIEW_THREADS, _Counted())
+
+
+class _Counted(Observer):
+    def api_call(self, operation: str, result: str) -> None:
+        metrics.record_kubernetes_call(operation, result)
 
 
 class Exchange:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from leoflow_celery.errors import ClusterUnavailable, InvalidToken
+from leoflow_celery.executors.base import Observer
 from leoflow_celery.executors.identity import AUDIENCE, PresentedPod
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
@@ -24,13 +25,13 @@ _CONNECT_SECONDS, _ANSWER_SECONDS = 3.0, 5.0
 class PodReviews:
     """The ``PodReviewer`` of a cluster. Thread-safe."""
 
-    def __init__(self, settings: KubernetesSettings, connections: int) -> None:
+    def __init__(self, settings: KubernetesSettings, connections: int, observer: Observer | None = None) -> None:
         """Raises ConfigurationError when there is no usable configuration. Calls no server."""
         limits = {
             "connect_timeout_seconds": min(settings.connect_timeout_seconds, _CONNECT_SECONDS),
             "request_timeout_seconds": min(settings.request_timeout_seconds, _ANSWER_SECONDS),
         }
-        self._api = KubernetesApi.from_settings(settings.model_copy(update=limits), connections)
+        self._api = KubernetesApi.from_settings(settings.model_copy(update=limits), connections, observer)
 
     @property
     def namespace(self) -> str:

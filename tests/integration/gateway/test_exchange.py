@@ -119,6 +119,22 @@ def test_a_pod_gets_the_token_of_its_attempt_and_can_do_with_it_what_any_agent_c
     assert world.view(request).state is TaskState.SUCCESS
 
 
+def test_user_code_that_exchanges_the_file_it_finds_can_do_nothing_while_the_agent_holds_the_claim(
+    world: World, cluster: PlayedCluster
+) -> None:
+    request = world.submit(recorded_executor=ExecutorType.KUBERNETES)
+    proof = make_pod(cluster, request)
+    agent = world.agent_with(exchange(world, proof))
+    agent.run()
+    for session in ("of-its-own", None):
+        user_code = world.agent_with(exchange(world, proof), session)
+        assert refused(user_code.register).code() is CODE.FAILED_PRECONDITION
+        assert refused(user_code.spec).code() in (CODE.ABORTED, CODE.UNAUTHENTICATED)
+        assert refused(user_code.push, b"1").code() in (CODE.ABORTED, CODE.UNAUTHENTICATED)
+        assert not user_code.report(pb.TASK_STATE_SUCCESS).acknowledged
+    assert agent.report(pb.TASK_STATE_SUCCESS).acknowledged
+
+
 def test_a_proof_is_no_agent_token_and_an_agent_token_no_proof(world: World, cluster: PlayedCluster) -> None:
     request = world.submit(recorded_executor=ExecutorType.KUBERNETES)
     proof = make_pod(cluster, request)

@@ -131,8 +131,9 @@ def request(command: str, **fields: Any) -> TaskRequest:
     )
 
 
-def secrets_of(namespace: Namespace) -> list[Manifest]:
-    return namespace.items("secrets", "leoflow.io/run-id")
+def secrets_of(world: World, launch: LaunchSpec) -> list[Manifest]:
+    found = world.namespace.items("secrets", "leoflow.io/run-id")
+    return [one for one in found if one["metadata"]["name"].startswith(launch.name)]
 
 
 def test_a_pod_finds_its_own_proof_in_a_file_and_a_token_nowhere(world: World) -> None:
@@ -141,7 +142,7 @@ def test_a_pod_finds_its_own_proof_in_a_file_and_a_token_nowhere(world: World) -
     printed = wait_until(lambda: "..data" in (text := world.namespace.log(launch.name)) and text, 30, "it looked")
     assert "10001" in printed.splitlines()
     assert "canary-t0ken" not in printed + yaml.safe_dump(world.pod(launch.name))
-    assert secrets_of(world.namespace) == []
+    assert secrets_of(world, launch) == []
     assert f"LEOFLOW_AGENT_TOKEN_PATH={TOKEN}" in printed
     (proof,) = [line for line in printed.splitlines() if line.startswith("eyJ")]
     assert world.attempt_of(proof) == launch.attempt
@@ -164,11 +165,11 @@ def _as(world: World, token: str) -> Namespace:
 
 def test_the_requests_variables_are_all_that_its_secret_has(world: World) -> None:
     launch, _ = world.start(env={"REGION": "eu"})
-    (secret,) = secrets_of(world.namespace)
+    (secret,) = secrets_of(world, launch)
     assert list(secret["data"]) == ["REGION"]
     assert world.attempt_of(world.token_of(launch.name)) == launch.attempt
+    assert secret["metadata"]["ownerReferences"][0]["uid"] == world.pod(launch.name)["metadata"]["uid"]
     world.executor.cancel(launch.name, 0)
-    wait_until(lambda: not secrets_of(world.namespace), 60, "it goes with its pod")
 
 
 def test_a_second_delivery_finds_a_vouched_pod_and_leaves_it_alone(world: World) -> None:
