@@ -27,7 +27,7 @@ from leoflow_celery.errors import (
 )
 from leoflow_celery.executors.base import Observer, Sealing
 from leoflow_celery.executors.identity import AUDIENCE, SEAL, PodReviewer, PresentedPod, Voucher, attempt_in
-from leoflow_celery.gateway.rpc import NotPermitted, NotPossible
+from leoflow_celery.gateway.rpc import REFUSED_EXCHANGES, NotPermitted, NotPossible
 from leoflow_celery.gateway.threads import REVIEW_THREADS, Threads
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.protocol.service import AUTHORIZATION_KEY
@@ -36,6 +36,7 @@ from leoflow_celery.settings import Settings
 from leoflow_celery.store.views import TaskInstanceView
 
 log = logging.getLogger(__name__)
+refused_log = logging.getLogger(REFUSED_EXCHANGES)
 
 _MAX_TOKEN_CHARACTERS = 8_192
 #: Clocks of the cluster and of the gateway may differ so much.
@@ -106,10 +107,10 @@ class Exchange:
             pod = await self._threads.review(reviewer.pod_of, token)
             answer = await self._threads.store(self._token_of, pod)
         except NotPermitted as error:
-            log.warning("exchange.refused", extra={"why": str(error)})
+            refused_log.warning("exchange.refused", extra={"why": str(error)})
             raise
         except ClusterUnavailable as error:
-            log.warning("exchange.unanswered", extra={"why": str(error)})
+            refused_log.warning("exchange.unanswered", extra={"why": str(error)})
             raise
         finally:
             self._open -= 1

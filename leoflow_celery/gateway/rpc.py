@@ -45,6 +45,8 @@ Stream = Callable[["Caller", Context], Awaitable[None]]
 
 #: Loggers of grpc's own server: they write a traceback for much that a stranger may send.
 _FOREIGN_LOGGERS = ("grpc", "grpc._cython.cygrpc", "grpc.aio", "grpc.aio._server")
+#: The logger of exchanges that were not granted.
+REFUSED_EXCHANGES = "leoflow_celery.gateway.exchange.refused"
 _LOGGED_PER_MINUTE = 20
 _MINUTE_SECONDS = 60.0
 
@@ -202,6 +204,7 @@ class Bounded(logging.Filter):
 def bound_logs() -> None:
     """Limit what callers can make this process log; for the process that is a gateway and nothing else."""
     log.addFilter(Bounded())
+    logging.getLogger(REFUSED_EXCHANGES).addFilter(Bounded())
     foreign = Bounded(foreign=True)
     for name in _FOREIGN_LOGGERS:
         logging.getLogger(name).addFilter(foreign)
