@@ -83,15 +83,15 @@ class Exchange:
             NotPossible: this gateway exchanges no tokens.
             InvalidToken: it cannot be the token of a task's pod.
         """
-        if self._reviewer is None:
-            raise NotPossible(
-                "this gateway exchanges no tokens: give it LEOFLOW_KUBERNETES_AGENT_TOKEN=exchange, as its workers have"
-            )
         header = dict(metadata or ()).get(AUTHORIZATION_KEY, "")
         scheme, _, token = header.partition(" ") if isinstance(header, str) else ("", "", "")
         if scheme.lower() != "bearer" or not token:
             raise InvalidToken("missing", "send metadata 'authorization: Bearer <token of the pod's service account>'")
-        check_plausible(token.strip(), self._reviewer.namespace, time.time())
+        check_plausible(token.strip(), time.time(), self._reviewer.namespace if self._reviewer is not None else None)
+        if self._reviewer is None:
+            raise NotPossible(
+                "this gateway exchanges no tokens: give it LEOFLOW_KUBERNETES_AGENT_TOKEN=exchange, as its workers have"
+            )
         return self._reviewer, token.strip()
 
     async def exchange_token(
@@ -147,8 +147,8 @@ class Exchange:
             self._reviewer.close()
 
 
-def check_plausible(token: str, namespace: str, now: float) -> None:
-    """Refuse what cannot be the token of a pod there, without asking anybody. What it says of itself proves nothing.
+def check_plausible(token: str, now: float, namespace: str | None = None) -> None:
+    """Refuse what cannot be the token of a pod (in that namespace), without asking anybody. Its words prove nothing.
 
     Raises:
         InvalidToken: the text says why.
@@ -157,7 +157,9 @@ def check_plausible(token: str, namespace: str, now: float) -> None:
     audiences, bound = claims.get("aud"), claims.get("kubernetes.io")
     if AUDIENCE not in ([audiences] if isinstance(audiences, str) else audiences or ()):
         raise InvalidToken("foreign", f"the service account token is not for audience {AUDIENCE!r}")
-    if not isinstance(bound, dict) or bound.get("namespace") != namespace or not isinstance(bound.get("pod"), dict):
+    if not isinstance(bound, dict) or not isinstance(bound.get("pod"), dict):
+        raise InvalidToken("foreign", "the service account token was not given to a pod")
+    if namespace is not None and bound.get("namespace") != namespace:
         raise InvalidToken("foreign", f"the service account token is not of a pod in namespace {namespace!r}")
     expires_at = claims.get("exp")
     if not isinstance(expires_at, int | float) or expires_at + _LEEWAY_SECONDS <= now:

@@ -214,6 +214,7 @@ def test_a_slow_cluster_holds_up_a_bounded_number_of_exchanges_and_no_other_call
 
 
 def test_a_gateway_without_the_setting_names_it(sqlite_world: World) -> None:
+    assert refusal(sqlite_world, "x").code() is CODE.UNAUTHENTICATED
     error = refusal(sqlite_world, identity("uid-1"))
     assert error.code() is CODE.FAILED_PRECONDITION
     assert "LEOFLOW_KUBERNETES_AGENT_TOKEN=exchange" in error.details()

@@ -45,7 +45,7 @@ def jwt(claims: str) -> str:
 
 @pytest.mark.parametrize("good", [token(), token(aud="leoflow-agent"), token(exp=NOW - 30)])
 def test_what_looks_like_a_token_of_a_pod_is_asked_about(good: str) -> None:
-    check_plausible(good, "tasks", NOW)
+    check_plausible(good, NOW, "tasks")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_what_looks_like_a_token_of_a_pod_is_asked_about(good: str) -> None:
 )
 def test_nothing_else_reaches_the_api_server(bad: str, reason: str) -> None:
     with pytest.raises(InvalidToken) as caught:
-        check_plausible(bad, "tasks", NOW)
+        check_plausible(bad, NOW, "tasks")
     assert caught.value.reason == reason
 
 
