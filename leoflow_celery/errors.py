@@ -12,7 +12,8 @@
     ├── Unavailable               a server did not answer; the same call may work later
     │   ├── BrokerUnavailable
     │   ├── DatabaseUnavailable
-    │   └── GatewayUnavailable
+    │   ├── GatewayUnavailable
+    │   └── ClusterUnavailable
     ├── InvalidToken              an agent token that is expired, forged or foreign
     ├── DecryptionFailed                a payload sealed with a key this process does not have
     ├── ClaimRefused              the attempt may not run (again): terminal, superseded or held
@@ -87,6 +88,10 @@ class DatabaseUnavailable(Unavailable):
 
 class GatewayUnavailable(Unavailable):
     """The agent gateway did not answer."""
+
+
+class ClusterUnavailable(Unavailable):
+    """The Kubernetes API server did not answer, or not yet as it should."""
 
 
 class InvalidToken(LeoflowError):

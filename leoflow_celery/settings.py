@@ -236,6 +236,10 @@ class KubernetesSettings(BaseSettings):
     #: How the agent's token and environment reach the pod: a Secret that the pod owns, or plain values in the pod's
     #: specification (one API call less, and readable for everyone who may read pods).
     agent_environment: Literal["secret", "plain"] = "secret"
+    #: Where the agent has its token from. ``secret``: it comes with its environment, as above. ``exchange``: the pod
+    #: has none; its agent shows the gateway a token of the pod's service account and gets the attempt's token for it.
+    #: The gateway needs the same setting: it asks the cluster which pod that is.
+    agent_token: Literal["secret", "exchange"] = "secret"  # noqa: S105 - a place
     #: YAML or JSON of a Pod, merged over our defaults for all pods of this queue (strategic merge); requests go on top.
     pod_template: Path | None = None
     #: Containers cannot write but to /tmp, /staging and other volumes.
@@ -264,6 +268,11 @@ class KubernetesSettings(BaseSettings):
     page_size: int = 500
     #: Last lines of a pod that died without its agent reporting.
     log_tail_lines: int = 50
+
+    @property
+    def exchanges_tokens(self) -> bool:
+        """Whether pods hold no token."""
+        return self.agent_token == "exchange"  # noqa: S105 - a place
 
 
 class DockerSettings(BaseSettings):

@@ -43,6 +43,8 @@ T = TypeVar("T")
 #: One call may take this long before it counts as unanswered.
 CALL_TIMEOUT_SECONDS = 20.0
 _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 2.0
+#: A token that is refused sooner after its exchange will not be better after the next one.
+_EXCHANGE_AGAIN_SECONDS = 10.0
 _OPTIONS: list[tuple[str, Any]] = [
     # A restarted gateway is found again within a second or two.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -119,7 +121,11 @@ def open_channel(config: AgentConfig) -> grpc.aio.Channel:
 
 
 class ControlPlane:
-    """The nine methods of AgentService, as one holder."""
+    """The methods of AgentService, as one holder.
+
+    An agent without a token first exchanges what its pod's file holds for the token of the launch, and again when that
+    was refused (it has expired). No token is ever written down.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, config: AgentConfig) -> None:
         self._channel = channel
@@ -127,6 +133,7 @@ class ControlPlane:
         self.answered_at = 0.0
         self._session = config.session
         self._launch_token = self._token = config.token
+        self._token_path, self._exchanged_at = config.token_path, float("-inf")
         self._registration = pb.RegisterRequest()
         self._registering = asyncio.Lock()
 
@@ -137,7 +144,15 @@ class ControlPlane:
             What ``call`` raises.
         """
         self._registration = request
-        _, trailing = await self._unary("Register", request, self._launch_token)
+        if not self._launch_token:
+            await self._exchange()
+        try:
+            _, trailing = await self._unary("Register", request, self._launch_token)
+        except InvalidToken:
+            if not self._may_exchange:
+                raise
+            await self._exchange()
+            _, trailing = await self._unary("Register", request, self._launch_token)
         self.use_token(str(trailing.get(TOKEN_KEY, "")))
 
     def use_token(self, token: str) -> None:
@@ -145,7 +160,7 @@ class ControlPlane:
         self._token = token or self._token
 
     async def token_again(self, refused: str) -> bool:
-        """Another token than the one that was refused, by registering once more; False when there can be none.
+        """Another token than the one that was refused, by registering or exchanging once more; False without one.
 
         A renewed token lives for minutes: after a longer absence of the control plane it has expired, and the token of
         the launch still says who we are.
@@ -156,7 +171,25 @@ class ControlPlane:
         async with self._registering:
             if self._token == refused != self._launch_token:
                 await self.register(self._registration)
+            elif self._token == refused and self._may_exchange:
+                await self._exchange()
             return self._token != refused
+
+    @property
+    def _may_exchange(self) -> bool:
+        return bool(self._token_path) and time.monotonic() - self._exchanged_at >= _EXCHANGE_AGAIN_SECONDS
+
+    async def _exchange(self) -> None:
+        """Show what the pod's file holds for the token of the launch."""
+        proof = _read_proof(self._token_path)
+        try:
+            answer, _ = await self._unary("ExchangeToken", pb.ExchangeTokenRequest(), proof)
+        except CallRefused as error:
+            raise InvalidToken("refused", f"the control plane gives this pod no token: {error}") from error
+        if not answer.agent_token:
+            raise InvalidToken("refused", "the control plane answered the exchange without a token")
+        self._launch_token = self._token = answer.agent_token
+        self._exchanged_at = time.monotonic()
 
     async def call(self, name: str, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         """One unary call, with further metadata beside ours.
@@ -196,6 +229,14 @@ class ControlPlane:
         method = METHODS["StreamLogs"]
         stub: Any = self._channel.stream_stream(method.path, None, method.response.FromString)
         return LogStream(stub(metadata=self._metadata(self._token)), self._token)
+
+
+def _read_proof(path: str) -> str:
+    """The service account's token, as it is now: the kubelet replaces it."""
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"LEOFLOW_AGENT_TOKEN_PATH={path} cannot be read: {error}") from error
 
 
 class LogStream:

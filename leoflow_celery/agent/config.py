@@ -19,8 +19,11 @@ class AgentConfig:
     """Where the control plane is, who we are, and the agent's limits."""
 
     address: str
+    #: Empty: it is exchanged for what ``token_path`` holds.
     token: str = field(repr=False)
     task_instance_id: str
+    #: A file with a token of the pod's service account, which the kubelet replaces from time to time.
+    token_path: str = ""
     insecure: bool = True
     tls_ca: str = ""
     #: Interpreter of python tasks.
@@ -50,10 +53,12 @@ class AgentConfig:
         Raises:
             ConfigurationError: a variable is missing, no number or neither true nor false; the text names it.
         """
+        path = environ.get("LEOFLOW_AGENT_TOKEN_PATH", "").strip()
         return cls(
             address=_required(environ, "LEOFLOW_CONTROL_PLANE_ADDR"),
-            token=_required(environ, "LEOFLOW_AGENT_TOKEN"),
+            token=environ.get("LEOFLOW_AGENT_TOKEN", "").strip() if path else _required(environ, "LEOFLOW_AGENT_TOKEN"),
             task_instance_id=_required(environ, "LEOFLOW_TASK_INSTANCE_ID"),
+            token_path=path,
             insecure=environ.get("LEOFLOW_AGENT_INSECURE", "").strip().lower() != "false",
             tls_ca=environ.get("LEOFLOW_AGENT_TLS_CA", ""),
             python=environ.get("LEOFLOW_PYTHON") or sys.executable,

@@ -31,18 +31,22 @@ from leoflow_celery.errors import (
 from leoflow_celery.protocol.service import METHODS, REFUSED_KEY, SERVICE, Method, serialize
 
 if TYPE_CHECKING:
-    from leoflow_celery.gateway.sessions import Authenticator, Caller
+    from leoflow_celery.gateway.sessions import Caller
 
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = tuple[tuple[str, str], ...]
-Unary = Callable[["Caller", Any], Awaitable[Any]]
+#: Who calls, from a call's metadata, its peer and its method: what the method's function takes first.
+Authenticate = Callable[[Any, Callable[[], str], str], Any]
+Unary = Callable[[Any, Any], Awaitable[Any]]
 Stream = Callable[["Caller", Context], Awaitable[None]]
 
 #: Loggers of grpc's own server: they write a traceback for much that a stranger may send.
 _FOREIGN_LOGGERS = ("grpc", "grpc._cython.cygrpc", "grpc.aio", "grpc.aio._server")
+#: The logger of exchanges that were not granted.
+REFUSED_EXCHANGES = "leoflow_celery.gateway.exchange.refused"
 _LOGGED_PER_MINUTE = 20
 _MINUTE_SECONDS = 60.0
 
@@ -114,19 +118,25 @@ def decoded(kind: type[M], raw: bytes) -> M:
 
 
 def agent_service(
-    authenticate: Authenticator, unary: Mapping[str, Unary], streams: Mapping[str, Stream]
+    authenticate: Authenticate,
+    unary: Mapping[str, Unary],
+    streams: Mapping[str, Stream],
+    otherwise: Mapping[str, Authenticate],
 ) -> grpc.GenericRpcHandler:
-    """The AgentService over functions, one for each method of the protocol."""
+    """The AgentService over functions, one for each method of the protocol.
+
+    ``otherwise`` authenticates the methods it names; their functions take what it returns instead of a ``Caller``.
+    """
     handlers = {
         method.name: _stream_handler(method, streams[method.name], authenticate)
         if method.streaming
-        else _unary_handler(method, unary[method.name], authenticate)
+        else _unary_handler(method, unary[method.name], otherwise.get(method.name, authenticate))
         for method in METHODS.values()
     }
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
-def _unary_handler(method: Method, function: Unary, authenticate: Authenticator) -> Any:
+def _unary_handler(method: Method, function: Unary, authenticate: Authenticate) -> Any:
     async def call(raw: bytes, context: Context) -> Any:
         try:
             caller = authenticate(context.invocation_metadata(), context.peer, method.name)
@@ -141,7 +151,7 @@ def _unary_handler(method: Method, function: Unary, authenticate: Authenticator)
     return grpc.unary_unary_rpc_method_handler(call, None, serialize)
 
 
-def _stream_handler(method: Method, function: Stream, authenticate: Authenticator) -> Any:
+def _stream_handler(method: Method, function: Stream, authenticate: Authenticate) -> Any:
     """The function reads bytes from the context."""
 
     async def call(_requests: object, context: Context) -> None:
@@ -193,7 +203,7 @@ class Bounded(logging.Filter):
 
 def bound_logs() -> None:
     """Limit what callers can make this process log; for the process that is a gateway and nothing else."""
-    for name in (__name__, "leoflow_celery.gateway.server"):
+    for name in (__name__, "leoflow_celery.gateway.server", REFUSED_EXCHANGES):
         logging.getLogger(name).addFilter(Bounded())
     foreign = Bounded(foreign=True)
     for name in _FOREIGN_LOGGERS:

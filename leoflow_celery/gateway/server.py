@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 
 from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.gateway.exchange import Exchange, open_reviewer
 from leoflow_celery.gateway.health import Health
 from leoflow_celery.gateway.heartbeats import Heartbeats
 from leoflow_celery.gateway.journal import Journal
@@ -90,12 +91,17 @@ class GatewayServer:
             ended_access_seconds=gateway.ended_access_seconds,
             on_database=self._health.database,
         )
+        self._exchange = Exchange(self._services, threads, open_reviewer(settings))
         self._service = agent_service(
-            authenticate, self._unary(settings, policy), {"StreamLogs": self._streams.stream_logs}
+            authenticate,
+            self._unary(settings, policy),
+            {"StreamLogs": self._streams.stream_logs},
+            {"ExchangeToken": self._exchange.authenticate},
         )
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
+        self._checking_rights: asyncio.Task[None] | None = None
         self.port = 0
 
     def _unary(self, settings: Settings, policy: ChannelPolicy) -> dict[str, Unary]:
@@ -123,6 +129,7 @@ class GatewayServer:
             "Heartbeat": self._heartbeats.heartbeat,
             "GetVariables": self._identified(secrets.get_variables),
             "GetConnections": self._identified(secrets.get_connections),
+            "ExchangeToken": self._exchange.exchange_token,
         }
 
     def _identified(self, function: Unary) -> Unary:
@@ -150,6 +157,7 @@ class GatewayServer:
         await self._heartbeats.flush()
         await server.start()
         self._watch = asyncio.create_task(self._serve_again())
+        self._checking_rights = asyncio.create_task(self._exchange.warn_of_missing_rights())
         self._loops = [asyncio.create_task(loop) for loop in (self._heartbeats.run(), self._journal.run())]
         log.info("gateway.listening", extra={"address": self.address})
         return self.port
@@ -196,8 +204,9 @@ class GatewayServer:
         """Refuse new calls, let open ones finish, write what is in memory, and release everything."""
         grace = self._settings.shutdown_grace_seconds if grace_seconds is None else grace_seconds
         await self._health.end()
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in (self._watch, self._checking_rights):
+            if task is not None:
+                task.cancel()
         if self._server is not None:
             stopping = asyncio.create_task(self._server.stop(grace))
             self._streams.close()
@@ -206,6 +215,7 @@ class GatewayServer:
         self._journal.close()
         await self._secrets.close()
         await asyncio.to_thread(self._threads.close)
+        self._exchange.close()
         self._services.close()
 
     async def abort(self) -> None:

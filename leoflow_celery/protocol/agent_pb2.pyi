@@ -248,3 +248,13 @@ class GetConnectionsResponse(_message.Message):
     CONNECTION_URIS_FIELD_NUMBER: _ClassVar[int]
     connection_uris: _containers.ScalarMap[str, str]
     def __init__(self, connection_uris: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ExchangeTokenRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ExchangeTokenResponse(_message.Message):
+    __slots__ = ("agent_token",)
+    AGENT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    agent_token: str
+    def __init__(self, agent_token: _Optional[str] = ...) -> None: ...

@@ -1,6 +1,6 @@
 """The AgentService as a typed table: one row per method, shared by the gateway and the agent.
 
-Generated stubs would say the same nine times over in 450 lines; grpc's generic handlers and channel methods take
+Generated stubs would say the same ten times over in 450 lines; grpc's generic handlers and channel methods take
 exactly what this table holds.
 """
 
@@ -68,5 +68,6 @@ METHODS: dict[str, Method] = {
         Method("Heartbeat", pb.HeartbeatRequest, pb.HeartbeatResponse),
         Method("GetVariables", pb.GetVariablesRequest, pb.GetVariablesResponse),
         Method("GetConnections", pb.GetConnectionsRequest, pb.GetConnectionsResponse),
+        Method("ExchangeToken", pb.ExchangeTokenRequest, pb.ExchangeTokenResponse),
     )
 }

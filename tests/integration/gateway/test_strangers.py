@@ -66,7 +66,7 @@ def test_a_holder_that_sends_what_cannot_be_decoded_hears_so_and_goes_on(world: 
     agent = world.agent(world.submit())
     agent.run()
     quiet = len(world.process.output())
-    for name in METHODS:
+    for name in METHODS.keys() - {"ExchangeToken"}:  # it takes no agent token at all
         assert code(agent, f"/{SERVICE}/{name}", BODIES[0], agent.metadata) == "INVALID_ARGUMENT", name
     assert not agent.heartbeat().should_terminate
     assert world.process.output()[quiet:] == ""
