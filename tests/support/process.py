@@ -143,6 +143,18 @@ class ManagedProcess:
         self.stop()
 
 
+def sections() -> list[tuple[str, str]]:
+    """What the processes of the running test printed, for its report. A hook calls this: it raises nothing."""
+    found = []
+    for one in started_in_this_test:
+        try:
+            output = one.output()[-8_000:]
+        except Exception as error:  # its directory is gone, say; a hook that raises ends the whole run
+            output = f"cannot be shown: {error!r}"
+        found.append((f"output of {one.name} (pid {one.pid})", output))
+    return found
+
+
 def process_ended(pid: int) -> bool:
     """Whether a process that need not be our child is gone, or a zombie nobody waited for yet."""
     try:
