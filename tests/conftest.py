@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -31,13 +32,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark each test with its tier; when several workers share them, the long files come first, or the last to be begun
-    would keep one worker busy alone."""
+    """Mark each test with its tier, and put files in a good order when several workers share them.
+
+    The long ones come first, or the last to be begun would keep one worker busy alone. Within a tier they are mixed, so
+    that those beside each other seldom wait for the same Docker Engine or cluster.
+    """
     for item in items:
         if (tier := _tier(item)) is not None:
             item.add_marker(tier)
     if environment.worker_name():
-        items.sort(key=lambda item: TIERS.index(_tier(item) or "unit"))
+        items.sort(
+            key=lambda item: (TIERS.index(_tier(item) or "unit"), zlib.crc32(item.nodeid.partition("::")[0].encode()))
+        )
 
 
 def _tier(item: pytest.Item) -> str | None:

@@ -17,7 +17,7 @@ from typing import Self
 import pytest
 
 from tests.support.ports import is_listening
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE, wait_until
 
 #: Everything started in the running test, so that its output can be shown when the test fails.
 started_in_this_test: list[ManagedProcess] = []
@@ -97,9 +97,9 @@ class ManagedProcess:
     def wait(self, timeout: float = 30.0) -> int:
         """Its exit code (negative: the signal)."""
         try:
-            return self._process.wait(timeout)
+            return self._process.wait(timeout * PATIENCE)
         except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"{self.name} still runs after {timeout:g} s:\n{self.output()}") from error
+            raise AssertionError(f"{self.name} still runs after {timeout * PATIENCE:g} s:\n{self.output()}") from error
 
     def send_signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -130,7 +130,7 @@ class ManagedProcess:
         if self.returncode is None:
             self._process.terminate()
             try:
-                self._process.wait(timeout)
+                self._process.wait(timeout * PATIENCE)
             except subprocess.TimeoutExpired:
                 self.kill_group()
 
