@@ -24,7 +24,8 @@ def wait_until(
     ``message`` says what was waited for; a callable is asked at the end, for what only then is known.
 
     Raises:
-        AssertionError: nothing true within ``timeout`` seconds (times ``PATIENCE``); the text has the message and the last value.
+        AssertionError: nothing true within ``timeout`` seconds (times ``PATIENCE``); the text
+            has the message and the last value.
     """
     timeout *= PATIENCE
     deadline = time.monotonic() + timeout
