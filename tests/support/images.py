@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.images import DEFAULT_BASE, REPOSITORIES, ROOT, build, locked
+from scripts.images import DEFAULT_BASE, REPOSITORIES, ROOT, BuildFailed, build, fetch, locked
 from tests.support.requirements import require
 
 #: What the Dockerfile copies for each target; a folder stands for all of its files.
@@ -60,9 +60,21 @@ def _image(target: str) -> str:
     image = f"{REPOSITORIES[target]}:{tag}"
     with locked():
         if not _exists(image):
+            if problem := _fetch_problem():
+                require("docker", problem)
             build(target, tag, base_image())
             _remove_old(REPOSITORIES[target])
     return image
+
+
+@functools.cache
+def _fetch_problem() -> str:
+    """Why an image cannot be built here: a machine without a network is no fault of the Dockerfile."""
+    try:
+        fetch(base_image())
+    except BuildFailed as error:
+        return f"cannot get what its images are made of: {error}"
+    return ""
 
 
 def require_docker() -> None:
