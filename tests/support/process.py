@@ -125,10 +125,15 @@ class ManagedProcess:
         assert self.returncode is not None, f"{self.name} still runs"
         self._process = self._spawn()
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM when it still runs; ``stop`` waits."""
+        if self.returncode is None:
+            self._process.terminate()
+
     def stop(self, timeout: float = 10.0) -> None:
         """SIGTERM when it still runs, kill -9 to its group when that was not enough. Never fails."""
         if self.returncode is None:
-            self._process.terminate()
+            self.ask_to_stop()
             try:
                 self._process.wait(timeout * PATIENCE)
             except subprocess.TimeoutExpired:
