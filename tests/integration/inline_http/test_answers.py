@@ -71,7 +71,7 @@ def test_retry_after_is_honoured(server, executor, make_request):
     assert time.monotonic() - started >= 1
 
 
-@pytest.mark.parametrize("value", ["3600", email.utils.formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("value", ["3600", email.utils.formatdate(time.time() + 3600, usegmt=True)], ids=["s", "date"])
 def test_retry_after_beyond_the_deadline_fails_at_once(server, executor, make_request, value):
     server.replies = [reply(server, 429, Retry_After=value)]
     started = time.monotonic()
