@@ -85,7 +85,7 @@ def _fetch_problem() -> str:
     try:
         fetch(base_image())
     except BuildFailed as error:
-        return f"cannot get what its images are made of: {error}"
+        return f"cannot get what its images are made of: {str(error).splitlines()[-1]}"
     return ""
 
 
