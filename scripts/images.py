@@ -59,11 +59,20 @@ def build(target: str, tag: str, base: str) -> str:
     Raises:
         BuildFailed: pip or the builder failed; the text is all they said.
     """
-    fill_wheelhouse(_python_version(base))
+    fetch(base)
     image = f"{REPOSITORIES[target]}:{tag}"
     arguments = ["--target", target, "--build-arg", f"BASE_IMAGE={base}", "--tag", image]
     _run(["docker", "build", *arguments, "."], ROOT)
     return image
+
+
+def fetch(base: str) -> None:
+    """Get all that a build takes from elsewhere, the base image and the wheels, unless it is here. Hold ``locked``.
+
+    Raises:
+        BuildFailed: there is no such image or no such wheel here, and none to be had.
+    """
+    fill_wheelhouse(_python_version(base))
 
 
 def fill_wheelhouse(python_version: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import zlib
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,12 +17,39 @@ pytest_plugins = ["tests.support.fixtures"]
 environment.strip_settings()
 
 
+#: The folders of the tiers, by what their tests take: an acceptance file is minutes, a unit file milliseconds.
+TIERS = ("acceptance", "integration", "contract", "unit")
+_TESTS = Path(__file__).parent
+
+
 def pytest_configure(config: pytest.Config) -> None:
     directory = environment.isolate_temporary_directory()
     config.add_cleanup(lambda: environment.remove_temporary_directory(directory))
     process.end_tests_on_sigterm()
     # Started in the background we may have been told to ignore it, and every process of a test would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test with its tier, and put files in a good order when several workers share them.
+
+    The long ones come first, or the last to be begun would keep one worker busy alone. Within a tier they are mixed, so
+    that those beside each other seldom wait for the same Docker Engine or cluster.
+    """
+    for item in items:
+        if (tier := _tier(item)) is not None:
+            item.add_marker(tier)
+    if environment.worker_name():
+        items.sort(
+            key=lambda item: (TIERS.index(_tier(item) or "unit"), zlib.crc32(item.nodeid.partition("::")[0].encode()))
+        )
+
+
+def _tier(item: pytest.Item) -> str | None:
+    """The folder below tests/ that a test is in; None for a test from elsewhere."""
+    parts = item.path.relative_to(_TESTS).parts if item.path.is_relative_to(_TESTS) else ()
+    return parts[0] if parts and parts[0] in TIERS else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,8 +59,7 @@ def pytest_runtest_makereport(
     """Show what the test's processes printed beside its failure."""
     report = yield
     if report.failed:
-        for one in process.started_in_this_test:
-            report.sections.append((f"output of {one.name} (pid {one.pid})", one.output()[-8_000:]))
+        report.sections.extend(process.sections())
     return report
 
 

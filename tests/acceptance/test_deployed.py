@@ -37,7 +37,8 @@ def deployed(
 ) -> Iterator[System]:
     postgres = request.getfixturevalue("postgres")
     url = postgres.empty()
-    with System(tmp_path_factory.mktemp("deployed"), shared_redis.url(), url) as system:
+    directory = tmp_path_factory.mktemp("deployed")
+    with System(directory, shared_redis.url(), url, MAINTENANCE_INTERVAL_SECONDS=2) as system:
         system.start_gateway()
         system.start_workers("workers.subprocess", "workers.inline", "workers.control")
         system.start_beat()

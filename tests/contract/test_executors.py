@@ -37,8 +37,8 @@ from tests.support.engine import engine_of_tests, system_name
 from tests.support.images import task_image
 from tests.support.waiting import wait_until
 
-#: What containers are started from; only the Docker host has it.
-IMAGE = "leoflow-contract-test:1"
+#: What containers are started from; only the Docker host has it. Somebody else's run has another.
+IMAGE = f"leoflow-contract-test:{uuid.uuid4().hex[:12]}"
 
 
 @dataclass(frozen=True)

@@ -19,22 +19,30 @@ def strip_settings() -> None:
         del os.environ[name]
 
 
+def worker_name() -> str:
+    """``gw0``, ``gw1`` … in a process that runs a share of the tests beside others; empty in the only one."""
+    return os.environ.get("PYTEST_XDIST_WORKER", "")
+
+
 def isolate_temporary_directory() -> Path:
     """Give this process (and its children) a temporary directory that nobody else writes to.
 
     Its name is short: sockets live in it, and a socket's path holds 107 bytes. pytest's ``tmp_path`` stays where it
-    was, to be looked at after a failure.
+    was, to be looked at after a failure. Of several processes that share the tests, each has its own session, in a
+    directory within that of the process that started them: nothing of one is taken for another's.
     """
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     # Tests name volumes and labels after it, which may hold no underscore; one of mkdtemp's names in four does.
-    directory = Path(tempfile.gettempdir()) / f"lf-{secrets.token_hex(4)}"
+    name = worker_name() or f"lf-{secrets.token_hex(4)}"
+    directory = Path(tempfile.gettempdir()) / name
     directory.mkdir(0o711)  # the PostgreSQL user has to pass through it
     os.environ["TMPDIR"] = str(directory)
     tempfile.tempdir = None
     state = directory / "state"
     state.mkdir()
     os.environ["XDG_STATE_HOME"] = str(state)
-    os.environ[SESSION_VARIABLE] = directory.name
+    session = f"{directory.parent.name}-{name}" if worker_name() else name
+    os.environ[SESSION_VARIABLE] = session
     return directory
 
 

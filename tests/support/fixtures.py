@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,11 +82,12 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def migrated_database_url(request: pytest.FixtureRequest, tmp_path: Path, migrated_sqlite: Path) -> Iterator[str]:
+def migrated_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database with the newest schema, once of each kind, copied from a template (milliseconds)."""
     if request.param == "sqlite":
-        shutil.copyfile(migrated_sqlite, tmp_path / "leoflow.db")
-        yield f"sqlite:///{tmp_path / 'leoflow.db'}"
+        url = f"sqlite:///{tmp_path / 'leoflow.db'}"
+        migrate(url)
+        yield url
         return
     postgres: PostgresDatabases = request.getfixturevalue("postgres")
     url = postgres.migrated()
@@ -97,7 +97,7 @@ def migrated_database_url(request: pytest.FixtureRequest, tmp_path: Path, migrat
 
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with the newest schema and no rows: the template."""
+    """A SQLite file with the newest schema and no rows, to be copied."""
     path = tmp_path_factory.mktemp("template") / "leoflow.db"
     migrate(f"sqlite:///{path}")
     return path

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.images import DEFAULT_BASE, REPOSITORIES, ROOT, build, locked
+from scripts.images import DEFAULT_BASE, REPOSITORIES, ROOT, BuildFailed, build, fetch, locked
 from tests.support.requirements import require
 
 #: What the Dockerfile copies for each target; a folder stands for all of its files.
@@ -58,11 +60,33 @@ def _image(target: str) -> str:
     require_docker()
     tag = f"test-{_content_hash(target)}"
     image = f"{REPOSITORIES[target]}:{tag}"
-    with locked():
+    with _clock_stopped(), locked():
         if not _exists(image):
+            if problem := _fetch_problem():
+                require("docker", problem)
             build(target, tag, base_image())
             _remove_old(REPOSITORIES[target])
     return image
+
+
+@contextmanager
+def _clock_stopped() -> Iterator[None]:
+    """A build takes minutes on a slow machine, and is no part of the test that asks first: pytest-timeout waits."""
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+
+@functools.cache
+def _fetch_problem() -> str:
+    """Why an image cannot be built here: a machine without a network is no fault of the Dockerfile."""
+    try:
+        fetch(base_image())
+    except BuildFailed as error:
+        return f"cannot get what its images are made of: {str(error).splitlines()[-1]}"
+    return ""
 
 
 def require_docker() -> None:

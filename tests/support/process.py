@@ -17,7 +17,7 @@ from typing import Self
 import pytest
 
 from tests.support.ports import is_listening
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE, wait_until
 
 #: Everything started in the running test, so that its output can be shown when the test fails.
 started_in_this_test: list[ManagedProcess] = []
@@ -97,9 +97,9 @@ class ManagedProcess:
     def wait(self, timeout: float = 30.0) -> int:
         """Its exit code (negative: the signal)."""
         try:
-            return self._process.wait(timeout)
+            return self._process.wait(timeout * PATIENCE)
         except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"{self.name} still runs after {timeout:g} s:\n{self.output()}") from error
+            raise AssertionError(f"{self.name} still runs after {timeout * PATIENCE:g} s:\n{self.output()}") from error
 
     def send_signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -125,12 +125,17 @@ class ManagedProcess:
         assert self.returncode is not None, f"{self.name} still runs"
         self._process = self._spawn()
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM when it still runs; ``stop`` waits."""
+        if self.returncode is None:
+            self._process.terminate()
+
     def stop(self, timeout: float = 10.0) -> None:
         """SIGTERM when it still runs, kill -9 to its group when that was not enough. Never fails."""
         if self.returncode is None:
-            self._process.terminate()
+            self.ask_to_stop()
             try:
-                self._process.wait(timeout)
+                self._process.wait(timeout * PATIENCE)
             except subprocess.TimeoutExpired:
                 self.kill_group()
 
@@ -141,6 +146,18 @@ class ManagedProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def sections() -> list[tuple[str, str]]:
+    """What the processes of the running test printed, for its report. A hook calls this: it raises nothing."""
+    found = []
+    for one in started_in_this_test:
+        try:
+            output = one.output()[-8_000:]
+        except Exception as error:  # its directory is gone, say; a hook that raises ends the whole run
+            output = f"cannot be shown: {error!r}"
+        found.append((f"output of {one.name} (pid {one.pid})", output))
+    return found
 
 
 def process_ended(pid: int) -> bool:

@@ -46,8 +46,10 @@ class System:
             "SEAL_KEYS": Fernet.generate_key().decode(),
             "LOGS_ROOT": directory / "logs",
             "GATEWAY_LISTEN": address,
+            "GATEWAY_SHUTDOWN_GRACE_SECONDS": 1,
             "CONTROL_PLANE_ADDR": address,
             "AGENT_INSECURE": "true",
+            "AGENT_HEARTBEAT_SECONDS": 1,
             "EXECUTOR_TYPE": "subprocess",
             "DISPATCH_PERMITTED_EXECUTORS": "kubernetes,docker,subprocess,inline",
             "SUBPROCESS_STATE_DIR": directory / "attempts",
@@ -142,8 +144,10 @@ class System:
     # -- the end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End all processes, the newest first, and the client."""
-        for one in reversed(self.processes):
+        """End all processes, all at once, and the client."""
+        for one in self.processes:
+            one.ask_to_stop()
+        for one in self.processes:
             one.stop(20)
         for pid in self._kept:
             release_process(pid)

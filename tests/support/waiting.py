@@ -6,7 +6,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from tests.support.environment import worker_name
+
 T = TypeVar("T")
+#: Deadlines are for a machine that does one thing. Beside other tests everything takes longer; only failures notice.
+PATIENCE = 3 if worker_name() else 1
 
 
 def wait_until(
@@ -20,8 +24,10 @@ def wait_until(
     ``message`` says what was waited for; a callable is asked at the end, for what only then is known.
 
     Raises:
-        AssertionError: nothing true within ``timeout`` seconds; the text has the message and the last value.
+        AssertionError: nothing true within ``timeout`` seconds (times ``PATIENCE``); the text
+            has the message and the last value.
     """
+    timeout *= PATIENCE
     deadline = time.monotonic() + timeout
     while True:
         value = predicate()

@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 
 from leoflow_celery.store import Store
-from leoflow_celery.store.migrate import upgrade
 from tests.contract.store.rows import settings_for
 
 
 @pytest.fixture
-def store(database_url: str, tmp_path: Path) -> Iterator[Store]:
+def store(migrated_database_url: str, tmp_path: Path) -> Iterator[Store]:
     """Everything durable over one fresh database."""
-    made = Store(settings_for(database_url, tmp_path))
-    upgrade(made.database)
+    made = Store(settings_for(migrated_database_url, tmp_path))
     yield made
     made.close()

@@ -9,9 +9,9 @@ import pytest
 
 from leoflow_celery.settings import BrokerSettings, XComSettings
 from leoflow_celery.store import Store
-from leoflow_celery.store.migrate import upgrade
 from leoflow_celery.store.xcom import XComStore
 from tests.contract.store.rows import settings_for
+from tests.support.postgres_databases import PostgresDatabases, migrate
 
 StoreFactory = Callable[..., Store]
 
@@ -20,19 +20,24 @@ StoreFactory = Callable[..., Store]
 def store_with(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreFactory]:
     """Build a store whose values are kept in the back end of this run; a keyword is a setting of ``XComSettings``."""
     made: list[Store] = []
-    url = request.getfixturevalue("postgres_url") if request.param == "postgresql" else f"sqlite:///{tmp_path}/x.db"
+    if request.param == "postgresql":
+        postgres: PostgresDatabases = request.getfixturevalue("postgres")
+        url = postgres.migrated()
+    else:
+        migrate(url := f"sqlite:///{tmp_path}/x.db")
     redis_url = request.getfixturevalue("redis_url") if request.param == "redis" else ""
 
     def build(**changes: int) -> Store:
         xcom = XComSettings(backend="redis" if redis_url else "sql", redis_url=redis_url, **changes)
         store = Store(settings_for(url, tmp_path, xcom=xcom, broker=BrokerSettings(key_prefix="leo*flow:")))
-        upgrade(store.database)
         made.append(store)
         return store
 
     yield build
     for store in made:
         store.close()
+    if request.param == "postgresql":
+        postgres.drop(url)
 
 
 @pytest.fixture

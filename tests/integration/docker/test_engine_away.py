@@ -11,7 +11,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.errors import TransientLaunchError
 from tests.integration.docker.conftest import Docker
-from tests.support.images import base_image
+from tests.support.images import base_image, require_docker
 from tests.support.private_engine import PrivateEngine, private_engine
 
 #: The SDK forgets to close a socket that it could not connect.
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning
 
 @pytest.fixture(scope="module")
 def shared_private() -> Iterator[PrivateEngine]:
+    require_docker()  # its image comes from there
     with private_engine() as engine:
         engine.load(base_image())
         yield engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.integration.gateway.harness import World, settings_for
+from tests.support.postgres_databases import migrate
 
 
 @pytest.fixture
@@ -22,14 +22,14 @@ def world(migrated_database_url: str, tmp_path: Path) -> Iterator[World]:
 
 
 @pytest.fixture
-def make_world(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Callable[..., World]]:
+def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
     """Running gateways over one SQLite file, with gateway settings of the test's choice."""
     made: list[World] = []
-    database = tmp_path / "leoflow.db"
-    shutil.copyfile(migrated_sqlite, database)
+    url = f"sqlite:///{tmp_path / 'leoflow.db'}"
+    migrate(url)
 
     def make(**gateway: Any) -> World:
-        world = World(settings_for(f"sqlite:///{database}", tmp_path, **gateway))
+        world = World(settings_for(url, tmp_path, **gateway))
         made.append(world)
         world.start()
         return world

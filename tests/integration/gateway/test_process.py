@@ -17,7 +17,7 @@ from leoflow_celery.domain.states import TaskState
 from tests.integration.gateway.harness import JWT_SECRET, SEAL_KEY, Agent, World, line, refused, settings_for
 from tests.support.ports import free_port
 from tests.support.process import ManagedProcess
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE, wait_until
 
 _GATEWAY = (
     "import sys; from leoflow_celery.gateway import run; from leoflow_celery.settings import Settings;"
@@ -41,6 +41,7 @@ class ProcessWorld(World):
             "LEOFLOW_LOGS_ROOT": str(self.settings.logs.root),
             "LEOFLOW_GATEWAY_LISTEN": self.address,
             "LEOFLOW_GATEWAY_HEARTBEAT_FLUSH_SECONDS": "0.2",
+            "LEOFLOW_GATEWAY_SHUTDOWN_GRACE_SECONDS": "60",
             "LEOFLOW_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0",
             **{f"LEOFLOW_GATEWAY_{name.upper()}": value for name, value in gateway.items()},
             **(environment or {}),
@@ -92,7 +93,7 @@ def test_sigterm_writes_what_is_in_memory_and_exits_0(world: ProcessWorld) -> No
     agent.heartbeat()
     beaten = time.time()
     assert world.process.terminate() == 0
-    assert time.time() - beaten < 4, "open streams do not use up the grace"
+    assert time.time() - beaten < 4 * PATIENCE, "open streams do not use up the grace"
     logs.join()
     assert logs.code is grpc.StatusCode.UNAVAILABLE
     assert (world.view(request).last_heartbeat_at or 0) > beaten - 1
@@ -209,7 +210,7 @@ def test_a_cancel_stops_a_real_agent_within_seconds(world: ProcessWorld) -> None
         asked = time.monotonic()
         world.store.attempts.request_cancel(request.task_instance_id)
         wait_until(lambda: world.view(request).is_terminal, 10)
-        assert time.monotonic() - asked < 5, "long before the next regular heartbeat"
+        assert time.monotonic() - asked < 10, "long before the next regular heartbeat"
         agent.wait()
     assert world.view(request).reason == "cancelled"
 

@@ -15,6 +15,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import XComRejected
 from leoflow_celery.executors.inline_http import HttpTaskError, InlineHttpExecutor
 from leoflow_celery.settings import InlineSettings
+from tests.support.waiting import PATIENCE
 
 ATTEMPT = AttemptId("ti-1", 2, 1)
 
@@ -54,7 +55,9 @@ def test_transient_answers_are_retried_until_success(server, executor, make_requ
 
 def test_retries_end_with_status_attempts_and_time(server, executor, make_request):
     server.replies = [reply(server, 503)]
-    with pytest.raises(HttpTaskError, match=r"/v1/x answered 503 after 4 attempts in 0\.[78] s$") as caught:
+    with pytest.raises(
+        HttpTaskError, match=r"/v1/x answered 503 after 4 attempts in (0\.[7-9]|[1-9]\.\d) s$"
+    ) as caught:
         executor.run(make_request(server.url()), ATTEMPT)
     assert (caught.value.last_status, caught.value.http_attempts, len(server.seen)) == (503, 4, 4)
 
@@ -71,13 +74,13 @@ def test_retry_after_is_honoured(server, executor, make_request):
     assert time.monotonic() - started >= 1
 
 
-@pytest.mark.parametrize("value", ["3600", email.utils.formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("value", ["3600", email.utils.formatdate(time.time() + 3600, usegmt=True)], ids=["s", "date"])
 def test_retry_after_beyond_the_deadline_fails_at_once(server, executor, make_request, value):
     server.replies = [reply(server, 429, Retry_After=value)]
     started = time.monotonic()
     with pytest.raises(HttpTaskError, match=r"answered 429 after 1 attempt .* past the deadline of 20 s") as caught:
         executor.run(make_request(server.url(), timeout_seconds=20), ATTEMPT)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 2 * PATIENCE
     assert caught.value.reason is FailureReason.HTTP_STATUS
 
 

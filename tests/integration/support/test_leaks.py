@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,6 @@ from tests.support import leaks
 from tests.support.process import ManagedProcess, process_ended
 from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).parents[3]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
@@ -71,38 +69,3 @@ def test_a_temporary_directory_of_ours_is_a_leak() -> None:
     directory = tempfile.mkdtemp(prefix="leoflow-test-")
     assert leaks.leaks_since(before) == [f"directory {directory}"]
     shutil.rmtree(directory)
-
-
-RUN = """
-import os, signal
-from pathlib import Path
-
-
-def test_one(redis_server):
-    Path(os.environ["PIDS"]).write_text(f"{redis_server.pid}.")
-    signal.pause()
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_test_run_that_is_ended_takes_its_servers_with_it(tmp_path: Path, number: signal.Signals) -> None:
-    tests = tmp_path / "test_one.py"
-    tests.write_text(RUN)
-    pids = tmp_path / "pids"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        str(ROOT / "setup.cfg"),
-        "-p",
-        "tests.conftest",
-        "-p",
-        "no:cacheprovider",
-    ]
-    with ManagedProcess([*command, str(tests)], tmp_path / "log", {"PIDS": str(pids)}, cwd=ROOT) as run:
-        wait_until(lambda: pids.exists() and pids.read_text().endswith("."), 30, run.output)
-        run.send_signal(number)
-        run.wait()
-    server = int(pids.read_text().rstrip("."))
-    wait_until(lambda: process_ended(server), message="the end of the redis-server")

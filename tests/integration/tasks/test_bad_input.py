@@ -27,6 +27,7 @@ from leoflow_celery.store.submissions import NewTry
 from tests.support.http_target import HttpTarget
 from tests.support.ports import free_port
 from tests.support.system import System, http_task
+from tests.support.waiting import PATIENCE
 
 URL = "http://127.0.0.1:1/"
 BAD_REQUESTS = {
@@ -113,7 +114,7 @@ def test_an_unreachable_broker_is_named_without_its_password(system: System) -> 
         with pytest.raises(BrokerUnavailable, match=f"127.0.0.1:{port}") as caught:
             lost.submit(http_task(URL))
         assert "hunter2" not in str(caught.value)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 10 * PATIENCE
 
 
 def test_an_unreachable_database_is_named_without_its_password(system: System) -> None:
@@ -123,7 +124,7 @@ def test_an_unreachable_database_is_named_without_its_password(system: System) -
         with pytest.raises(DatabaseUnavailable, match=f"127.0.0.1:{port}") as caught:
             lost.submit(http_task(URL))
         assert "hunter2" not in str(caught.value)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 10 * PATIENCE
 
 
 def test_a_database_without_tables_says_how_to_make_them(system: System, tmp_path: Any) -> None:

@@ -14,8 +14,7 @@ import pytest
 from leoflow_celery.cli import main
 from leoflow_celery.cli.setup import fresh_keys
 from leoflow_celery.settings import Settings
-from leoflow_celery.store.database import Database
-from leoflow_celery.store.migrate import upgrade
+from tests.support.postgres_databases import migrate
 
 #: Nobody listens on port 1.
 DEAD_BROKER = "redis://:s3cret@127.0.0.1:1/0"
@@ -62,7 +61,5 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("LEOFLOW_CONTROL_PLANE_ADDR", f"unix:{tmp_path / 'nobody.sock'}")
     monkeypatch.setenv("COLUMNS", "200")
     loaded = Settings.load()
-    database = Database(loaded.database)
-    upgrade(database)
-    database.close()
+    migrate(loaded.database.url.get_secret_value())
     return loaded
