@@ -304,7 +304,8 @@ _VALUE_OPTIONS: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("group_id", "root_id", "parent_id", "shadow", "origin"), _name),
     **dict.fromkeys(("argsrepr", "kwargsrepr"), _repr),
     **dict.fromkeys(("group_index", "retries", "replaced_task_nesting", "max_retries"), _count),
-    **dict.fromkeys(("ignore_result", "add_to_parent", "retry", "use_link"), _bool),
+    # ``clone(immutable=True)`` leaves it among the options.
+    **dict.fromkeys(("ignore_result", "add_to_parent", "retry", "use_link", "immutable"), _bool),
     **dict.fromkeys(("countdown", "time_limit", "soft_time_limit", "interval"), _seconds),
     "eta": _moment,
     "expires": _expires,

@@ -50,7 +50,8 @@ def user(name: str = "user.note", **options: Any) -> Signature[Any]:
 
 
 def dispatched() -> Signature[Any]:
-    return signature("leoflow.dispatch", args=({},), immutable=True, app=APP, queue="dispatch")
+    made: Signature[Any] = signature("leoflow.dispatch", args=({},), app=APP, queue="dispatch")
+    return made.clone(immutable=True)
 
 
 def plain(item: Any) -> Json:
