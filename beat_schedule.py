@@ -10,18 +10,18 @@ from celery.signals import beat_init
 
 from leoflow_celery import metrics
 from leoflow_celery.app import create_app
-from leoflow_celery.app.alive import touch_with_messages
+from leoflow_celery.app.extras import touch_with_messages
 from leoflow_celery.app.logging import show_fields
 from leoflow_celery.domain.routing import MAINTENANCE_QUEUE
 
 app = create_app()
 touch_with_messages(app.settings.health.file)
-show_fields()
 
 
 @beat_init.connect
-def serve_metrics(**_: object) -> None:
-    """Open beat's Prometheus endpoint when LEOFLOW_METRICS_PORT names a port."""
+def start_extras(**_: object) -> None:
+    """Show the fields of log lines; open beat's Prometheus endpoint when LEOFLOW_METRICS_PORT names a port."""
+    show_fields()
     metrics.serve(app.settings.metrics.port)
 
 

@@ -27,7 +27,7 @@ from leoflow_celery.domain.request import Operator, TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.settings import DatabaseSettings, Settings
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.migrate import upgrade
 from leoflow_celery.store.submissions import NewTry
 
@@ -108,16 +108,16 @@ class Subject:
         ids = [a.task_instance_id for a in attempts]
         self._each("claim", store.attempts.claim, [(a, a.task_instance_id, "host", 90) for a in attempts])
         self._each("start", store.attempts.start, zip(attempts, ids, strict=True))
-        ends = [(a, Outcome.success(), Guard(holder=a.task_instance_id)) for a in attempts]
+        ends = [(a, Outcome.success(), FinishCondition(holder=a.task_instance_id)) for a in attempts]
         self._each("finish", store.attempts.finish, ends)
         taken = self._each("take one", store.completions.take, [(60, name, 1) for name in ids])
         waiting = [one.celery_task_id for found in taken for one in found]
         assert len(waiting) == tasks
         self._each("done", store.completions.done, [([name],) for name in waiting])
         sweeps: dict[str, Callable[[], object]] = {
-            "sweep silent": lambda: list(store.sweeps.silent(90)),
-            "sweep waiting": lambda: list(store.sweeps.waiting(60)),
-            "sweep cancelled": lambda: list(store.sweeps.cancelled(60)),
+            "sweep silent": lambda: list(store.reaper_queries.silent(90)),
+            "sweep waiting": lambda: list(store.reaper_queries.waiting(60)),
+            "sweep cancelled": lambda: list(store.reaper_queries.cancelled(60)),
             "sweep unsent": lambda: store.submissions.unsent(3_600),
             "sweep completions": lambda: store.completions.take(60),
         }

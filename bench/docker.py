@@ -67,7 +67,7 @@ def main() -> None:
             port = system.listen_on(options.address)
             system.start_redis()
             with Client() as client:
-                migrate.upgrade(client.runtime.store.database)
+                migrate.upgrade(client.services.store.database)
                 system.start_gateway(port)
                 system.start_worker("workers.control")
                 system.start_worker("workers.docker", "-c", str(options.concurrency))

@@ -30,7 +30,8 @@ from pydantic import SecretStr
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
-from leoflow_celery.security import Sealer, TokenIssuer
+from leoflow_celery.queueing.messages import seal_request
+from leoflow_celery.security import KeyRing, TokenIssuer
 from leoflow_celery.settings import DatabaseSettings, Settings
 from leoflow_celery.store import Store
 from leoflow_celery.store.migrate import upgrade
@@ -96,7 +97,7 @@ def result(process: subprocess.Popen[str]) -> Any:
 
 def submit(store: Store, count: int) -> list[list[str]]:
     """Record task instances; a token and a session for each."""
-    tokens, sealer = TokenIssuer(_SECRET, 3600), Sealer(_SEAL_KEY)
+    tokens, keys = TokenIssuer(_SECRET, 3600), KeyRing(_SEAL_KEY)
     agents, tries = [], []
     for number in range(count):
         request = TaskRequest(
@@ -107,7 +108,7 @@ def submit(store: Store, count: int) -> list[list[str]]:
             operator="bash",
             entrypoint="true",
         )
-        sealed = sealer.seal({"request": request.model_dump(mode="json", exclude_defaults=True)})
+        sealed = seal_request(keys, request)
         tries.append(NewTry(request, ExecutorType.SUBPROCESS, sealed))
         agents.append([tokens.mint(request, AttemptId(request.task_instance_id)), uuid.uuid4().hex])
     for start in range(0, count, 500):

@@ -84,7 +84,7 @@ def main() -> None:
     with System(options.database) as system, http_target() as url:
         system.start_redis()
         with Client() as client:
-            migrate.upgrade(client.runtime.store.database)
+            migrate.upgrade(client.services.store.database)
             system.start_worker("bench.floor_app", "-Q", "floor", "-c", CONCURRENCY)
             system.start_worker("workers.inline", "-c", CONCURRENCY)
             from bench.floor_app import app as floor

@@ -74,7 +74,7 @@ def main() -> None:
         port = system.listen_on(options.address)
         system.start_redis()
         with Client() as client:
-            migrate.upgrade(client.runtime.store.database)
+            migrate.upgrade(client.services.store.database)
             system.start_gateway(port)
             system.start_worker("workers.control")
             system.start_worker("workers.k8s")

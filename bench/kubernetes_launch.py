@@ -110,7 +110,7 @@ def main() -> None:
     with namespace(options.threads) as api, System() as system:
         system.start_redis()
         with Client() as client:
-            migrate.upgrade(client.runtime.store.database)
+            migrate.upgrade(client.services.store.database)
             system.start_worker("workers.control")
             system.start_worker("workers.k8s", "-c", str(options.threads))
             system.start_worker("bench.floor_app", "-Q", "floor", "-c", str(options.threads))

@@ -113,7 +113,7 @@ def create_pods(api: KubernetesApi, specs: Sequence[LaunchSpec], threads: int) -
 
 def record(client: Client, specs: Sequence[LaunchSpec]) -> int:
     """Live rows for all pods; the number of statements that reading what to expect takes."""
-    store = client.runtime.store
+    store = client.services.store
     migrate.upgrade(store.database)
     store.submissions.record([NewTry(spec.request, ExecutorType.KUBERNETES, "") for spec in specs])
     for spec in specs:
@@ -121,7 +121,7 @@ def record(client: Client, specs: Sequence[LaunchSpec]) -> int:
     statements: list[str] = []
     engine = store.database.engine
     sa.event.listen(engine, "before_cursor_execute", lambda *call: statements.append(call[2]))
-    assert len(store.sweeps.expectations({"kubernetes"})["kubernetes"].attempts) == len(specs)
+    assert len(store.reaper_queries.expectations({"kubernetes"})["kubernetes"].attempts) == len(specs)
     return sum(text.lstrip().upper().startswith("SELECT") for text in statements)
 
 
@@ -178,7 +178,7 @@ def main() -> None:
         create_pods(api, specs, options.threads)
         with Client() as client:
             selects = record(client, specs)
-            expectation = client.runtime.store.sweeps.expectations({"kubernetes"})["kubernetes"]
+            expectation = client.services.store.reaper_queries.expectations({"kubernetes"})["kubernetes"]
             path = system.directory / "expectation.json"
             path.write_text(json.dumps(expectation.to_json()))
         ours, floor, memory = [], [], 0.0

@@ -58,7 +58,7 @@ def main() -> None:
     with System(options.database) as system:
         system.start_redis()
         with Client() as client:
-            migrate.upgrade(client.runtime.store.database)
+            migrate.upgrade(client.services.store.database)
             system.start_gateway()
             system.start_worker("bench.floor_app", "-Q", "floor", "-c", CONCURRENCY)
             system.start_worker("workers.subprocess", "-c", CONCURRENCY)

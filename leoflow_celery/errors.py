@@ -14,7 +14,7 @@
     │   ├── DatabaseUnavailable
     │   └── GatewayUnavailable
     ├── InvalidToken              an agent token that is expired, forged or foreign
-    ├── Unsealable                a payload sealed with a key this process does not have
+    ├── DecryptionFailed                a payload sealed with a key this process does not have
     ├── ClaimRefused              the attempt may not run (again): terminal, superseded or held
     ├── Fenced                    the writer no longer holds the attempt
     ├── XComRejected              payload_too_large, schema_mismatch or invalid_xcom
@@ -100,7 +100,7 @@ class InvalidToken(LeoflowError):
         return self.message
 
 
-class Unsealable(LeoflowError):
+class DecryptionFailed(LeoflowError):
     """A sealed payload cannot be opened with the keys this process has."""
 
 

@@ -65,12 +65,18 @@ METRICS: dict[str, Metric] = {
     "leoflow_queue_oldest_age_seconds": Metric(
         "gauge", "Age of a queue's oldest task instance or message.", ("queue",)
     ),
+    "leoflow_messages_refused_total": Metric(
+        "counter", "Messages that a worker refused, by what is wrong with them.", ("queue", "kind")
+    ),
     "leoflow_claims_total": Metric("counter", "Claims, by granted or the reason of the refusal.", ("result",)),
     "leoflow_fenced_writes_total": Metric("counter", "Writes of holders that lost their claim.", ("kind",)),
     "leoflow_failures_total": Metric("counter", "Failed attempts.", ("reason", "class")),
     "leoflow_relaunches_total": Metric("counter", "Tries started again by us.", ("reason",)),
     "leoflow_reconcile_duration_seconds": Metric("histogram", "Time of one reconcile pass.", ("executor",)),
     "leoflow_staging_volumes": Metric("gauge", "Staging volumes.", ("state",)),
+    "leoflow_secret_backend_failures_total": Metric(
+        "counter", "Questions that a back end of variables, connections and secrets could not answer.", ("backend",)
+    ),
     "leoflow_agents_connected": Metric("gauge", "Agents with an open log stream.", across_processes="livesum"),
 }
 
@@ -224,6 +230,11 @@ def set_queue_oldest_age(queue: str, seconds: float) -> None:
     _set("leoflow_queue_oldest_age_seconds", max(seconds, 0.0), queue)
 
 
+def record_refused(queue: str, kind: str) -> None:
+    """A worker refused a message of a queue (``decoder.Kind``)."""
+    _count("leoflow_messages_refused_total", queue, kind)
+
+
 # Back ends and gateway
 
 
@@ -267,6 +278,11 @@ def set_agents_connected(number: int) -> None:
 def record_auth_failure(reason: str) -> None:
     """An agent call had no acceptable token (``InvalidToken.reason``)."""
     _count("leoflow_auth_failures_total", reason)
+
+
+def record_secret_failure(backend: str) -> None:
+    """A back end of variables, connections and secrets could not answer; its name is from the settings."""
+    _count("leoflow_secret_backend_failures_total", backend)
 
 
 # Exposition

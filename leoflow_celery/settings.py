@@ -71,6 +71,14 @@ class SecuritySettings(BaseSettings):
     agent_token_ttl_seconds: int = 7 * 24 * 3600
 
 
+def _parse_names(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+#: An empty variable is none: as a path it would be the working directory, and everything in it would be handed out.
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
+
+
 class GatewaySettings(BaseSettings):
     """The agents' gRPC server."""
 
@@ -79,15 +87,32 @@ class GatewaySettings(BaseSettings):
     #: host:port, or unix:/path. Port 0 picks a free one.
     listen: str = "127.0.0.1:9090"
     #: Both or none; without them the channel is plain text and variables and connections are refused.
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
+    tls_cert: OptionalPath = None
+    tls_key: OptionalPath = None
     #: Serve variables and connections on a plain-text channel all the same (one machine, private network).
     allow_insecure_secrets: bool = False
-    #: Directory or JSON file of variables and connections (see leoflow_celery.gateway.secrets).
-    variables_path: Path | None = None
-    connections_path: Path | None = None
-    #: Values for TaskRequest.secrets with source env: a directory with one file per secret.
-    secrets_path: Path | None = None
+    #: Who knows variables, connections and secrets with source env, in this order; the first that knows a name wins.
+    #: files, environment, command, or an entry point of the group leoflow_celery.secret_backends.
+    secret_backends: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_names)] = ("files",)
+    #: files: a directory with tenants/<tenant>/<kind>s/<name>, tenants/<tenant>/dags/<dag>/<kind>s/<name> and
+    #: shared/<kind>s/<name>; kinds are variable, connection and secret.
+    secret_files: OptionalPath = None
+    #: files: the tenant default's alone, each a directory with one file per name, or a JSON object in a file.
+    variables_path: OptionalPath = None
+    connections_path: OptionalPath = None
+    secrets_path: OptionalPath = None
+    #: environment: what the names of its variables start with.
+    secret_environment_prefix: str = "LEOFLOW_VALUE_"  # noqa: S105 - a name
+    #: command: what to run, with its arguments, quoted as in a shell. No shell runs it.
+    secret_command: str = ""
+    #: command: it is stopped after this many seconds. Less than the time for all back ends together.
+    secret_command_timeout_seconds: Annotated[float, Field(gt=0)] = 10
+    #: command: how long an answer is kept that does not say so itself; 0 keeps none.
+    secret_command_ttl_seconds: Annotated[float, Field(ge=0)] = 60
+    #: Questions to back ends at a time, each in a thread; one tenant has at most half of them.
+    secret_threads: Annotated[int, Field(ge=1)] = 16
+    #: Until an agent hears that no back end answered, and asks again. It waits 20 s for one call.
+    secret_timeout_seconds: Annotated[float, Field(gt=0)] = 15
     #: A holder silent for longer can be replaced. Six heartbeats.
     lease_seconds: float = 90
     #: Heartbeats are written to SQL together, this often.
@@ -116,10 +141,6 @@ def _parse_limits(value: Any) -> Any:
     return {name.strip(): limit.strip() for name, _, limit in pairs}
 
 
-def _parse_names(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-
 class DispatchSettings(BaseSettings):
     """How requests become messages."""
 
@@ -130,6 +151,11 @@ class DispatchSettings(BaseSettings):
         default="kubernetes",
         validation_alias=AliasChoices("LEOFLOW_EXECUTOR_TYPE", "LEOFLOW_DISPATCH_EXECUTOR_TYPE", "executor_type"),
     )
+    #: Executors that a request may be run by, comma separated; another one is refused at the door. Empty: the standard
+    #: one and inline, so that nobody reaches a host's processes or another cluster that nobody meant to offer.
+    permitted_executors: Annotated[
+        tuple[Literal["kubernetes", "docker", "subprocess", "inline"], ...], NoDecode, BeforeValidator(_parse_names)
+    ] = ()
     #: queue → most messages it may hold before submit refuses, as k8s=1000,docker=200. Empty: no limit.
     queue_limits: Annotated[dict[str, int], NoDecode, BeforeValidator(_parse_limits)] = Field(default_factory=dict)
 
@@ -146,7 +172,11 @@ class InlineSettings(BaseSettings):
     #: Response bytes read at the most.
     max_response_bytes: int = 1_048_576
     user_agent: str = "leoflow-celery"
-    #: Hosts or CIDRs that may be called although they are link-local or metadata addresses, comma separated.
+    #: What inline calls may reach: ``public`` (the Internet only), ``any but link-local`` (private networks too), or
+    #: CIDRs, comma separated. Addresses of cloud metadata services are never part of it. Every address that a name
+    #: resolves to counts, and every redirect. Calls in pods and containers are a matter of their network's policy.
+    addresses: str = "any but link-local"
+    #: Hosts or CIDRs that may be called all the same, also link-local and metadata addresses, comma separated.
     allow_addresses: str = ""
 
 
@@ -398,3 +428,13 @@ def _read_secret_files() -> None:
                 os.environ[name] = Path(path).read_text().strip()
             except OSError as error:
                 raise ConfigurationError(f"{name}_FILE={path}: {error.strerror}") from error
+
+
+def environment_with_prefix(prefix: str) -> dict[str, str]:
+    """The variables of this process whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in os.environ.items() if name.startswith(prefix)}
+
+
+def environment_for_commands() -> dict[str, str]:
+    """What a command of the operator's may see of this process's environment: none of our settings and keys."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LEOFLOW_")}

@@ -40,6 +40,12 @@ ROWS: dict[str, list[Panel]] = {
     "Now": [
         Panel("Waiting to be launched", "short", {"": "max(leoflow_dispatch_queue_depth)"}, "stat"),
         Panel("Oldest waiting", "s", {"": "max(leoflow_queue_oldest_age_seconds)"}, "stat"),
+        Panel(
+            "Back ends of secrets that cannot tell",
+            "ops",
+            {"{{backend}}": rate("leoflow_secret_backend_failures_total", "backend")},
+            text="Tasks that need a value wait meanwhile.",
+        ),
         Panel("Agents connected", "short", {"": "sum(leoflow_agents_connected)"}, "stat"),
         Panel("Pods running", "short", {"": "max(leoflow_pods_running)"}, "stat"),
         Panel("Failures in an hour", "short", {"": "sum(increase(leoflow_failures_total[1h]))"}, "stat"),

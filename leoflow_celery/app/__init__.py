@@ -6,29 +6,51 @@ Flower, the client, the gateway). ``celery -A leoflow_celery.app flower`` finds 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
 from typing import Any
 
 from celery import Celery
 
-from leoflow_celery.app.alive import touch_with_heartbeats
 from leoflow_celery.app.config import INCLUDE_OF_QUEUE, celery_config
-from leoflow_celery.app.logging import show_fields
+from leoflow_celery.app.extras import steps_of
+from leoflow_celery.services import Services
 from leoflow_celery.settings import Settings
 
 __all__ = ["LeoflowCelery", "create_app"]
 
 
 class LeoflowCelery(Celery):
-    """A Celery app that knows the settings it was made with; tasks reach them through it."""
+    """A Celery app that knows the settings it was made with; tasks reach them, and its services, through it."""
 
     amqp_cls = "leoflow_celery.app.transport:AMQP"
     settings: Settings
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        #: Called when a worker has ended its tasks, before it leaves the broker.
-        self.before_leaving: list[Callable[[], None]] = []
+        self._services: Services | None = None
+        self._services_lock = threading.Lock()
+
+    @property
+    def services(self) -> Services:
+        """What this process needs to work: built on first use, and again after a fork or a close."""
+        found = self._services
+        if found is not None and not found.is_stale:
+            return found
+        with self._services_lock:
+            if self._services is None or self._services.is_stale:
+                self._services = Services(self.settings)
+            return self._services
+
+    def close_services(self) -> None:
+        """Release them. Those of a parent process are not ours to close."""
+        with self._services_lock:
+            found, self._services = self._services, None
+        if found is not None and not found.is_stale:
+            found.close()
+
+    def close(self) -> None:
+        self.close_services()
+        super().close()
 
 
 def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
@@ -45,8 +67,8 @@ def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
     if queues:
         # Not task_queues: a worker must be able to send to queues that it does not consume.
         app.select_queues(list(queues))
-        touch_with_heartbeats(settings.health.file)
-        show_fields()
+        for blueprint, steps in steps_of(queues).items():
+            app.steps[blueprint] |= steps
     return app
 
 

@@ -10,12 +10,13 @@ from leoflow_celery.domain.routing import (
     MAINTENANCE_QUEUE,
     QUEUE_OF,
     RESULTS_QUEUE,
+    USER_QUEUE,
     ExecutorType,
     queue_for_task,
 )
 from leoflow_celery.settings import Settings
 
-_BACK_END = tuple(f"leoflow_celery.tasks.{name}" for name in ("launch", "backend", "announcing"))
+_BACK_END = tuple(f"leoflow_celery.tasks.{name}" for name in ("launch", "reconcile"))
 #: Which modules hold the tasks of a queue. Workers of launch queues never import SQL.
 INCLUDE_OF_QUEUE: dict[str, tuple[str, ...]] = {
     QUEUE_OF[ExecutorType.KUBERNETES]: _BACK_END,
@@ -24,7 +25,7 @@ INCLUDE_OF_QUEUE: dict[str, tuple[str, ...]] = {
     QUEUE_OF[ExecutorType.INLINE]: ("leoflow_celery.tasks.inline",),
     DISPATCH_QUEUE: ("leoflow_celery.tasks.dispatch",),
     RESULTS_QUEUE: ("leoflow_celery.tasks.results",),
-    MAINTENANCE_QUEUE: tuple(f"leoflow_celery.tasks.{name}" for name in ("maintenance", "comparing", "gauges")),
+    MAINTENANCE_QUEUE: tuple(f"leoflow_celery.tasks.{name}" for name in ("maintenance", "reconcile_requests")),
 }
 #: Threads of a worker unless -c says otherwise. A launch waits for a server, an inline task for somebody else's.
 _CONCURRENCY = {QUEUE_OF[ExecutorType.INLINE]: 16, RESULTS_QUEUE: 4, MAINTENANCE_QUEUE: 4, DISPATCH_QUEUE: 4}
@@ -34,10 +35,9 @@ _DEFAULT_CONCURRENCY = 8
 _POD_PREFETCH = 2
 
 
-def route_task(name: str, *_: object, **__: object) -> dict[str, str] | None:
-    """The Router as Celery routing: the queue of one of our tasks; others take the default."""
-    queue = queue_for_task(name)
-    return {"queue": queue} if queue else None
+def route_task(name: str, *_: object, **__: object) -> dict[str, str]:
+    """The Router as Celery routing: our tasks have their queues; a user's that names none goes to none of ours."""
+    return {"queue": queue_for_task(name) or USER_QUEUE}
 
 
 def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Consumer(CeleryConsumer):
 
         Celery has closed its loop by then, after the last task.
         """
-        for leave in (*getattr(self.app, "before_leaving", ()), self._acknowledge, self._flush_events):
+        for leave in (self._acknowledge, self._flush_events):
             try:
                 leave()
             except Exception as error:  # noqa: BLE001 - the broker may be away in many ways

@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from typing import Any
 
-from celery.signals import after_setup_logger
 from celery.utils.log import ColorFormatter
 
 _OURS = "leoflow_celery"
@@ -42,16 +40,12 @@ class FieldsFormatter(ColorFormatter):
         return super().formatMessage(record) + fields_of(record)
 
 
-def show_fields() -> None:
-    """In this worker or beat, once Celery has set up its log. A formatter that is not Celery's own stays."""
-    after_setup_logger.connect(_replace_formatters, weak=False, dispatch_uid="leoflow-log-fields")
-
-
-def _replace_formatters(logger: logging.Logger, colorize: bool, **setup: Any) -> None:
-    for handler in logger.handlers:
+def show_fields(logger: logging.Logger | None = None) -> None:
+    """On the root logger of a worker or beat, once Celery has set it up. A formatter that is not Celery's own stays."""
+    for handler in (logger or logging.getLogger()).handlers:
         before = handler.formatter
         if type(before) is ColorFormatter:
-            handler.setFormatter(after := FieldsFormatter(setup["format"], use_color=colorize))
+            handler.setFormatter(after := FieldsFormatter(before._fmt, use_color=before.use_color))
             after.datefmt = before.datefmt
 
 

@@ -25,7 +25,7 @@ class Finding:
         return asdict(self)
 
 
-CHECKS = ("keys", "database", "broker", "gateway", "workers", "backends")
+CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends")
 
 
 def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CHECKS) -> list[Finding]:
@@ -39,6 +39,7 @@ def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CH
         raise ConfigurationError(f"--only {unknown[0]}: no such check; there are {', '.join(CHECKS)}")
     checks: dict[str, Callable[[], Finding]] = {
         "keys": lambda: check_keys(settings),
+        "secrets": lambda: check_secrets(settings),
         "database": lambda: check_database(settings),
         "broker": lambda: check_broker(settings),
         "gateway": lambda: check_gateway(settings, ca),
@@ -72,12 +73,50 @@ def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
 
 def check_keys(settings: Settings) -> Finding:
     """Both keys are set and usable."""
-    from leoflow_celery.security import Sealer, TokenIssuer
+    from leoflow_celery.security import KeyRing, TokenIssuer
 
     security = settings.security
-    Sealer(security.seal_keys.get_secret_value())
+    KeyRing(security.seal_keys.get_secret_value())
     TokenIssuer(security.jwt_secret.get_secret_value(), security.agent_token_ttl_seconds)
     return Finding("keys", True, "LEOFLOW_JWT_SECRET and LEOFLOW_SEAL_KEYS are set and usable")
+
+
+def check_secrets(settings: Settings) -> Finding:
+    """Every back end of variables, connections and secrets answers for the standard tenant. Only numbers are shown."""
+    import asyncio
+
+    from leoflow_celery.gateway.secrets import Backends, SecretReader, open_backends
+    from leoflow_celery.gateway.values import STANDARD_TENANT, FileBackend, Kind, Query
+
+    gateway = settings.gateway
+    backends = open_backends(gateway)
+    #: A DAG and a secret that nobody has: a back end that works leaves them out.
+    nobody = "leoflow-doctor"
+    queries = [Query(kind, STANDARD_TENANT, nobody) for kind in (Kind.VARIABLE, Kind.CONNECTION)]
+    queries.append(Query(Kind.SECRET, STANDARD_TENANT, nobody, names=frozenset({nobody})))
+
+    async def ask(name: str) -> list[int]:
+        one = Backends({name: backends.by_name[name]})
+        reader = SecretReader(one, gateway.secret_threads, gateway.secret_timeout_seconds)
+        try:
+            return [len(await reader.get(query)) for query in queries]
+        finally:
+            await reader.close()
+
+    counts = {name: asyncio.run(ask(name)) for name in backends.by_name}
+    files = backends.by_name.get("files")
+    if isinstance(files, FileBackend) and (problems := files.problems()):
+        return Finding("secrets", False, f"{problems[0]}" + (f" ({len(problems)} such)" if len(problems) > 1 else ""))
+    said = [
+        f"{name} has {variables} variables and {connections} connections"
+        for name, (variables, connections, _) in counts.items()
+    ]
+    text = (
+        f"for tenant {STANDARD_TENANT!r} {', '.join(said)}"
+        if said
+        else "no back end of variables, connections and secrets is set up"
+    )
+    return Finding("secrets", True, text)
 
 
 def check_database(settings: Settings) -> Finding:
@@ -106,7 +145,7 @@ def check_broker(settings: Settings) -> Finding:
     from kombu.exceptions import OperationalError
 
     from leoflow_celery.app import create_app
-    from leoflow_celery.runtime.queues import safe_url
+    from leoflow_celery.queueing.depths import safe_url
 
     address = safe_url(settings.broker.url)
     app = create_app(settings=settings)
@@ -182,28 +221,29 @@ def check_workers(settings: Settings) -> Finding:
 
 def check_back_ends(settings: Settings) -> Finding:
     """A worker of the standard executor reaches its server: only then it announces itself."""
-    from leoflow_celery.domain.backend import BackEnd
     from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, ExecutorType
     from leoflow_celery.store import Store
-    from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+    from leoflow_celery.store.presence import BACK_END_GAP_SECONDS
 
     standard = ExecutorType(settings.dispatch.executor_type)
     store = Store(settings)
     try:
-        names = store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
+        back_ends = store.presence.back_ends()
     finally:
         store.close()
-    if standard in RECONCILED and standard not in {BackEnd.parse(name).executor for name in names}:
+    seconds = round(BACK_END_GAP_SECONDS)
+    if standard in RECONCILED and standard not in {one.executor for one in back_ends}:
         module = _WORKER_OF.get(QUEUE_OF[standard], QUEUE_OF[standard])
         text = (
-            f"no {standard} worker has announced itself for {PRESENCE_GAP_SECONDS} s: none runs, or it does not reach "
+            f"no {standard} worker has announced itself for {seconds} s: none runs, or it does not reach "
             f"its {_SERVER_OF[standard]}; start 'celery -A workers.{module} worker', or look for "
             "backend.not_announced in its log"
         )
         return Finding("backends", False, text)
-    if not names:
+    if not back_ends:
         return Finding("backends", True, f"none is needed: the {standard} executor runs tasks in its own worker")
-    return Finding("backends", True, f"{', '.join(names)} announced within the last {PRESENCE_GAP_SECONDS} s")
+    names = ", ".join(map(str, back_ends))
+    return Finding("backends", True, f"{names} announced within the last {seconds} s")
 
 
 #: What a worker of these executors talks to.

@@ -85,15 +85,15 @@ def check_tasks(client: Client, dag: Dag, run_id: str) -> None:
     Raises:
         InvalidRequest: names the task, what is wrong with it and the fix.
     """
+    from leoflow_celery.client.client import policy_of
     from leoflow_celery.domain.dag import task_request
-    from leoflow_celery.domain.routing import ExecutorType, check_task
+    from leoflow_celery.domain.routing import check_task
 
-    settings = client.settings
-    standard = ExecutorType(settings.dispatch.executor_type)
+    policy = policy_of(client.settings)
     for task_id in dag.order:
         request = task_request(dag, task_id, run_id)
         try:
-            check_task(request, standard, settings.inline.max_duration)
+            check_task(request, policy)
         except InvalidRequest as error:
             raise InvalidRequest(f"task {task_id!r}: {error}", error.field) from error
 

@@ -19,13 +19,42 @@ def fresh_keys() -> dict[str, str]:
     return {"LEOFLOW_JWT_SECRET": secrets.token_urlsafe(48), "LEOFLOW_SEAL_KEYS": Fernet.generate_key().decode("ascii")}
 
 
-def keys(as_json: JsonOption = False) -> None:
-    """Print a fresh pair of keys as export lines. Every process of a system needs the same pair."""
+def keys(
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="SCOPE",
+            help="The key of k8s, docker or subprocess workers, or of publishers (dispatch), out of LEOFLOW_SEAL_KEYS.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print fresh keys as export lines, the same pair for every process of the control plane.
+
+    With --for, print what one launch worker may hold instead: it opens and says nothing of another queue.
+    """
+    found = fresh_keys() if scope is None else keys_for(scope)
     if as_json:
-        echo_json(fresh_keys())
+        echo_json(found)
         return
-    for name, value in fresh_keys().items():
+    for name, value in found.items():
         typer.echo(f"export {name}='{value}'")
+
+
+def keys_for(scope: str) -> dict[str, str]:
+    """The setting that holds the keys of one scope only, newest first.
+
+    Raises:
+        ConfigurationError: LEOFLOW_SEAL_KEYS of this process holds no key of the scope.
+    """
+    from leoflow_celery.security import KeyRing, Scope
+    from leoflow_celery.settings import Settings
+
+    if scope not in [*Scope]:
+        raise typer.BadParameter(f"{scope!r} is none of {', '.join(Scope)}", param_hint="--for")
+    ring = KeyRing(Settings.load().security.seal_keys.get_secret_value())
+    return {"LEOFLOW_SEAL_KEYS": ",".join(f"{scope}:{key}" for key in ring.keys(scope))}
 
 
 def schema(

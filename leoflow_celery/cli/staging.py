@@ -32,7 +32,7 @@ def staging(
                 f"{release} is on no host now; {waiting} waiting tasks go where a docker worker is, to an empty volume"
             )
             return
-        store = client.runtime.store.staging
+        store = client.services.store.staging
         volumes: list[StagingVolumeState] | list[DeletedVolume] = (
             store.list_deleted() if deleted else store.list_active()
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from leoflow_celery.domain.canvas import check_signatures
 from leoflow_celery.errors import InvalidRequest
 
 
@@ -12,22 +13,20 @@ def signatures(field: str, given: Any) -> list[dict[str, Any]]:
     """One signature or a list of them (None: none) as plain JSON.
 
     Raises:
-        InvalidRequest: names ``field``; something is no signature, or does not travel as JSON.
+        InvalidRequest: names ``field``; something is no signature, names what is not the user's, or is no JSON.
     """
     if given is None:
         return []
-    items = given if isinstance(given, list | tuple) else [given]
-    return [_plain(field, item) for item in items]
-
-
-def _plain(field: str, item: Any) -> dict[str, Any]:
-    # A Celery signature is a dict.
-    if not isinstance(item, dict) or not isinstance(item.get("task"), str) or not item["task"]:
-        raise InvalidRequest(
-            f"{field}: {type(item).__name__} is no Celery signature; give task.s(…), signature('name') or a list", field
-        )
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(item))
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{field}: the signature of {item['task']!r} is no JSON: {error}", field) from error
+    items = list(given) if isinstance(given, list | tuple) else [given]
+    plain: list[dict[str, Any]] = [_plain(field, item) for item in items]
+    check_signatures(field, plain)
     return plain
+
+
+def _plain(field: str, item: Any) -> Any:
+    try:
+        return json.loads(json.dumps(item))
+    except (TypeError, ValueError, RecursionError) as error:
+        # A Celery signature is a dict.
+        what = f"the signature of {item.get('task')!r}" if isinstance(item, dict) else type(item).__name__
+        raise InvalidRequest(f"{field}: {what} is no JSON: {error}", field) from error

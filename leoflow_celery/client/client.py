@@ -7,32 +7,28 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from celery import Celery
-
-from leoflow_celery.app import create_app
+from leoflow_celery.app import LeoflowCelery, create_app
 from leoflow_celery.client.callbacks import signatures
 from leoflow_celery.client.handle import Handle
 from leoflow_celery.client.measuring import count_submitted, refusals_counted
-from leoflow_celery.client.messages import LaunchMessage, MessageSender, seal_request
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.request import TaskRequest, check_size, parse_request
+from leoflow_celery.domain.request import TaskRequest, parse_request
 from leoflow_celery.domain.routing import (
     QUEUE_OF,
     RECONCILED,
     ExecutorType,
-    check_inline_timeout,
-    check_secrets,
+    Policy,
+    check_task,
     executor_for,
-    host_queue,
 )
 from leoflow_celery.domain.states import RunState, TaskState
 from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.queueing.messages import seal_request
+from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
 from leoflow_celery.store.events import EventView
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
 from leoflow_celery.store.logs import LogKey
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.store.views import RunView, Submitted, TaskInstanceView
@@ -43,17 +39,22 @@ _STANDARD_TENANT = "default"
 _MESSAGES_AT_ONCE = 50
 
 
+def policy_of(settings: Settings) -> Policy:
+    """What a system lets requests ask for."""
+    dispatch = settings.dispatch
+    permitted = frozenset(ExecutorType(name) for name in dispatch.permitted_executors)
+    return Policy(ExecutorType(dispatch.executor_type), settings.inline.max_duration, permitted)
+
+
 class Client:
     """Submits and observes task instances. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(
-        self, settings: Settings | None = None, app: Celery | None = None, runtime: Runtime | None = None
-    ) -> None:
-        self.settings = settings or Settings.load()
-        self.app = app or create_app(settings=self.settings)
-        self._owns_runtime = runtime is None
-        self.runtime = runtime or Runtime(self.settings)
-        self.messages = MessageSender(self.app, self.runtime)
+    def __init__(self, settings: Settings | None = None, app: LeoflowCelery | None = None) -> None:
+        """``app`` is the one of a process that has one, with settings of its own; closing the client leaves it open."""
+        self._owns_app = app is None
+        self.app = app or create_app(settings=settings)
+        self.settings, self.services = self.app.settings, self.app.services
+        self.publisher = Publisher(self.app, self.services)
 
     @classmethod
     def from_environment(cls) -> Client:
@@ -97,7 +98,7 @@ class Client:
         with refusals_counted():
             tries = [self._new_try(parse_request(request), context) for request in requests]
             self._check_capacity({item.executor for item in tries}, len(tries))
-        submitted = self.runtime.store.submissions.record(tries)
+        submitted = self.services.store.submissions.record(tries)
         try:
             self._send(tries, submitted)
         finally:
@@ -105,13 +106,8 @@ class Client:
         return [Handle(self, done.attempt, done.celery_task_id, done.created) for done in submitted]
 
     def _new_try(self, request: TaskRequest, context: dict[str, Any]) -> NewTry:
-        dispatch = self.settings.dispatch
-        executor = executor_for(request, ExecutorType(dispatch.executor_type))
-        if executor is ExecutorType.INLINE:
-            check_inline_timeout(request, self.settings.inline.max_duration)
-        check_secrets(request, executor)
-        sealed = seal_request(self.runtime, request)
-        check_size(len(sealed) * 3 // 4)
+        executor = check_task(request, policy_of(self.settings))
+        sealed = seal_request(self.services.keys, request)
         factor = request.oom_memory_factor
         factor = self.settings.maintenance.oom_memory_factor if factor is None else factor
         return NewTry(request, executor, sealed, context, factor)
@@ -128,7 +124,7 @@ class Client:
         """What waits for an executor: in its own queue and in those of its hosts."""
         queue = QUEUE_OF[executor]
         try:
-            waiting = [self.runtime.queues.waiting(name) for name in (queue, *self._host_queues(executor))]
+            waiting = [self.services.queues.waiting(name) for name in (queue, *self._host_queues(executor))]
             return sum(filter(None, waiting)) if waiting[0] is not None else None
         except BrokerUnavailable as error:  # the try is recorded all the same; sending it says what is wrong
             log.warning("queue.depth_unknown", extra={"queue": queue, "error": str(error)})
@@ -137,26 +133,25 @@ class Client:
     def _host_queues(self, executor: ExecutorType) -> list[str]:
         if executor not in RECONCILED:
             return []
-        hosts = self.runtime.store.leases.present(f"{BACK_END_PRESENCE}{executor}:", PRESENCE_GAP_SECONDS)
-        return [host_queue(executor, host) for host in hosts]
+        return [one.queue for one in self.services.store.presence.back_ends(executor) if one.host]
 
     def _send(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> None:
         sent: list[AttemptId] = []
         try:
             for messages in batched(self._messages(tries, submitted), _MESSAGES_AT_ONCE):
-                self.messages.launch(*messages)
+                self.publisher.launch(*messages)
                 sent += [message.attempt for message in messages]
         except BrokerUnavailable as error:
             raise BrokerUnavailable(
                 f"{error}; recorded as queued and sent when the broker answers again (submitting again is safe)"
             ) from error
         finally:
-            self.runtime.store.submissions.mark_sent(sent)
+            self.services.store.submissions.mark_sent(sent)
 
-    def _messages(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> list[LaunchMessage]:
+    def _messages(self, tries: Sequence[NewTry], submitted: Sequence[Submitted]) -> list[LaunchOrder]:
         queues = [self._queue_to_send_to(item, done) for item, done in zip(tries, submitted, strict=True)]
         return [
-            LaunchMessage(item.request, item.executor, done.attempt, done.celery_task_id, queue)
+            LaunchOrder(item.request, item.executor, done.attempt, done.celery_task_id, queue)
             for item, done, queue in zip(tries, submitted, queues, strict=True)
             if queue is not None
         ]
@@ -172,9 +167,9 @@ class Client:
     def mark(self, request: TaskRequest | dict[str, Any], state: TaskState) -> None:
         """Record a try that the scheduler decided without running it: skipped or upstream_failed."""
         parsed = parse_request(request)
-        executor = executor_for(parsed, ExecutorType(self.settings.dispatch.executor_type))
-        item = NewTry(parsed, executor, seal_request(self.runtime, parsed))
-        self.runtime.store.submissions.record([item], state)
+        executor = executor_for(parsed, policy_of(self.settings).standard)
+        item = NewTry(parsed, executor, seal_request(self.services.keys, parsed))
+        self.services.store.submissions.record([item], state)
 
     def cancel(self, task_instance_id: str, try_number: int | None = None) -> bool:
         """Ask a try to stop; it ends failed with reason cancelled. False when it had ended already.
@@ -185,11 +180,11 @@ class Client:
         before = self.task_instance(task_instance_id, try_number)
         if before.is_terminal:
             return False
-        view = self.runtime.store.attempts.request_cancel(task_instance_id, before.try_number)
+        view = self.services.store.attempts.request_cancel(task_instance_id, before.try_number)
         try:
-            self.messages.stop(view)
+            self.publisher.stop(view)
             if view.is_terminal:
-                self.messages.settle(view.task_instance_id, view.try_number)
+                self.publisher.advance_try(view.task_instance_id, view.try_number)
         except BrokerUnavailable as error:  # maintenance does both later
             log.warning("cancel.delayed", extra={"attempt": str(view.attempt), "error": str(error)})
         return True
@@ -202,7 +197,7 @@ class Client:
         Raises:
             NotFound: no active volume of that name is bound to a Docker host.
         """
-        return self.runtime.store.staging.release(claim_name)
+        return self.services.store.staging.release(claim_name)
 
     # -- observing ----------------------------------------------------------------------------------------------
 
@@ -212,18 +207,18 @@ class Client:
         Raises:
             NotFound: no such task instance or try.
         """
-        return self.runtime.store.attempts.get(task_instance_id, try_number)
+        return self.services.store.attempts.get(task_instance_id, try_number)
 
     def task_instances(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[TaskInstanceView]:
         """The newest try of each task of a run."""
-        return self.runtime.store.runs.task_instances(tenant_id, dag_id, run_id)
+        return self.services.store.runs.task_instances(tenant_id, dag_id, run_id)
 
     def events(self, task_instance_id: str) -> list[EventView]:
         """The history of a task instance, oldest first."""
-        return self.runtime.store.events.of(task_instance_id)
+        return self.services.store.events.of(task_instance_id)
 
     def create_run(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT, dag_version: str = "") -> RunView:
-        return self.runtime.store.runs.create(tenant_id, dag_id, run_id, dag_version)
+        return self.services.store.runs.create(tenant_id, dag_id, run_id, dag_version)
 
     def run(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> RunView:
         """One run.
@@ -231,10 +226,10 @@ class Client:
         Raises:
             NotFound: it was never created.
         """
-        return self.runtime.store.runs.get(tenant_id, dag_id, run_id)
+        return self.services.store.runs.get(tenant_id, dag_id, run_id)
 
     def finish_run(self, dag_id: str, run_id: str, state: RunState, tenant_id: str = _STANDARD_TENANT) -> bool:
-        return self.runtime.store.runs.finish(tenant_id, dag_id, run_id, state)
+        return self.services.store.runs.finish(tenant_id, dag_id, run_id, state)
 
     def xcom(
         self, dag_id: str, run_id: str, task_id: str, key: str = RETURN_VALUE, tenant_id: str = _STANDARD_TENANT
@@ -244,14 +239,14 @@ class Client:
         Raises:
             NotFound: never pushed, or expired.
         """
-        value = self.runtime.store.xcom.get(XComKey(tenant_id, dag_id, run_id, task_id, key))
+        value = self.services.store.xcom.get(XComKey(tenant_id, dag_id, run_id, task_id, key))
         if value is None:
             raise NotFound(f"task {task_id!r} of run {run_id!r} has no XCom {key!r} (never pushed, or expired)")
         return shown_value(value)
 
     def xcoms(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[tuple[str, str, Any, float]]:
         """Every value of a run as (task_id, key, parsed value, created_at)."""
-        found = self.runtime.store.xcom.of_run(tenant_id, dag_id, run_id)
+        found = self.services.store.xcom.of_run(tenant_id, dag_id, run_id)
         return [(key.task_id, key.key, shown_value(value), value.created_at) for key, value in found]
 
     def logs(
@@ -266,8 +261,8 @@ class Client:
         """A try's log lines, ``{ts, level, stream, msg}``; with ``follow`` until the try has ended."""
         key = LogKey(tenant_id, dag_id, run_id, task_id, try_number)
         if not follow:
-            return self.runtime.store.logs.read(key)
-        return self.runtime.store.logs.follow(key, lambda: self._ended(key))
+            return self.services.store.logs.read(key)
+        return self.services.store.logs.follow(key, lambda: self._ended(key))
 
     def _ended(self, key: LogKey) -> bool:
         views = self.task_instances(key.dag_id, key.run_id, key.tenant_id)
@@ -277,9 +272,9 @@ class Client:
     # -- life ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        if self._owns_runtime:
-            self.runtime.close()
-        self.app.close()
+        """Release what it holds."""
+        if self._owns_app:
+            self.app.close()
 
     def __enter__(self) -> Client:
         return self

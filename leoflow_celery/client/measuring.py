@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from leoflow_celery import metrics
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.errors import AtCapacity, InvalidDag, InvalidRequest, RequestTooLarge, Unsealable
+from leoflow_celery.errors import AtCapacity, DecryptionFailed, InvalidDag, InvalidRequest, RequestTooLarge
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.store.views import Submitted
 
@@ -17,7 +17,7 @@ _WHY: dict[type[Exception], str] = {
     InvalidRequest: "invalid_request",
     InvalidDag: "invalid_request",
     RequestTooLarge: "too_large",
-    Unsealable: "unsealable",
+    DecryptionFailed: "unsealable",
 }
 
 

@@ -19,6 +19,10 @@ STANDARD_TENANT = "default"
 TASK_CONTAINER = "task"
 
 _NAMESPACE = uuid.UUID("6f0b9c5e-4a55-5f0e-9d0a-1e0f5ca1ab1e")
+#: The first digits of the Celery id of every try: no other message may be sent under such an id.
+_TRY_ID_PREFIX = "1e0f10a7"
+#: Of every staging volume that is named after its run.
+STAGING_PREFIX = "leoflow-staging-"
 _NAME_LIMIT = 63
 _SUFFIX_HEX_DIGITS = 10
 
@@ -69,8 +73,16 @@ class LaunchReport:
 
 
 def celery_task_id(task_instance_id: str, try_number: int) -> str:
-    """The Celery id of a try. A relaunch keeps it: the scheduler waits on the try, not on its launches."""
-    return str(uuid.uuid5(_NAMESPACE, f"{task_instance_id}\x00{try_number}"))
+    """The Celery id of a try. A relaunch keeps it: the scheduler waits on the try, not on its launches.
+
+    It is a UUID of version 5 that can be told from everybody else's, also before its try is recorded.
+    """
+    return _TRY_ID_PREFIX + str(uuid.uuid5(_NAMESPACE, f"{task_instance_id}\x00{try_number}"))[len(_TRY_ID_PREFIX) :]
+
+
+def is_try_id(celery_id: str) -> bool:
+    """Whether a Celery id is the own one of some try, which nobody else may use: ``celery_task_id`` made it."""
+    return celery_id.startswith(_TRY_ID_PREFIX)
 
 
 def digest(*parts: object, length: int = _SUFFIX_HEX_DIGITS) -> str:
@@ -110,7 +122,7 @@ def staging_claim_name(dag_id: str, run_id: str, tenant_id: str = STANDARD_TENAN
     So does another tenant than the standard one, who may run the same DAG.
     """
     owner = (dag_id, run_id) if tenant_id == STANDARD_TENANT else (tenant_id, dag_id, run_id)
-    name = f"leoflow-staging-{sanitise(dag_id)}-{sanitise(run_id)}"
+    name = f"{STAGING_PREFIX}{sanitise(dag_id)}-{sanitise(run_id)}"
     unchanged = sanitise(dag_id) == dag_id and sanitise(run_id) == run_id
     if unchanged and "-" not in dag_id and len(name) <= _NAME_LIMIT and tenant_id == STANDARD_TENANT:
         return name

@@ -6,6 +6,7 @@ Text without what no database keeps, JSON that every reader takes, names that fi
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -27,6 +28,8 @@ MAX_NAME_CHARACTERS = 255
 Item = TypeVar("Item")
 
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
+#: Control and format characters (ESC, bidi overrides, zero-width ones), halves of pairs, line and paragraph separators.
+_UNPRINTABLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _CLAIM_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 #: Of a Pod object; the API server would drop any other key, and say nothing.
 _POD_KEYS = frozenset({"apiVersion", "kind", "metadata", "spec"})
@@ -46,10 +49,33 @@ def _text(value: str) -> str:
     return value
 
 
+def is_printable(text: str) -> bool:
+    """Whether a log, a terminal and a name show the text as it is: nothing in it moves, hides or reverses the rest."""
+    if text.isascii():
+        return text.isprintable()
+    return not any(unicodedata.category(character) in _UNPRINTABLE_CATEGORIES for character in text)
+
+
+def printable(text: str) -> str:
+    """The text with every character that ``is_printable`` refuses written as its escape."""
+    if is_printable(text):
+        return text
+    return "".join(one if is_printable(one) else one.encode("unicode_escape").decode() for one in text)
+
+
+def _label(value: str) -> str:
+    if not is_printable(_text(value)):
+        raise ValueError(
+            "holds a control, bidirectional or invisible character, which would forge what logs and terminals show; "
+            "remove it"
+        )
+    return value
+
+
 def _identifier(value: str) -> str:
     if value in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", value):
         raise ValueError("is used in file names: no slash, backslash, control character, '.' or '..'")
-    if not value or len(_text(value).encode()) > MAX_ID_BYTES:
+    if not value or len(_label(value).encode()) > MAX_ID_BYTES:
         raise ValueError(f"must have 1 to {MAX_ID_BYTES} bytes")
     return value
 
@@ -84,7 +110,7 @@ def is_variable_name(name: str) -> bool:
 def _variable_name(value: str) -> str:
     if not is_variable_name(value):
         raise ValueError(_NAME_RULE)
-    return value
+    return _label(value)
 
 
 def _environment(value: dict[str, str]) -> dict[str, str]:
@@ -93,6 +119,14 @@ def _environment(value: dict[str, str]) -> dict[str, str]:
             head, equals, _ = name.partition("=")
             shown = f"{head}=…" if equals else name  # what follows may well be the value
             raise ValueError(f"variable {shown!r}: {_NAME_RULE}, a value no NUL or half a surrogate pair")
+        if not is_printable(name):
+            raise ValueError(f"variable {name!r}: its name holds a control, bidirectional or invisible character")
+    return value
+
+
+def _header(value: str) -> str:
+    if re.search(r"[\r\n]", _text(value)):
+        raise ValueError("is one line of an HTTP message: no line break")
     return value
 
 
@@ -117,11 +151,11 @@ def _schema(value: dict[str, Any]) -> dict[str, Any]:
 def _mount_path(value: str) -> str:
     if value and (not value.startswith("/") or ":" in value):
         raise ValueError("is a directory in the container: an absolute path without a colon, e.g. /secrets")
-    return _text(value)
+    return _label(value)
 
 
 def _url(value: str) -> str:
-    if not _names_a_host(_text(value)):
+    if not _names_a_host(_label(value)):
         raise ValueError("names no host and port that can be called; write for example https://api.example.com:8443/v1")
     return value
 
@@ -150,8 +184,13 @@ def _not_empty(value: tuple[Item, ...]) -> tuple[Item, ...]:
     return value
 
 
+#: Free text: code, values, bodies.
 Text = Annotated[str, AfterValidator(_text)]
-Name = Annotated[Text, Field(max_length=MAX_NAME_CHARACTERS)]
+#: Text that becomes a name, a label or part of a log line.
+Label = Annotated[str, AfterValidator(_label)]
+Name = Annotated[Label, Field(max_length=MAX_NAME_CHARACTERS)]
+#: The value of an HTTP header.
+Header = Annotated[str, AfterValidator(_header)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$", max_length=8_192), AfterValidator(_url)]
 Identifier = Annotated[str, AfterValidator(_identifier)]
 PlainIdentifier = Annotated[str, AfterValidator(_plain_identifier)]

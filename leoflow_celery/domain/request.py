@@ -17,10 +17,12 @@ from leoflow_celery.domain.fields import (
     MAX_NAME_CHARACTERS,
     ClaimName,
     Environment,
+    Header,
     Identifier,
     Json,
     JsonObject,
     JsonSchema,
+    Label,
     MountPath,
     Name,
     NotEmpty,
@@ -32,7 +34,8 @@ from leoflow_celery.domain.fields import (
     Text,
     Url,
     VariableName,
-    is_storable,
+    is_printable,
+    printable,
 )
 from leoflow_celery.domain.outcome import storable
 from leoflow_celery.errors import InvalidRequest, RequestTooLarge
@@ -77,9 +80,9 @@ class Resources(Frozen):
 class Toleration(Frozen):
     """A Kubernetes toleration; the field names are the API's."""
 
-    key: Text | None = None
+    key: Label | None = None
     operator: Literal["Exists", "Equal"] | None = None
-    value: Text | None = None
+    value: Label | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     tolerationSeconds: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # noqa: N815 - the Kubernetes API's own name
 
@@ -90,14 +93,14 @@ PullPolicy = Literal["Always", "IfNotPresent", "Never"]
 class Execution(Frozen):
     """Where and as whom the task runs."""
 
-    node_selector: dict[Text, Text] = Field(default_factory=dict)
+    node_selector: dict[Label, Label] = Field(default_factory=dict)
     tolerations: tuple[Toleration, ...] = ()
-    service_account: Text | None = None
+    service_account: Label | None = None
     image_pull_policy: PullPolicy | None = None
     #: A Kubernetes Affinity object, as the API has it.
     affinity: JsonObject = Field(default_factory=dict)
     #: Names of Secrets, added to those of the queue.
-    image_pull_secrets: tuple[Text, ...] = ()
+    image_pull_secrets: tuple[Label, ...] = ()
     #: Between SIGTERM and SIGKILL; None is the queue's.
     termination_grace_seconds: Annotated[int, Field(ge=0, le=3_600)] | None = None
 
@@ -107,7 +110,7 @@ class HttpRequest(Frozen):
 
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
     url: Url
-    headers: dict[Text, Text] = Field(default_factory=dict)
+    headers: dict[Label, Header] = Field(default_factory=dict)
     body: Json = None
     timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60
     success_status_codes: NotEmpty[Annotated[int, Field(ge=100, le=599)]] = (200, 201, 202, 204)
@@ -118,14 +121,14 @@ class SecretReference(Frozen):
 
     name: VariableName
     source: Literal["env", "vault", "k8s_secret"]
-    reference: Text | None = None
+    reference: Label | None = None
 
 
 class ResultCallback(Frozen):
     """Any Celery task, called once per try with the final event (a JSON object)."""
 
-    task: Annotated[Text, Field(min_length=1)]
-    queue: Text | None = None
+    task: Annotated[Label, Field(min_length=1)]
+    queue: Label | None = None
 
 
 class TaskRequest(Frozen):
@@ -138,7 +141,7 @@ class TaskRequest(Frozen):
     task_id: PlainIdentifier
     try_number: Annotated[int, Field(ge=1, le=1_000_000)] = 1
 
-    image: Text = ""
+    image: Label = ""
     image_pull_policy: PullPolicy | None = None
     operator: Operator
     entrypoint: Text = ""
@@ -151,19 +154,19 @@ class TaskRequest(Frozen):
     http_request: HttpRequest | None = None
 
     #: Filled in at dispatch when empty.
-    control_plane_addr: Text = ""
-    agent_token: Text = ""
+    control_plane_addr: Label = ""
+    agent_token: Label = ""
 
     staging_claim: ClaimName = ""
     staging_size: OptionalQuantity = ""
-    staging_storage_class: Text = ""
+    staging_storage_class: Label = ""
     staging_access_mode: Literal["", "ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"] = ""
-    agent_tls_ca_config_map: Text = ""
-    task_secret_name: Text = ""
+    agent_tls_ca_config_map: Label = ""
+    task_secret_name: Label = ""
     task_secret_mount_path: MountPath = ""
 
     # What this system adds to the contract.
-    dag_version: Text = ""
+    dag_version: Label = ""
     execution_mode: Literal["inline", "pod"] | None = None
     executor: Literal["kubernetes", "docker", "subprocess", "inline"] | None = None
     #: parameter name → upstream task id
@@ -259,12 +262,12 @@ def check_celery_id(celery_id: str) -> None:
     """Refuse the id of a message that could never be recorded as waiting for a try.
 
     Raises:
-        InvalidRequest: too long, or text that no database keeps.
+        InvalidRequest: too long, or text that no database keeps or no log may show.
     """
-    if not 0 < len(celery_id) <= MAX_NAME_CHARACTERS or not is_storable(celery_id):
+    if not 0 < len(celery_id) <= MAX_NAME_CHARACTERS or not is_printable(celery_id):
         raise InvalidRequest(
-            f"id: a Celery id has 1 to {MAX_NAME_CHARACTERS} characters, no NUL and no half a surrogate pair; send the "
-            f"message with another one, or with none{_shown(celery_id)}",
+            f"id: a Celery id has 1 to {MAX_NAME_CHARACTERS} characters, no NUL and no half a surrogate pair, control, "
+            f"bidirectional or invisible character; send the message with another one, or with none{_shown(celery_id)}",
             "id",
         )
 
@@ -308,7 +311,7 @@ def invalid_request(error: ValidationError, kind: type[InvalidRequest] = Invalid
 
 def _path(location: tuple[int | str, ...]) -> str:
     """Where a value is, as text that can be stored; a key that is wrong is named like its value."""
-    return _cut(storable(".".join(str(part) for part in location if part != "[key]")), _PATH_CHARACTERS)
+    return _cut(printable(storable(".".join(str(part) for part in location if part != "[key]"))), _PATH_CHARACTERS)
 
 
 def _shown(value: Any) -> str:

@@ -6,9 +6,12 @@ pod``; everything else runs on the standard executor or the one the request name
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
+from leoflow_celery.domain.fields import MAX_NAME_CHARACTERS, is_printable
 from leoflow_celery.domain.request import Operator, TaskRequest
+from leoflow_celery.domain.staging import check_claims
 from leoflow_celery.errors import InvalidRequest
 
 
@@ -33,31 +36,109 @@ MAINTENANCE_QUEUE = "maintenance"
 LAUNCH_QUEUES = tuple(QUEUE_OF.values())
 ALL_QUEUES = (*LAUNCH_QUEUES, DISPATCH_QUEUE, RESULTS_QUEUE, MAINTENANCE_QUEUE)
 
-DISPATCH_TASK = "leoflow.dispatch"
-_OUR_PREFIX = "leoflow."
-_EXECUTE_PREFIX = "leoflow.execute."
-#: Tasks of the workers that hold a back end: ``<prefix><executor>``.
-RECONCILE_PREFIX = "leoflow.reconcile."
-STOP_PREFIX = "leoflow.stop."
-STAGING_PREFIX = "leoflow.staging."
-_BACK_END_PREFIXES = (_EXECUTE_PREFIX, RECONCILE_PREFIX, STOP_PREFIX, STAGING_PREFIX)
+#: Where a user's task goes that names no queue: the one that Celery's workers consume when they are told none.
+USER_QUEUE = "celery"
+#: Keys of the broker, of results and of ours in Redis, beside which queues are keys, too.
+_RESERVED_QUEUES = (
+    *("_kombu.", "unacked", "celery-task-meta-", "celery-taskset-meta-", "celeryev", "celery.pidbox"),
+    *("reply.celery.pidbox", "chord-unlock-", "lock:", "xcom:", "xcom-keys:", "launched", "dead-letters"),
+)
 #: Executors whose attempts and volumes live elsewhere and are compared with SQL.
 RECONCILED = (ExecutorType.KUBERNETES, ExecutorType.DOCKER)
-_QUEUE_OF_PREFIX = {
-    DISPATCH_TASK: DISPATCH_QUEUE,
-    "leoflow.results.": RESULTS_QUEUE,
-    "leoflow.maintenance.": MAINTENANCE_QUEUE,
-}
+
+
+#: What the names of our tasks begin with.
+OUR_PREFIX = "leoflow."
+_CELERY_PREFIX = "celery."
+
+
+class TaskName(StrEnum):
+    """Every Celery task of ours. The last part of a back end's task is its executor."""
+
+    DISPATCH = "leoflow.dispatch"
+
+    EXECUTE_KUBERNETES = "leoflow.execute.kubernetes"
+    EXECUTE_DOCKER = "leoflow.execute.docker"
+    EXECUTE_SUBPROCESS = "leoflow.execute.subprocess"
+    EXECUTE_INLINE = "leoflow.execute.inline"
+    RECONCILE_KUBERNETES = "leoflow.reconcile.kubernetes"
+    RECONCILE_DOCKER = "leoflow.reconcile.docker"
+    STOP_KUBERNETES = "leoflow.stop.kubernetes"
+    STOP_DOCKER = "leoflow.stop.docker"
+    STAGING_KUBERNETES = "leoflow.staging.kubernetes"
+    STAGING_DOCKER = "leoflow.staging.docker"
+
+    RECORD_END = "leoflow.results.record"
+    RECORD_STAGING = "leoflow.results.staging_deleted"
+    RECORD_PRESENCE = "leoflow.results.present"
+    ADVANCE_TRY = "leoflow.results.advance"
+
+    SEND_DUE = "leoflow.maintenance.send_due"
+    COMPLETE_DUE = "leoflow.maintenance.complete_due"
+    REAP = "leoflow.maintenance.reap"
+    REQUEST_RECONCILE = "leoflow.maintenance.reconcile"
+    REQUEST_STAGING = "leoflow.maintenance.collect_staging"
+    EXPIRE_XCOMS = "leoflow.maintenance.expire_xcoms"
+    PRUNE_LOGS = "leoflow.maintenance.prune_logs"
+    PRUNE_HISTORY = "leoflow.maintenance.prune_history"
+
+    @classmethod
+    def of(cls, kind: str, executor: ExecutorType) -> TaskName:
+        """The task of a back end: ``kind`` is execute, reconcile, stop or staging.
+
+        Raises:
+            ValueError: the executor has none of that kind.
+        """
+        return cls(f"{OUR_PREFIX}{kind}.{executor}")
+
+    @property
+    def queue(self) -> str:
+        """The executor's or the control plane's own queue."""
+        kind, _, what = self.removeprefix(OUR_PREFIX).partition(".")
+        queues = {"dispatch": DISPATCH_QUEUE, "results": RESULTS_QUEUE, "maintenance": MAINTENANCE_QUEUE}
+        return queues[kind] if kind in queues else QUEUE_OF[ExecutorType(what)]
+
+    @property
+    def is_monitored(self) -> bool:
+        """Whether a monitor hears of it: of attempts and requests, not of the system's own work."""
+        return self.startswith((f"{OUR_PREFIX}execute.", TaskName.DISPATCH))
+
+
+TASK_NAMES = frozenset(TaskName)
+
+
+def user_task_problem(name: str) -> str:
+    """Why a user may not have a Celery task sent; nothing when he may."""
+    if not 0 < len(name) <= MAX_NAME_CHARACTERS or not is_printable(name):
+        return f"a task's name is a printable text of 1 to {MAX_NAME_CHARACTERS} characters"
+    if name.startswith(OUR_PREFIX) and name != TaskName.DISPATCH:
+        return f"{name!r} is a task of this system; name a task of your own, or {TaskName.DISPATCH.value!r}"
+    if name.startswith(_CELERY_PREFIX):
+        return f"{name!r} is a task of Celery itself; name a task of your own"
+    return ""
+
+
+def user_queue_problem(queue: str, task: str = "") -> str:
+    """Why a user's task may not be sent to a queue; nothing when it may. ``leoflow.dispatch`` has its own."""
+    if queue == DISPATCH_QUEUE and task == TaskName.DISPATCH:
+        return ""
+    if not 0 < len(queue) <= MAX_NAME_CHARACTERS or not is_printable(queue):
+        return f"a queue's name is a printable text of 1 to {MAX_NAME_CHARACTERS} characters"
+    if queue in ALL_QUEUES or queue.startswith(tuple(f"{name}." for name in LAUNCH_QUEUES)):
+        return f"{queue!r} is a queue of this system; name a queue of your own"
+    if queue.startswith(_RESERVED_QUEUES):
+        return f"{queue!r} is a name that the broker keeps for itself; name a queue of your own"
+    return ""
 
 
 def executor_of_task(name: str) -> ExecutorType:
-    """The executor that a task named ``<prefix><executor>`` speaks of."""
+    """The executor of a back end's task."""
     return ExecutorType(name.rpartition(".")[2])
 
 
 def is_monitored(name: str) -> bool:
-    """Whether a monitor hears of a Celery task: of attempts, requests and strangers' tasks, not of the system's own."""
-    return name.startswith((_EXECUTE_PREFIX, DISPATCH_TASK)) or not name.startswith(_OUR_PREFIX)
+    """Whether a monitor hears of a Celery task, ours or a user's."""
+    return not name.startswith(OUR_PREFIX) or (name in TASK_NAMES and TaskName(name).is_monitored)
 
 
 def executor_for(request: TaskRequest, standard: ExecutorType) -> ExecutorType:
@@ -121,22 +202,63 @@ def check_secrets(request: TaskRequest, executor: ExecutorType) -> None:
             )
 
 
-def check_task(request: TaskRequest, standard: ExecutorType, max_inline_seconds: int) -> ExecutorType:
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the operator lets requests ask for; ``permitted`` empty is the standard executor and the inline one."""
+
+    standard: ExecutorType
+    max_inline_seconds: int
+    permitted: frozenset[ExecutorType] = frozenset()
+
+    def check_executor(self, executor: ExecutorType) -> None:
+        """Refuse an executor that the operator does not offer.
+
+        Raises:
+            InvalidRequest: names the executor, those that are permitted, and the setting.
+        """
+        permitted = self.permitted or {self.standard, ExecutorType.INLINE}
+        if executor not in permitted:
+            raise InvalidRequest(
+                f"executor: {executor.value!r} is not permitted here; use {' or '.join(sorted(permitted))}, or have "
+                "LEOFLOW_DISPATCH_PERMITTED_EXECUTORS name it",
+                "executor",
+            )
+
+
+def check_callback(request: TaskRequest) -> None:
+    """Refuse a result callback that is not a user's task on a user's queue.
+
+    Raises:
+        InvalidRequest: names the field, the value and the fix.
+    """
+    if request.result_callback is not None:
+        for field, problem in callback_problems(request.result_callback.task, request.result_callback.queue).items():
+            raise InvalidRequest(f"{field}: {problem}", field)
+
+
+def callback_problems(task: str, queue: str | None) -> dict[str, str]:
+    """What is wrong with a result callback: field → problem."""
+    # Not leoflow.dispatch either: the final event, which is what a callback gets, is no request.
+    name = f"{task!r} is a task of this system; name a task of your own" if task == TaskName.DISPATCH else ""
+    found = {"result_callback.task": name or user_task_problem(task)}
+    found["result_callback.queue"] = user_queue_problem(queue) if queue else ""
+    return {field: problem for field, problem in found.items() if problem}
+
+
+def check_task(request: TaskRequest, policy: Policy) -> ExecutorType:
     """The executor of a request that nothing there would refuse.
 
     Raises:
         InvalidRequest: names what would be refused, and the fix.
     """
-    executor = executor_for(request, standard)
+    executor = executor_for(request, policy.standard)
+    policy.check_executor(executor)
     if executor is ExecutorType.INLINE:
-        check_inline_timeout(request, max_inline_seconds)
+        check_inline_timeout(request, policy.max_inline_seconds)
     check_secrets(request, executor)
+    check_callback(request)
+    check_claims(request)
     return executor
-
-
-def task_name(executor: ExecutorType) -> str:
-    """The Celery task that launches on an executor, e.g. ``leoflow.execute.kubernetes``."""
-    return f"{_EXECUTE_PREFIX}{executor.value}"
 
 
 def host_queue(executor: ExecutorType, host: str) -> str:
@@ -146,7 +268,4 @@ def host_queue(executor: ExecutorType, host: str) -> str:
 
 def queue_for_task(name: str) -> str | None:
     """The queue of one of our Celery tasks, or None for a task that is not ours."""
-    for prefix in _BACK_END_PREFIXES:
-        if name.startswith(prefix):
-            return QUEUE_OF[ExecutorType(name.removeprefix(prefix))]
-    return next((queue for prefix, queue in _QUEUE_OF_PREFIX.items() if name.startswith(prefix)), None)
+    return TaskName(name).queue if name in TASK_NAMES else None

@@ -1,4 +1,6 @@
-"""When a staging volume is deleted, and what the control plane asks a back end to delete.
+"""Whose a staging volume is, when it is deleted, and what the control plane asks a back end to delete.
+
+A volume belongs to one run: the one that its name is derived from, or that was recorded with it first.
 
 The rules are the contract's (GCStagingClaims): success frees the volume now, a failed run keeps it for the TTL after
 its end, an active run keeps it, and a volume whose run is unknown goes when it is older than the TTL itself.
@@ -6,11 +8,15 @@ its end, an active run keeps it, and a volume whose run is unknown goes when it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from leoflow_celery.domain.attempt import STAGING_PREFIX, sanitise, staging_claim_name
+from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.states import RunState
+from leoflow_celery.errors import InvalidRequest
 
 
 class StagingReason(StrEnum):
@@ -19,6 +25,41 @@ class StagingReason(StrEnum):
     RUN_SUCCEEDED = "run_succeeded"
     TTL_EXPIRED = "ttl_expired"
     ORPHANED = "orphaned"
+
+
+def claims_named(request: TaskRequest) -> dict[str, str]:
+    """Every volume claim that a request names, also in its pod override → the field that names it."""
+    found = {name: f"pod_override.{place}" for place, name in _claim_names(request.pod_override, "")}
+    return found | ({request.staging_claim: "staging_claim"} if request.staging_claim else {})
+
+
+def _claim_names(part: Any, place: str) -> Iterator[tuple[str, str]]:
+    children = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    for key, value in children:
+        below = f"{place}.{key}".lstrip(".")
+        if key == "claimName" and isinstance(value, str):
+            yield below, value
+        yield from _claim_names(value, below)
+
+
+def check_claims(request: TaskRequest) -> None:
+    """Refuse the staging volume of another run, by its name: what ``staging_claim_name`` gives belongs to one run.
+
+    A name of another form belongs to the run that is recorded with it first, which SQL knows.
+
+    Raises:
+        InvalidRequest: names the field, the value and the run's own name.
+    """
+    own = staging_claim_name(request.dag_id, request.run_id, request.tenant_id)
+    # What publishers of other make derive, which know no hash; two runs that share it are told apart by SQL.
+    plain = f"{STAGING_PREFIX}{sanitise(request.dag_id)}-{sanitise(request.run_id)}"
+    for name, where in claims_named(request).items():
+        if name.startswith(STAGING_PREFIX) and name not in (own, plain):
+            raise InvalidRequest(
+                f"{where}: {name!r} is the volume of another run; this run's is {own!r}, and a volume of your own may "
+                f"have any name that does not begin with {STAGING_PREFIX!r}",
+                where,
+            )
 
 
 def staging_decision(

@@ -16,7 +16,7 @@ from leoflow_celery.gateway.recent import Recent
 from leoflow_celery.gateway.refusals import InvalidArgument
 from leoflow_celery.protocol.service import AUTHORIZATION_KEY, REASON_KEY, SESSION_KEY
 from leoflow_celery.security import AgentIdentity, TokenIssuer
-from leoflow_celery.store.holders import Claim
+from leoflow_celery.store.claims import Claim
 
 FOREIGN_PREFIX = "foreign:"
 _BEARER = "bearer "

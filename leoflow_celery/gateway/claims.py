@@ -6,13 +6,13 @@ from leoflow_celery import metrics
 from leoflow_celery.errors import Fenced
 from leoflow_celery.gateway.callers import Caller, ForeignHolders
 from leoflow_celery.gateway.threads import Threads
-from leoflow_celery.store.holders import Claim, HolderStore
+from leoflow_celery.store.claims import Claim, ClaimStore
 
 
 class Claims:
     """Finds and checks holders."""
 
-    def __init__(self, holders: HolderStore, foreign: ForeignHolders, threads: Threads) -> None:
+    def __init__(self, holders: ClaimStore, foreign: ForeignHolders, threads: Threads) -> None:
         self._holders, self._foreign, self._threads = holders, foreign, threads
 
     async def of(self, caller: Caller) -> Claim | None:

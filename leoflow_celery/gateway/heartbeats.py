@@ -23,7 +23,7 @@ from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat, BeatVerdicts
-from leoflow_celery.store.leases import GATEWAY_GAP_SECONDS, GATEWAY_PRESENCE
+from leoflow_celery.store.presence import Kind
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +103,11 @@ class Heartbeats:
         # After the beats: who finds a gateway present may trust that earlier beats are written.
         found = [self._store.attempts.heartbeat(beats, self._lease_seconds)] if beats else []
         if watched:
-            found.append(self._store.holders.verdicts(watched))
+            found.append(self._store.claims.verdicts(watched))
         if not found:
-            self._store.holders.ping()
+            self._store.claims.ping()
         if time.monotonic() - self._said_present > _PRESENCE_SECONDS:
-            self._store.leases.keep_present(GATEWAY_PRESENCE, GATEWAY_GAP_SECONDS)
+            self._store.presence.keep_present(Kind.GATEWAY)
             self._said_present = time.monotonic()
         return tuple(found)
 

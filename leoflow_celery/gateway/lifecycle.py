@@ -16,7 +16,7 @@ from leoflow_celery.gateway.registry import HolderRegistry, Stop
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.logs import LogKey
 from leoflow_celery.store.views import Finished, TaskInstanceView
 
@@ -121,7 +121,7 @@ class Lifecycle:
     def _finish(self, caller: Caller, outcome: Outcome) -> Finished:
         if outcome.state is TaskState.FAILED:
             outcome = outcome.evolve(log_tail=self._store.logs.last_lines(_log_key(caller)))
-        return self._store.attempts.finish(caller.attempt, outcome, Guard(holder=caller.holder))
+        return self._store.attempts.finish(caller.attempt, outcome, FinishCondition(holder=caller.holder))
 
     @staticmethod
     def _count(finished: Finished, outcome: Outcome) -> None:

@@ -11,7 +11,7 @@ from leoflow_celery.errors import Fenced, Unavailable
 from leoflow_celery.gateway.callers import Caller, ForeignHolders
 from leoflow_celery.gateway.registry import HolderRegistry, Stop
 from leoflow_celery.gateway.threads import Threads
-from leoflow_celery.store.holders import Claim, HolderStore
+from leoflow_celery.store.claims import Claim, ClaimStore
 
 #: How long a stream waits for its agent's Register, and how often it looks whether another gateway had it.
 _PATIENCE_SECONDS = 60.0
@@ -46,7 +46,7 @@ class LogAccess:
     """Waits until a stream's caller holds its attempt."""
 
     def __init__(
-        self, holders: HolderStore, registry: HolderRegistry, foreign: ForeignHolders, threads: Threads
+        self, holders: ClaimStore, registry: HolderRegistry, foreign: ForeignHolders, threads: Threads
     ) -> None:
         self._holders, self._registry, self._foreign, self._threads = holders, registry, foreign, threads
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +17,12 @@ OnFinished = Callable[[str, int], None]
 _MAX_WAITING = 1_000
 
 
-def nudge_results(runtime: Runtime) -> OnFinished:
+def nudge_results(services: Services) -> OnFinished:
     """The standard notification: a results worker completes the try, or sends its next launch."""
     from leoflow_celery.app import create_app  # Celery costs 200 ms, and embedders may bring their own
-    from leoflow_celery.client.messages import MessageSender
+    from leoflow_celery.queueing.publisher import Publisher
 
-    return MessageSender(create_app(settings=runtime.settings), runtime).settle
+    return Publisher(create_app(settings=services.settings), services).advance_try
 
 
 class Notifier:

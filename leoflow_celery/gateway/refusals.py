@@ -8,12 +8,12 @@ import grpc
 
 from leoflow_celery.errors import (
     ClaimRefused,
+    DecryptionFailed,
     Fenced,
     InvalidToken,
     LeoflowError,
     NotFound,
     Unavailable,
-    Unsealable,
 )
 from leoflow_celery.protocol.service import REFUSED_KEY
 
@@ -47,7 +47,7 @@ _CODE_OF: tuple[tuple[type[LeoflowError], grpc.StatusCode], ...] = (
     (InvalidArgument, grpc.StatusCode.INVALID_ARGUMENT),
     (NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
     (NotPossible, grpc.StatusCode.FAILED_PRECONDITION),
-    (Unsealable, grpc.StatusCode.FAILED_PRECONDITION),
+    (DecryptionFailed, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
 

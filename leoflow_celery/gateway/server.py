@@ -22,13 +22,12 @@ from leoflow_celery.gateway.log_streams import LogStreams
 from leoflow_celery.gateway.notify import Notifier, OnFinished, nudge_results
 from leoflow_celery.gateway.registry import HolderRegistry
 from leoflow_celery.gateway.rpc import Unary, agent_service
-from leoflow_celery.gateway.secrets import ChannelPolicy, SecretMethods
+from leoflow_celery.gateway.secrets import ChannelPolicy, SecretMethods, SecretReader
 from leoflow_celery.gateway.specs import Specs
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.gateway.tls import Certificate
-from leoflow_celery.gateway.values import open_provider
 from leoflow_celery.gateway.xcoms import XComMethods
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 from leoflow_celery.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -58,17 +57,18 @@ class GatewayServer:
             ConfigurationError: a setting is missing or cannot work.
         """
         self._settings = settings.gateway
-        self._runtime = Runtime(settings)
+        self._services = Services(settings)
         policy = ChannelPolicy.of(settings.gateway)
-        authenticate = Authenticator(self._runtime.tokens)
+        self._secrets = SecretReader.of(settings.gateway)
+        authenticate = Authenticator(self._services.tokens)
         self._threads = threads = Threads(settings.gateway.store_threads)
-        self._notifier = Notifier(on_finished or nudge_results(self._runtime), threads.notify)
+        self._notifier = Notifier(on_finished or nudge_results(self._services), threads.notify)
         self._registry, self._foreign = HolderRegistry(), ForeignHolders()
-        store = self._runtime.store
-        self._claims = Claims(store.holders, self._foreign, threads)
+        store = self._services.store
+        self._claims = Claims(store.claims, self._foreign, threads)
         self._health = Health()
         self._journal = Journal(store.logs, threads.logs)
-        access = LogAccess(store.holders, self._registry, self._foreign, threads)
+        access = LogAccess(store.claims, self._registry, self._foreign, threads)
         self._streams = LogStreams(access, self._registry, self._journal)
         self._heartbeats = Heartbeats(
             store,
@@ -87,11 +87,10 @@ class GatewayServer:
         self.port = 0
 
     def _unary(self, settings: Settings, policy: ChannelPolicy) -> dict[str, Unary]:
-        store, threads, gateway = self._runtime.store, self._threads, settings.gateway
-        task_secrets = open_provider(gateway.secrets_path, "LEOFLOW_GATEWAY_SECRETS_PATH")
-        specs = Specs(store.attempts, self._runtime.sealer, policy, task_secrets, self._notifier, threads)
+        store, threads, gateway = self._services.store, self._threads, settings.gateway
+        specs = Specs(store.attempts, self._services.keys, policy, self._secrets, self._notifier, threads)
         xcoms = XComMethods(store, specs, self._claims, threads, settings.xcom)
-        secrets = SecretMethods(gateway, policy, self._claims, threads)
+        secrets = SecretMethods(policy, self._claims, self._secrets)
         lifecycle = Lifecycle(store, self._registry, self._foreign, self._notifier, threads, gateway.lease_seconds)
         return {
             "Register": lifecycle.register,
@@ -157,8 +156,9 @@ class GatewayServer:
             await stopping
         await self._stop_loops()
         self._journal.close()
+        await self._secrets.close()
         await asyncio.to_thread(self._threads.close)
-        self._runtime.close()
+        self._services.close()
 
     async def abort(self) -> None:
         """Cut the grace of a ``stop`` under way short."""

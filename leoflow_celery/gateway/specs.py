@@ -17,12 +17,13 @@ from leoflow_celery.gateway.callers import Caller
 from leoflow_celery.gateway.notify import Notifier
 from leoflow_celery.gateway.recent import Recent
 from leoflow_celery.gateway.refusals import NotPossible
-from leoflow_celery.gateway.secrets import ChannelPolicy
+from leoflow_celery.gateway.secrets import ChannelPolicy, SecretReader, query_of
 from leoflow_celery.gateway.threads import Threads
-from leoflow_celery.gateway.values import ValueProvider
+from leoflow_celery.gateway.values import Kind
 from leoflow_celery.protocol import agent_pb2 as pb
-from leoflow_celery.security import Sealer
-from leoflow_celery.store.attempts import AttemptStore, Guard
+from leoflow_celery.queueing.messages import open_request
+from leoflow_celery.security import KeyRing
+from leoflow_celery.store.attempts import AttemptStore, FinishCondition
 from leoflow_celery.store.views import TaskInstanceView
 
 #: Where pods and containers find the staging volume of their run.
@@ -35,23 +36,28 @@ class UnknownSecret(LeoflowError):
     """A request names a secret that nobody has."""
 
 
+def secret_names(request: TaskRequest) -> dict[str, str]:
+    """Variable → name of the secrets that the gateway resolves; other sources are the executor's."""
+    return {
+        secret.name: secret.reference or secret.name for secret in request.secrets if secret.source == _RESOLVED_SOURCE
+    }
+
+
 def resolve_secrets(request: TaskRequest, values: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables of the secrets that the gateway resolves; other sources are the executor's.
+    """Environment variables of the secrets that the gateway resolves.
 
     Raises:
         UnknownSecret: names the secret.
     """
-    found = {}
-    for secret in request.secrets:
-        if secret.source != _RESOLVED_SOURCE:
-            continue
-        name = secret.reference or secret.name
+    names = secret_names(request)
+    for variable, name in names.items():
         if name not in values:
             raise UnknownSecret(
-                f"secret {name!r} (variable {secret.name!r}) is unknown; add it below LEOFLOW_GATEWAY_SECRETS_PATH"
+                f"secret {name!r} (variable {variable!r}) is unknown to tenant {request.tenant_id!r} and DAG "
+                f"{request.dag_id!r}; add it to a back end of LEOFLOW_GATEWAY_SECRET_BACKENDS, a file for example "
+                "below LEOFLOW_GATEWAY_SECRET_FILES"
             )
-        found[secret.name] = values[name]
-    return found
+    return {variable: values[name] for variable, name in names.items()}
 
 
 def task_spec(request: TaskRequest, executor: str, secrets: Mapping[str, str]) -> pb.TaskSpec:
@@ -93,13 +99,13 @@ class Specs:
     def __init__(
         self,
         attempts: AttemptStore,
-        sealer: Sealer,
+        keys: KeyRing,
         policy: ChannelPolicy,
-        secrets: ValueProvider,
+        secrets: SecretReader,
         notifier: Notifier,
         threads: Threads,
     ) -> None:
-        self._attempts, self._sealer, self._policy = attempts, sealer, policy
+        self._attempts, self._keys, self._policy = attempts, keys, policy
         self._secrets, self._notifier, self._threads = secrets, notifier, threads
         self._wirings: Recent[tuple[str, int], Wiring] = Recent(4_096)
 
@@ -110,7 +116,7 @@ class Specs:
             metrics.record_fenced("read")
             raise Fenced(f"attempt {caller.attempt} is not held by the caller (any more)")
         try:
-            return task_spec(request, view.executor, await self._resolved(request))
+            return task_spec(request, view.executor, await self._resolved(caller, request))
         except UnknownSecret as error:
             return await self._give_up(caller, FailureReason.UNKNOWN_SECRET, error)
         except NotPossible as error:
@@ -128,18 +134,19 @@ class Specs:
 
     def _read(self, caller: Caller) -> tuple[TaskInstanceView, TaskRequest]:
         view = self._attempts.get(caller.attempt.task_instance_id, caller.attempt.try_number)
-        return view, TaskRequest.model_validate(self._sealer.open(view.sealed_request)["request"])
+        return view, open_request(self._keys, view.sealed_request)
 
-    async def _resolved(self, request: TaskRequest) -> dict[str, str]:
-        if not any(secret.source == _RESOLVED_SOURCE for secret in request.secrets):
+    async def _resolved(self, caller: Caller, request: TaskRequest) -> dict[str, str]:
+        names = frozenset(secret_names(request).values())
+        if not names:
             return {}
         self._policy.check("secrets of a task")
-        return resolve_secrets(request, await self._threads.store(self._secrets.values))
+        return resolve_secrets(request, await self._secrets.get(query_of(caller.identity, Kind.SECRET, names)))
 
     async def _give_up(self, caller: Caller, reason: FailureReason, error: LeoflowError) -> pb.TaskSpec:
         outcome = Outcome.failed(reason, str(error))
-        guard = Guard(holder=caller.holder)
-        finished = await self._threads.store(self._attempts.finish, caller.attempt, outcome, guard)
+        condition = FinishCondition(holder=caller.holder)
+        finished = await self._threads.store(self._attempts.finish, caller.attempt, outcome, condition)
         if finished.recorded:
             self._notifier.finished(caller.attempt)
         raise NotPossible(str(error)) from error

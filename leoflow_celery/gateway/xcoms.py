@@ -68,7 +68,7 @@ class XComMethods:
             raise XComRejected("invalid_xcom", f"a return value is {JSON_CONTENT_TYPE}, not {content_type!r}")
         check_value(value, content_type, schema, self._settings.max_bytes)
         item = (key, XComValue(value, content_type, time.time()))
-        self._store.holders.put_xcoms(caller.attempt, caller.holder, [item])
+        self._store.claims.put_xcoms(caller.attempt, caller.holder, [item])
 
 
 def _key(caller: Caller, key: str, task_id: str = "") -> XComKey:

@@ -1,6 +1,6 @@
 """SQL rows, XCom values and log files: what a process with credentials reads and writes.
 
-``Store`` bundles the parts over one database; each part is a small class in a module of its own.
+``Store`` bundles the parts over one database; each part is a small class in the module of its table.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from leoflow_celery.domain.relaunch import RelaunchPolicy
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.attempts import AttemptStore
+from leoflow_celery.store.claims import ClaimStore
 from leoflow_celery.store.completions import CompletionStore
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.events import EventStore
-from leoflow_celery.store.history import HistoryStore
-from leoflow_celery.store.holders import HolderStore
+from leoflow_celery.store.events import EventStore, HistoryStore
 from leoflow_celery.store.leases import LeaseStore
-from leoflow_celery.store.listeners import Listeners
 from leoflow_celery.store.logs import LogStore
+from leoflow_celery.store.presence import PresenceStore
+from leoflow_celery.store.reaper_queries import ReaperQueries
 from leoflow_celery.store.runs import RunStore
 from leoflow_celery.store.staging import StagingStore
 from leoflow_celery.store.submissions import SubmissionStore
-from leoflow_celery.store.sweeps import SweepStore
 from leoflow_celery.store.xcom import XComStore, create_xcom_store
 
 
@@ -40,7 +39,7 @@ class Store:
 
     @cached_property
     def attempts(self) -> AttemptStore:
-        return AttemptStore(self.database, self.xcom, self.listeners, self.relaunch_policy)
+        return AttemptStore(self.database, self.xcom, self.presence, self.relaunch_policy)
 
     @cached_property
     def relaunch_policy(self) -> RelaunchPolicy:
@@ -58,12 +57,12 @@ class Store:
         return RelaunchPolicy(maintenance.max_relaunches, backoff, max_memory_bytes=most)
 
     @cached_property
-    def holders(self) -> HolderStore:
-        return HolderStore(self.database, self.xcom)
+    def claims(self) -> ClaimStore:
+        return ClaimStore(self.database, self.xcom)
 
     @cached_property
     def submissions(self) -> SubmissionStore:
-        return SubmissionStore(self.database, self.xcom, self._settings.staging.default_size)
+        return SubmissionStore(self.database, self.xcom, self.presence, self._settings.staging.default_size)
 
     @cached_property
     def completions(self) -> CompletionStore:
@@ -90,12 +89,12 @@ class Store:
         return LeaseStore(self.database)
 
     @cached_property
-    def listeners(self) -> Listeners:
-        return Listeners(self.database, self.leases, self._settings.maintenance.interval_seconds)
+    def presence(self) -> PresenceStore:
+        return PresenceStore(self.database, self._settings.maintenance.interval_seconds)
 
     @cached_property
-    def sweeps(self) -> SweepStore:
-        return SweepStore(self.database)
+    def reaper_queries(self) -> ReaperQueries:
+        return ReaperQueries(self.database)
 
     @cached_property
     def logs(self) -> LogStore:

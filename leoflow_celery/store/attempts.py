@@ -8,73 +8,126 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
+from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome, storable
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.relaunch import Memory, Relaunch, RelaunchPolicy, relaunch_decision
+from leoflow_celery.domain.relaunch import Relaunch, RelaunchPolicy, relaunch_decision
+from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import ClaimRefused, Fenced, InvalidRequest, NotFound
-from leoflow_celery.store import statements
+from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.events import append_event
-from leoflow_celery.store.heartbeats import Beat, BeatVerdicts, record_heartbeats
-from leoflow_celery.store.listeners import Listeners
-from leoflow_celery.store.models import TaskInstance, is_live, table_of
-from leoflow_celery.store.statements import Free
+from leoflow_celery.store.presence import PresenceStore
+from leoflow_celery.store.task_instance_sql import ClaimMode, attempt_parameters
 from leoflow_celery.store.views import Finished, TaskInstanceView
 from leoflow_celery.store.xcom.base import XComStore
 
-__all__ = ["ANY", "AttemptStore", "Beat", "BeatVerdicts", "Guard", "batched"]
-
-_T = table_of(TaskInstance).c
 _HOSTNAME_CHARACTERS = 255
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
+class Beat:
+    """One heartbeat of a holder. A holder holds one attempt."""
+
+    attempt: AttemptId
+    holder: str
+
+
+@dataclass(frozen=True, slots=True)
+class BeatVerdicts:
+    """What a flush of heartbeats found: holders that lost their claim, and holders asked to stop."""
+
+    fenced: frozenset[str]
+    cancelled: frozenset[str]
+
+    @classmethod
+    def find(
+        cls, connection: sa.Connection, statement: sa.Executable, beats: Collection[Beat], **values: object
+    ) -> BeatVerdicts:
+        """The verdicts on these beats, from the rows of ``select_held`` or ``renew_held``."""
+        of_holder = {beat.holder: beat.attempt for beat in beats}
+        live: dict[str, float | None] = {}
+        # In one order everywhere: two gateways may flush the beats of an agent that moved between them.
+        for chunk in batched(sorted(of_holder.items(), key=lambda item: item[1].task_instance_id), CHUNK_ROWS):
+            names = {
+                "p_ids": [attempt.task_instance_id for _, attempt in chunk],
+                "p_holders": [name for name, _ in chunk],
+            }
+            live |= {
+                holder: cancelled_at
+                for *attempt, holder, cancelled_at in connection.execute(statement, {**names, **values})
+                if of_holder.get(holder) == AttemptId(*attempt)
+            }
+        cancelled = (holder for holder, cancelled_at in live.items() if cancelled_at is not None)
+        return cls(frozenset(of_holder.keys() - live.keys()), frozenset(cancelled))
+
+
+@dataclass(frozen=True, slots=True)
+class FinishCondition:
     """Under which condition a writer may end an attempt; a set field must hold.
 
     ``holder``: the claim is mine. ``unclaimed``: nobody has claimed it (a launch failed before any agent called).
     ``unlaunched``: no executor has told that it started it. ``silent_since``: no heartbeat came after this time (a
-    reaper saw silence and must not kill what woke up).
+    reaper saw silence and must not kill what woke up). ``executor``: it was given to this executor. ``back_end``
+    (``BackEnd`` as text): it runs there, or nobody knows yet where and its queue leads there.
     """
 
     holder: str | None = None
     unclaimed: bool = False
     unlaunched: bool = False
     silent_since: float | None = None
+    executor: str | None = None
+    back_end: str | None = None
 
     def names(self) -> frozenset[str]:
         """Which conditions hold."""
-        given = {
-            "holder": self.holder is not None,
-            "unclaimed": self.unclaimed,
-            "unlaunched": self.unlaunched,
-            "silent_since": self.silent_since is not None,
-        }
-        return frozenset(name for name, is_given in given.items() if is_given)
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        return frozenset(name for name, value in given.items() if value is not None and value is not False)
 
     def parameters(self) -> dict[str, object]:
         """What the conditions compare with."""
-        values = {"p_holder": self.holder, "p_silent_since": self.silent_since}
+        values: dict[str, object] = {
+            "p_holder": self.holder,
+            "p_silent_since": self.silent_since,
+            "p_executor": self.executor,
+            **(_back_end_parameters(self.back_end) if self.back_end is not None else {}),
+        }
         return {name: value for name, value in values.items() if value is not None}
 
 
-ANY = Guard()
+ANY = FinishCondition()
+
+
+def _back_end_parameters(back_end: str) -> dict[str, object]:
+    return {"p_back_end": back_end, "p_back_end_queue": BackEnd.parse(back_end).queue}
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """An end that somebody reports."""
+
+    attempt: AttemptId
+    outcome: Outcome
+    condition: FinishCondition
+    now: float
+    may_relaunch: bool
 
 
 class AttemptStore:
     """The life of attempts after they were recorded (see ``submissions`` for before)."""
 
     def __init__(
-        self, database: Database, xcom: XComStore, listeners: Listeners, policy: RelaunchPolicy | None = None
+        self, database: Database, xcom: XComStore, presence: PresenceStore, policy: RelaunchPolicy | None = None
     ) -> None:
-        self._database, self._xcom, self._listeners = database, xcom, listeners
+        self._database, self._xcom, self._presence = database, xcom, presence
         self._policy = policy or RelaunchPolicy()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -89,12 +142,12 @@ class AttemptStore:
             return self._get(connection, task_instance_id, try_number)
 
     def _get(self, connection: sa.Connection, task_instance_id: str, try_number: int | None) -> TaskInstanceView:
-        query = statements.select_try(newest=try_number is None)
-        row = connection.execute(query, {"p_ti": task_instance_id, "p_try": try_number}).mappings().first()
-        if row is None:
+        query = task_instance_sql.select_try(newest=try_number is None)
+        view = _read(connection, query, {"p_ti": task_instance_id, "p_try": try_number})
+        if view is None:
             which = "" if try_number is None else f" try {try_number}"
             raise NotFound(f"task instance {task_instance_id!r}{which} does not exist")
-        return TaskInstanceView.from_row(row)
+        return view
 
     def ended(self, attempts: Collection[AttemptId]) -> list[TaskInstanceView]:
         """The tries of these attempts that are over."""
@@ -103,7 +156,7 @@ class AttemptStore:
         with self._database.reading() as connection:
             for chunk in batched(tries, CHUNK_ROWS):
                 parameters = {"p_ids": [task_instance_id for task_instance_id, _ in chunk]}
-                rows = connection.execute(statements.select_ended(), parameters).mappings()
+                rows = connection.execute(task_instance_sql.select_ended(), parameters).mappings()
                 found += [TaskInstanceView.from_row(row) for row in rows]
         return [view for view in found if (view.task_instance_id, view.try_number) in tries]
 
@@ -122,19 +175,19 @@ class AttemptStore:
         """
         now = time.time()
         parameters = {
-            **statements.attempt_parameters(attempt),
+            **attempt_parameters(attempt),
             "p_holder": holder,
             "p_hostname": storable(hostname)[:_HOSTNAME_CHARACTERS],
             "p_until": now + lease_seconds,
             "p_now": now,
         }
         with self._database.transaction() as connection:
-            free = _claim(connection, Free.UNCLAIMED, start, parameters)
-            again = free or _claim(connection, Free.SAME_HOLDER, start, parameters)
-            view = again or _claim(connection, Free.EXPIRED, start, parameters)
+            free = _read(connection, task_instance_sql.claim(ClaimMode.UNCLAIMED, start), parameters)
+            again = free or _read(connection, task_instance_sql.claim(ClaimMode.SAME_HOLDER, start), parameters)
+            view = again or _read(connection, task_instance_sql.claim(ClaimMode.EXPIRED, start), parameters)
             if view is None:
                 raise self._refusal(connection, attempt)
-            if not again and not self._listeners.may_judge(view.executor, lease_seconds, connection):
+            if not again and not self._presence.may_judge(view.executor, lease_seconds, connection):
                 # This takes the claim back: after an outage a holder that lives has an old lease too.
                 raise ClaimRefused("held", f"attempt {attempt} is held, and its holder's heartbeats may come late")
             # The same holder asking again begins nothing: what it pushed meanwhile stays.
@@ -168,14 +221,18 @@ class AttemptStore:
         Raises:
             Fenced: the holder lost the attempt.
         """
-        parameters = {**statements.attempt_parameters(attempt), "p_holder": holder, "p_now": time.time()}
+        parameters = {**attempt_parameters(attempt), "p_holder": holder, "p_now": time.time()}
         with self._database.transaction() as connection:
-            if connection.execute(statements.start(), parameters).rowcount == 0:
+            if connection.execute(task_instance_sql.start(), parameters).rowcount == 0:
                 raise Fenced(f"attempt {attempt} is not held by {holder} any more")
 
     def heartbeat(self, beats: Collection[Beat], lease_seconds: float) -> BeatVerdicts:
         """Renew many claims in one transaction and say which holders must stop."""
-        return record_heartbeats(self._database, beats, lease_seconds)
+        if not beats:
+            return BeatVerdicts(frozenset(), frozenset())
+        now, renew = time.time(), task_instance_sql.renew_held()
+        with self._database.transaction() as connection:
+            return BeatVerdicts.find(connection, renew, beats, p_now=now, p_until=now + lease_seconds)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -183,16 +240,18 @@ class AttemptStore:
         self,
         attempt: AttemptId,
         outcome: Outcome,
-        guard: Guard = ANY,
+        condition: FinishCondition = ANY,
         xcoms: Sequence[tuple[XComKey, XComValue]] = (),
         *,
         may_relaunch: bool = True,
+        seen: TaskInstanceView | None = None,
     ) -> Finished:
         """Record how the attempt ended, with its XComs, in one transaction; or start the next launch instead.
 
-        The first end wins. A later one becomes an event, and so does one whose guard does not hold. The same end by
-        the same holder again (its acknowledgement was lost) counts as recorded. Without ``may_relaunch`` a failure is
-        final whatever its budget says.
+        The first end wins. A later one becomes an event, and so does one whose condition does not hold. The same end
+        by the same holder again (its acknowledgement was lost) counts as recorded. Without ``may_relaunch`` a failure
+        is final whatever its budget says. ``seen`` is the try as the caller read it a moment ago: the row is then not
+        read again before it is written.
 
         Raises:
             InvalidRequest: the outcome is no end.
@@ -201,79 +260,92 @@ class AttemptStore:
             raise InvalidRequest(
                 f"state: {outcome.state} is no end of an attempt; use success, failed or skipped", "state"
             )
-        now = time.time()
+        end = _End(attempt, outcome, condition, time.time(), may_relaunch)
         with self._database.transaction() as connection:
-            relaunch = None
-            if outcome.state is TaskState.FAILED:
-                outcome, relaunch = self._judge(connection, attempt, outcome)
-            relaunch = relaunch if may_relaunch else None
-            if relaunch:
-                statement = statements.next_launch(guard.names())
-                values: dict[str, object] = {"p_now": now, "p_send_after": now + relaunch.delay_seconds}
-                values["p_growths"] = int(relaunch.growth is not None)
-            else:
-                statement = statements.end(outcome.state, guard.names())
-                values = {f"p_{name}": value for name, value in self._end(outcome, now).items()}
-            parameters = {**statements.attempt_parameters(attempt), **guard.parameters(), **values}
-            row = connection.execute(statement, parameters).mappings().first()
-            if row is None:
-                return self._too_late(connection, attempt, outcome, guard, now)
+            finished, current = self._end(connection, end, seen)
+            if finished is None:
+                return self._too_late(connection, end, current)
             self._xcom.put(xcoms, connection)
-            name = "relaunched" if relaunch else "finished"
-            growth = {"memory_limit": str(relaunch.growth)} if relaunch and relaunch.growth else {}
-            append_event(connection, attempt, name, {**outcome.to_json(), **growth}, now)
-        return Finished(True, relaunch, TaskInstanceView.from_row(row))
+        return finished
 
-    def _judge(
-        self, connection: sa.Connection, attempt: AttemptId, outcome: Outcome
-    ) -> tuple[Outcome, Relaunch | None]:
+    def _end(
+        self, connection: sa.Connection, end: _End, seen: TaskInstanceView | None
+    ) -> tuple[Finished | None, TaskInstanceView | None]:
+        """What was written; or None when nothing could be, and the row as it stands where that is known."""
+        if seen is not None and (seen.is_terminal or seen.attempt != end.attempt):
+            return None, seen
+        if end.outcome.state is not TaskState.FAILED:
+            return self._write(connection, end, end.outcome, None), None
+        if seen is not None:
+            # Of what decides here only a cancellation can come while the launch stays the same.
+            is_uncancelled = seen.cancel_requested_at is None
+            finished = self._write(connection, end, *self._judge(end, seen), uncancelled=is_uncancelled)
+            if finished is not None or not is_uncancelled:
+                return finished, None
         # Locked until the end is written: a cancellation in between would be forgotten by a relaunch.
-        columns = (_T.cancel_requested_at, _T.memory_limit, _T.oom_memory_factor, _T.oom_relaunches)
-        query = sa.select(*columns).where(statements.is_attempt()).with_for_update()
-        row = connection.execute(query, statements.attempt_parameters(attempt)).first()
-        cancelled_at, *memory = row or (None, 0, 1.0, 0)
-        if cancelled_at is not None:
+        view = _read(connection, task_instance_sql.lock_try(), attempt_parameters(end.attempt))
+        if view is None or view.is_terminal or view.attempt != end.attempt:
+            return None, view
+        return self._write(connection, end, *self._judge(end, view)), view
+
+    def _judge(self, end: _End, view: TaskInstanceView) -> tuple[Outcome, Relaunch | None]:
+        outcome = end.outcome
+        if view.cancel_requested_at is not None:
             return outcome.evolve(reason=FailureReason.CANCELLED, message=_cancelled_message(outcome)), None
         reason = outcome.reason or FailureReason.NON_ZERO_EXIT
-        return outcome.evolve(reason=reason), relaunch_decision(reason, attempt.launch, self._policy, Memory(*memory))
+        relaunch = relaunch_decision(reason, end.attempt.launch, self._policy, view.memory)
+        return outcome.evolve(reason=reason), relaunch if end.may_relaunch else None
 
     @staticmethod
-    def _end(outcome: Outcome, now: float) -> dict[str, object]:
-        return {
-            "state": outcome.state.value,
-            "reason": outcome.reason.value if outcome.reason else None,
-            "message": outcome.message,
-            "exit_code": outcome.exit_code,
-            "last_event": outcome.last_event,
-            "log_tail": list(outcome.log_tail),
-            "ended_at": now,
-        }
+    def _write(
+        connection: sa.Connection, end: _End, outcome: Outcome, relaunch: Relaunch | None, *, uncancelled: bool = False
+    ) -> Finished | None:
+        conditions = end.condition.names() | ({"uncancelled"} if uncancelled else set())
+        if relaunch:
+            statement = task_instance_sql.next_launch(conditions)
+            values: dict[str, object] = {"p_now": end.now, "p_send_after": end.now + relaunch.delay_seconds}
+            values["p_growths"] = int(relaunch.growth is not None)
+        else:
+            statement = task_instance_sql.end(outcome.state, conditions)
+            values = _end_parameters(outcome, end.now)
+        parameters = {**attempt_parameters(end.attempt), **end.condition.parameters(), **values}
+        view = _read(connection, statement, parameters)
+        if view is None:
+            return None
+        name = "relaunched" if relaunch else "finished"
+        growth = {"memory_limit": str(relaunch.growth)} if relaunch and relaunch.growth else {}
+        append_event(connection, end.attempt, name, {**outcome.to_json(), **growth}, end.now)
+        return Finished(True, relaunch, view)
 
-    def _too_late(
-        self, connection: sa.Connection, attempt: AttemptId, outcome: Outcome, guard: Guard, now: float
-    ) -> Finished:
-        try:
-            current = self._get(connection, attempt.task_instance_id, attempt.try_number)
-        except NotFound:
+    def _too_late(self, connection: sa.Connection, end: _End, current: TaskInstanceView | None) -> Finished:
+        select = task_instance_sql.select_try(newest=False)
+        current = current or _read(connection, select, attempt_parameters(end.attempt))
+        if current is None:
             return Finished(False)
-        same_writer = guard.holder is not None and guard.holder == current.holder
-        if same_writer and current.attempt == attempt and current.state is outcome.state and current.is_terminal:
+        same_writer = end.condition.holder is not None and end.condition.holder == current.holder
+        if (
+            same_writer
+            and current.attempt == end.attempt
+            and current.state is end.outcome.state
+            and current.is_terminal
+        ):
             return Finished(True, None, current)
-        append_event(connection, attempt, "late_report", outcome.to_json(), now)
+        append_event(connection, end.attempt, "late_report", end.outcome.to_json(), end.now)
         return Finished(False, None, current)
 
     # -- launching ----------------------------------------------------------------------------------------------
 
-    def launched(self, reports: Sequence[LaunchReport]) -> frozenset[AttemptId]:
-        """Record that an executor started attempts; those of them that are still waiting for that."""
+    def launched(self, reports: Sequence[LaunchReport], executor: ExecutorType | None = None) -> frozenset[AttemptId]:
+        """Record that a back end started attempts; those of them that were given to it and are live.
+
+        A report is believed about an attempt of the back end it names (of ``executor``, when the caller knows who
+        speaks). The first one counts: again changes nothing.
+        """
         now = time.time()
         with self._database.transaction() as connection:
             # In one order everywhere: a second delivery of some of them may be recorded at the same time.
-            return frozenset(
-                report.attempt
-                for report in sorted(reports, key=lambda one: (one.attempt.task_instance_id, one.attempt.try_number))
-                if connection.execute(statements.launched(), _launched_parameters(report, now)).rowcount
-            )
+            ordered = sorted(reports, key=lambda one: (one.attempt.task_instance_id, one.attempt.try_number))
+            return frozenset(one.attempt for one in ordered if _is_launched(connection, one, executor, now))
 
     def request_cancel(self, task_instance_id: str, try_number: int | None = None) -> TaskInstanceView:
         """Ask a try to stop. One that nobody runs yet ends at once; a holder is told at its next call.
@@ -282,37 +354,53 @@ class AttemptStore:
             NotFound: no such task instance or try.
         """
         now = time.time()
+        parameters = {"p_ti": task_instance_id, "p_now": now, **({} if try_number is None else {"p_try": try_number})}
         with self._database.transaction() as connection:
-            view = self._get(connection, task_instance_id, try_number)
-            # Of any launch: the try may have been started again since it was read.
-            of_try = sa.and_(_T.task_instance_id == task_instance_id, _T.try_number == view.try_number, is_live())
-            update = sa.update(table_of(TaskInstance)).where(of_try)
-            asked = connection.execute(
-                update.where(_T.cancel_requested_at.is_(None)).values(cancel_requested_at=now).returning(_T.launch)
-            ).first()
-            if asked is not None:
-                attempt = view.attempt.evolve(launch=asked.launch)
-                append_event(connection, attempt, "cancel_requested", {}, now)
-                outcome = Outcome.failed(FailureReason.CANCELLED, "cancelled before it ran")
-                if connection.execute(update.where(_T.holder.is_(None)).values(self._end(outcome, now))).rowcount:
-                    append_event(connection, attempt, "finished", outcome.to_json(), now)
-            return self._get(connection, task_instance_id, view.try_number)
+            request = task_instance_sql.request_cancel(newest=try_number is None)
+            view = _read(connection, request, parameters)
+            if view is None:
+                return self._get(connection, task_instance_id, try_number)
+            append_event(connection, view.attempt, "cancel_requested", {}, now)
+            if view.holder is not None:
+                return view
+            outcome = Outcome.failed(FailureReason.CANCELLED, "cancelled before it ran")
+            end = _End(view.attempt, outcome, FinishCondition(unclaimed=True), now, may_relaunch=False)
+            finished = self._write(connection, end, outcome, None)
+            return finished.view if finished and finished.view else view
 
 
-def _claim(
-    connection: sa.Connection, free: Free, start: bool, parameters: dict[str, object]
-) -> TaskInstanceView | None:
-    row = connection.execute(statements.claim(free, start), parameters).mappings().first()
+def _read(connection: sa.Connection, statement: sa.Executable, parameters: dict[str, Any]) -> TaskInstanceView | None:
+    """The one try that a statement returns."""
+    row = connection.execute(statement, parameters).mappings().first()
     return None if row is None else TaskInstanceView.from_row(row)
 
 
-def _launched_parameters(report: LaunchReport, now: float) -> dict[str, object]:
-    return {
-        **statements.attempt_parameters(report.attempt),
+def _is_launched(connection: sa.Connection, report: LaunchReport, executor: ExecutorType | None, now: float) -> bool:
+    named = BackEnd.parse(report.back_end).executor if report.back_end else executor
+    if executor not in (None, named):
+        return False
+    parameters = {
+        **attempt_parameters(report.attempt),
         "p_now": now,
         "p_external_name": report.external_name,
         "p_back_end": report.back_end,
         "p_hostname": storable(report.hostname)[:_HOSTNAME_CHARACTERS],
+        **({"p_executor": named.value} if named else {}),
+        **(_back_end_parameters(report.back_end) if report.back_end else {}),
+    }
+    statement = task_instance_sql.launched(of_executor=named is not None, at_back_end=bool(report.back_end))
+    return connection.execute(statement, parameters).rowcount > 0
+
+
+def _end_parameters(outcome: Outcome, now: float) -> dict[str, object]:
+    return {
+        "p_state": outcome.state.value,
+        "p_reason": outcome.reason.value if outcome.reason else None,
+        "p_message": outcome.message,
+        "p_exit_code": outcome.exit_code,
+        "p_last_event": outcome.last_event,
+        "p_log_tail": list(outcome.log_tail),
+        "p_ended_at": now,
     }
 
 

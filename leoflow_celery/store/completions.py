@@ -7,15 +7,21 @@ workers from completing the same id at once; a worker that dies loses it and ano
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 
+from leoflow_celery.domain.attempt import celery_task_id as id_of_try
+from leoflow_celery.domain.attempt import is_try_id
+from leoflow_celery.domain.fields import is_storable
 from leoflow_celery.domain.request import check_celery_id
-from leoflow_celery.store import statements
-from leoflow_celery.store.database import Database
+from leoflow_celery.errors import InvalidRequest
+from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.models import TaskCompletion, table_of
+from leoflow_celery.store.task_instance_sql import ended_try
 
 _TABLE = table_of(TaskCompletion)
 _FIRST_DELAY_SECONDS = 30.0
@@ -44,9 +50,10 @@ class CompletionStore:
         """Let another Celery id wait for a try (a dispatch message, say); False when it waits, or did, already.
 
         Raises:
-            InvalidRequest: the id is none that a database keeps.
+            InvalidRequest: the id is none that a database keeps, or belongs to another try.
         """
         check_celery_id(celery_task_id)
+        _check_owner(celery_task_id, (task_instance_id, try_number), None)
         row = {
             "celery_task_id": celery_task_id,
             "task_instance_id": task_instance_id,
@@ -56,20 +63,41 @@ class CompletionStore:
         }
         with self._database.transaction() as connection:
             insert = self._database.insert(_TABLE).values(row).on_conflict_do_nothing()
-            return connection.execute(insert.returning(_TABLE.c.celery_task_id)).first() is not None
+            is_new = connection.execute(insert.returning(_TABLE.c.celery_task_id)).first() is not None
+        if not is_new:
+            self.waits(celery_task_id, task_instance_id, try_number)
+        return is_new
+
+    def waits(self, celery_task_id: str, task_instance_id: str, try_number: int) -> bool:
+        """Whether an id waits for a try, or did. It belongs to the try that registered it first.
+
+        Raises:
+            InvalidRequest: the id belongs to another try, which need not be recorded yet.
+        """
+        owner = self.owners([celery_task_id]).get(celery_task_id)
+        _check_owner(celery_task_id, (task_instance_id, try_number), owner)
+        return owner is not None
+
+    def owners(self, celery_task_ids: Collection[str]) -> dict[str, tuple[str, int]]:
+        """The tries, as (task_instance_id, try_number), to which those of these ids belong that are registered."""
+        found: dict[str, tuple[str, int]] = {}
+        with self._database.reading() as connection:
+            for chunk in batched([one for one in celery_task_ids if is_storable(one)], CHUNK_ROWS):
+                query = sa.select(_TABLE.c.celery_task_id, _TABLE.c.task_instance_id, _TABLE.c.try_number)
+                rows = connection.execute(query.where(_TABLE.c.celery_task_id.in_(chunk)))
+                found |= {name: (task_instance_id, number) for name, task_instance_id, number in rows}
+        return found
 
     def is_registered(self, celery_task_id: str) -> bool:
         """Whether an id waits for a try, or did."""
-        query = sa.select(_TABLE.c.celery_task_id).where(_TABLE.c.celery_task_id == celery_task_id)
-        with self._database.reading() as connection:
-            return connection.execute(query).first() is not None
+        return bool(self.owners([celery_task_id]))
 
     def take(
         self, lease_seconds: float, task_instance_id: str = "", try_number: int = 0, limit: int = 100
     ) -> list[Waiting]:
         """Lease what is due: of one try, or of all tries when none is named."""
         now = time.time()
-        statement = statements.take_completions(bool(task_instance_id), locking=not self._database.is_sqlite)
+        statement = _take(bool(task_instance_id), locking=not self._database.is_sqlite)
         parameters: dict[str, object] = {"p_now": now, "p_until": now + lease_seconds, "p_limit": limit}
         if task_instance_id:
             parameters |= {"p_ti": task_instance_id, "p_try": try_number}
@@ -93,6 +121,49 @@ class CompletionStore:
             return
         now = time.time()
         with self._database.transaction() as connection:
-            connection.execute(
-                statements.complete(), [{"p_id": name, "p_now": now} for name in sorted(celery_task_ids)]
-            )
+            connection.execute(_complete(), [{"p_id": name, "p_now": now} for name in sorted(celery_task_ids)])
+
+
+def _check_owner(celery_task_id: str, named: tuple[str, int], owner: tuple[str, int] | None) -> None:
+    is_anothers = is_try_id(celery_task_id) and celery_task_id != id_of_try(*named)
+    if is_anothers or owner not in (None, named):
+        raise InvalidRequest(
+            f"id: {celery_task_id!r} is the Celery id of another try; send the message with an id of its own", "id"
+        )
+
+
+@cache
+def _take(one_try: bool, locking: bool) -> sa.Executable:
+    """Lease up to ``p_limit`` completions that are due at ``p_now`` until ``p_until``; of one try, or of all."""
+    columns = _TABLE.c
+    ended = ended_try(columns.task_instance_id, columns.try_number)
+    free = sa.or_(columns.lease_until.is_(None), columns.lease_until < sa.bindparam("p_now"))
+    due = sa.select(columns.celery_task_id).where(columns.done_at.is_(None), free, ended)
+    if one_try:
+        due = due.where(columns.task_instance_id == sa.bindparam("p_ti"), columns.try_number == sa.bindparam("p_try"))
+    due = due.order_by(columns.created_at).limit(sa.bindparam("p_limit", type_=sa.Integer()))
+    if locking:
+        due = due.with_for_update(skip_locked=True)
+    # A CTE runs once; a plain subquery with a limit may be run again for every row it is compared with.
+    taken = due.cte("due")
+    return (
+        sa.update(_TABLE)
+        .where(columns.celery_task_id.in_(sa.select(taken.c.celery_task_id)))
+        .values(lease_until=sa.bindparam("p_until"))
+        .returning(
+            columns.celery_task_id,
+            columns.task_instance_id,
+            columns.try_number,
+            columns.context,
+            columns.result_callback,
+            columns.failures,
+        )
+    )
+
+
+@cache
+def _complete() -> sa.Executable:
+    """The completion ``p_id`` is done at ``p_now``; run with a list of parameters (an expanded IN is compiled anew)."""
+    return (
+        sa.update(_TABLE).where(_TABLE.c.celery_task_id == sa.bindparam("p_id")).values(done_at=sa.bindparam("p_now"))
+    )

@@ -1,4 +1,4 @@
-"""The append-only history of every attempt."""
+"""The append-only history of every attempt, and the end of what ended long ago."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.models import TaskEvent, table_of
+from leoflow_celery.store.models import DagRun, StagingVolume, TaskCompletion, TaskEvent, table_of
 
-_INSERT = sa.insert(table_of(TaskEvent))
+_TABLE = table_of(TaskEvent)
+_INSERT = sa.insert(_TABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,7 @@ class EventStore:
 
     def of(self, task_instance_id: str) -> list[EventView]:
         """Everything that happened to a task instance, oldest first."""
-        table = table_of(TaskEvent)
-        query = sa.select(table).where(table.c.task_instance_id == task_instance_id).order_by(table.c.id)
+        query = sa.select(_TABLE).where(_TABLE.c.task_instance_id == task_instance_id).order_by(_TABLE.c.id)
         with self._database.reading() as connection:
             rows = connection.execute(query).mappings().all()
         return [
@@ -71,3 +72,31 @@ class EventStore:
             )
             for row in rows
         ]
+
+
+class HistoryStore:
+    """Deletes in transactions of bounded size, so that nobody waits long for a lock."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def prune(self, older_than_seconds: float, limit: int = 500) -> int:
+        """Remove up to ``limit`` tries that ended longer ago than that and whose results were delivered; how many.
+
+        A task instance goes as a whole, when its newest try is old enough: what is left of a younger one still tells
+        late messages that their try is superseded.
+        """
+        old = task_instance_sql.old_tries(time.time() - older_than_seconds, limit)
+        with self._database.transaction() as connection:
+            tries = [{"p_ti": ti, "p_try": number} for ti, number in connection.execute(old)]
+            for table in (_TABLE, table_of(TaskCompletion), task_instance_sql.TABLE) if tries else ():
+                connection.execute(sa.delete(table).where(task_instance_sql.of_try(table)), tries)
+        return len(tries)
+
+    def prune_runs(self, older_than_seconds: float) -> int:
+        """Remove runs that ended longer ago than that and have no task left, and records of deleted volumes."""
+        before, run, volume = time.time() - older_than_seconds, table_of(DagRun), table_of(StagingVolume)
+        runs = sa.delete(run).where(run.c.ended_at < before, ~task_instance_sql.any_of_run(run))
+        volumes = sa.delete(volume).where(volume.c.deleted_at < before)
+        with self._database.transaction() as connection:
+            return connection.execute(runs).rowcount + connection.execute(volumes).rowcount

@@ -9,7 +9,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from leoflow_celery.domain.states import TaskState
 
@@ -33,6 +36,30 @@ class Timestamp(sa.types.TypeDecorator[float]):
         return moment.timestamp()
 
 
+class DatabaseTime(FunctionElement[float]):
+    """The database's clock, ``seconds`` from now (before now when negative): two hosts' clocks are never compared."""
+
+    name = "database_time"
+    inherit_cache = True
+    type = Timestamp()
+
+    def __init__(self, seconds: float | sa.BindParameter[float] = 0.0) -> None:
+        super().__init__(sa.literal(seconds, sa.Double()) if isinstance(seconds, float) else seconds)
+
+
+@compiles(DatabaseTime, "postgresql")
+def _postgresql_time(element: DatabaseTime, compiler: SQLCompiler, **kwargs: Any) -> str:
+    # Not now(): a transaction may have waited for a lock since it began.
+    return f"(statement_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kwargs)}))"
+
+
+@compiles(DatabaseTime, "sqlite")
+def _sqlite_time(element: DatabaseTime, compiler: SQLCompiler, **kwargs: Any) -> str:
+    # Milliseconds, written as the microseconds of a Timestamp: as text, times compare digit by digit.
+    seconds = compiler.process(element.clauses, **kwargs)
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+
+
 class Base(DeclarativeBase):
     """The metadata that Alembic migrates."""
 
@@ -48,7 +75,7 @@ class Base(DeclarativeBase):
 _ID = sa.String(512)
 _NAME = sa.String(255)
 #: Written out, never bound: a planner proves that a partial index serves a query from the text alone.
-_LIVE = sa.text(f"state IN ('{TaskState.QUEUED}', '{TaskState.RUNNING}')")
+LIVE = sa.text(f"state IN ('{TaskState.QUEUED}', '{TaskState.RUNNING}')")
 
 
 def table_of(model: type[Base]) -> sa.Table:
@@ -133,7 +160,7 @@ class TaskInstance(Base):
     __table_args__ = (
         sa.Index("ix_task_instance_run", "tenant_id", "dag_id", "run_id", "task_id"),
         # Reapers and sweeps look at live rows only: the index stays small however long the history is.
-        sa.Index("ix_task_instance_live", "state", "queued_at", sqlite_where=_LIVE, postgresql_where=_LIVE),
+        sa.Index("ix_task_instance_live", "state", "queued_at", sqlite_where=LIVE, postgresql_where=LIVE),
     )
 
 
@@ -238,7 +265,15 @@ class Lease(Base):
     until: Mapped[float] = mapped_column(Timestamp)
 
 
-def is_live() -> sa.ColumnElement[bool]:
-    """The condition the partial index on live rows was made for."""
-    # Without a type: as a Boolean it would become "(…) = 1" on SQLite, and that no partial index serves.
-    return sa.literal_column(f"(task_instance.{_LIVE.text})")
+class Presence(Base):
+    """Who is there: back ends, and those who hear heartbeats. Times are the database's, whoever writes them."""
+
+    __tablename__ = "presence"
+
+    #: ``store.presence.Kind``.
+    kind: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    #: Of a back end, as ``domain.backend.BackEnd`` writes it; empty where all of a kind count as one.
+    name: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    #: Present since then without a gap.
+    since: Mapped[float] = mapped_column(Timestamp)
+    seen_at: Mapped[float] = mapped_column(Timestamp)

@@ -9,12 +9,12 @@ import sqlalchemy as sa
 from leoflow_celery.domain.request import new_run
 from leoflow_celery.domain.states import TERMINAL_RUN, RunState
 from leoflow_celery.errors import NotFound
+from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.models import DagRun, TaskInstance, table_of
+from leoflow_celery.store.models import DagRun, table_of
 from leoflow_celery.store.views import RunView, TaskInstanceView
 
 _RUN = table_of(DagRun)
-_TI = table_of(TaskInstance)
 
 
 class RunStore:
@@ -49,7 +49,7 @@ class RunStore:
         Raises:
             NotFound: it was never created.
         """
-        query = sa.select(_RUN).where(_is_run(_RUN, tenant_id, dag_id, run_id))
+        query = sa.select(_RUN).where(_is_run(tenant_id, dag_id, run_id))
         with self._database.reading() as connection:
             row = connection.execute(query).mappings().first()
         if row is None:
@@ -63,7 +63,7 @@ class RunStore:
         open_states = [state.value for state in RunState if state not in TERMINAL_RUN]
         update = (
             sa.update(_RUN)
-            .where(_is_run(_RUN, tenant_id, dag_id, run_id), _RUN.c.state.in_(open_states))
+            .where(_is_run(tenant_id, dag_id, run_id), _RUN.c.state.in_(open_states))
             .values(state=state.value, ended_at=time.time())
         )
         with self._database.transaction() as connection:
@@ -71,12 +71,11 @@ class RunStore:
 
     def task_instances(self, tenant_id: str, dag_id: str, run_id: str) -> list[TaskInstanceView]:
         """The newest try of each task of a run, in the order they were queued."""
-        query = sa.select(_TI).where(_is_run(_TI, tenant_id, dag_id, run_id)).order_by(_TI.c.try_number)
         with self._database.reading() as connection:
-            rows = connection.execute(query).mappings().all()
+            rows = connection.execute(task_instance_sql.of_run(tenant_id, dag_id, run_id)).mappings().all()
         newest = {row["task_instance_id"]: TaskInstanceView.from_row(row) for row in rows}
         return sorted(newest.values(), key=lambda view: (view.queued_at, view.task_id))
 
 
-def _is_run(table: sa.Table, tenant_id: str, dag_id: str, run_id: str) -> sa.ColumnElement[bool]:
-    return sa.and_(table.c.tenant_id == tenant_id, table.c.dag_id == dag_id, table.c.run_id == run_id)
+def _is_run(tenant_id: str, dag_id: str, run_id: str) -> sa.ColumnElement[bool]:
+    return sa.and_(_RUN.c.tenant_id == tenant_id, _RUN.c.dag_id == dag_id, _RUN.c.run_id == run_id)

@@ -13,14 +13,14 @@ import sqlalchemy as sa
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import RunState
 from leoflow_celery.errors import NotFound
+from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.models import DagRun, StagingVolume, TaskInstance, is_live, table_of
-from leoflow_celery.store.placement import insert_volume
+from leoflow_celery.store.models import DagRun, StagingVolume, table_of
+from leoflow_celery.store.volume_placement import insert_volume
 
 _TABLE = table_of(StagingVolume)
 _RUN = table_of(DagRun)
 _NAMES = ("claim_name", "tenant_id", "dag_id", "run_id", "size", "backend", "created_at")
-_TI = table_of(TaskInstance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +91,17 @@ class StagingStore:
         with self._database.transaction() as connection:
             connection.execute(insert_volume(self._database), row)
 
-    def mark_staging_deleted(self, claim_name: str, reason: str) -> bool:
+    def mark_staging_deleted(self, claim_name: str, reason: str, back_end: str | None = None) -> bool:
         """Record the deletion with its reason; False when it was recorded before, or when a live try mounts the volume.
 
+        ``back_end`` (``BackEnd`` as text) is who says so: only a volume that lives there is marked.
         A run that was cleared after the deletion was decided makes its volume again: marked as deleted, that one would
         be an orphan in the middle of the run.
         """
         active = sa.and_(_TABLE.c.claim_name == claim_name, _TABLE.c.deleted_at.is_(None))
-        mounted = sa.exists().where(is_live(), _TI.c.staging_claim == claim_name)
+        if back_end is not None:
+            active = sa.and_(active, _TABLE.c.backend == back_end)
+        mounted = task_instance_sql.is_mounted(_TABLE.c.claim_name)
         values = {"deleted_at": time.time(), "deleted_reason": reason}
         with self._database.transaction() as connection:
             # Locked first: a submitter that holds the row has recorded its try when we look for one.
@@ -116,15 +119,12 @@ class StagingStore:
             _TABLE.c.deleted_at.is_(None),
             _TABLE.c.backend.startswith(f"{ExecutorType.DOCKER}:"),
         )
-        mounts = sa.and_(is_live(), _TI.c.staging_claim == claim_name)
         with self._database.transaction() as connection:
             if not connection.execute(sa.update(_TABLE).where(bound).values(backend=ExecutorType.DOCKER)).rowcount:
                 raise NotFound(
                     f"no staging volume {claim_name!r} is bound to a Docker host; 'leoflow staging' lists all"
                 )
-            count = connection.execute(sa.update(_TI).where(mounts).values(queue_name="")).rowcount
-            connection.execute(sa.update(_TI).where(mounts, _TI.c.holder.is_(None)).values(sent_at=None))
-        return count
+            return connection.execute(task_instance_sql.release_queue(), {"p_claim": claim_name}).rowcount
 
     def list_deleted(self, limit: int = 100) -> list[DeletedVolume]:
         """The volumes deleted last, the newest first."""
@@ -136,7 +136,7 @@ class StagingStore:
     def list_active(self, backend: str | None = None) -> list[StagingVolumeState]:
         """Every volume not marked deleted, oldest first, with the state of its run."""
         same_run = sa.and_(*(_TABLE.c[name] == _RUN.c[name] for name in ("tenant_id", "dag_id", "run_id")))
-        in_use = _TABLE.c.claim_name.in_(sa.select(_TI.c.staging_claim).where(is_live()))
+        in_use = task_instance_sql.is_mounted(_TABLE.c.claim_name)
         query = (
             sa.select(
                 *(_TABLE.c[name] for name in _NAMES),

@@ -6,7 +6,7 @@ A row is written before its message: a crash in between delays the task until th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,19 +17,26 @@ from leoflow_celery.domain.memory import memory_limit
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.domain.routing import ExecutorType, task_name
+from leoflow_celery.domain.routing import ExecutorType, TaskName
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.errors import InvalidRequest
-from leoflow_celery.store import statements
+from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.events import append_events, event_row
-from leoflow_celery.store.models import TaskCompletion, TaskInstance, is_live, table_of
-from leoflow_celery.store.placement import Use, claim_of, insert_volume, places_of, queues_of, record_volumes
-from leoflow_celery.store.views import Submitted, TaskInstanceView
+from leoflow_celery.store.models import TaskCompletion, table_of
+from leoflow_celery.store.presence import PresenceStore
+from leoflow_celery.store.task_instance_sql import attempt_parameters
+from leoflow_celery.store.views import Submitted, TaskInstanceView, needs_host
+from leoflow_celery.store.volume_placement import (
+    Use,
+    check_owners,
+    claim_of,
+    insert_volume,
+    places_of,
+    queues_of,
+    record_volumes,
+)
 from leoflow_celery.store.xcom.base import XComStore
-
-_TI = table_of(TaskInstance)
-_TASK = ("tenant_id", "dag_id", "run_id", "task_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +64,13 @@ class NewTry:
 class SubmissionStore:
     """Records tries; idempotent per (task_instance_id, try_number)."""
 
-    def __init__(self, database: Database, xcom: XComStore, default_staging_size: str = "1Gi") -> None:
-        self._database, self._xcom = database, xcom
+    def __init__(
+        self, database: Database, xcom: XComStore, presence: PresenceStore, default_staging_size: str = "1Gi"
+    ) -> None:
+        self._database, self._xcom, self._presence = database, xcom, presence
         self._default_staging_size = default_staging_size
-        # Made once: see ``statements``.
-        insert_tries = database.insert(_TI).on_conflict_do_nothing()
-        self._insert_tries = insert_tries.returning(_TI.c.task_instance_id, _TI.c.try_number, _runs_again())
+        # Made once: see ``task_instance_sql``.
+        self._insert_tries = task_instance_sql.insert_tries(database.insert)
         self._insert_completions = database.insert(table_of(TaskCompletion)).on_conflict_do_nothing()
         self._insert_volumes = insert_volume(database)
 
@@ -89,14 +97,15 @@ class SubmissionStore:
             created = {(ti, number) for ti, number, _ in inserted}
             fresh = [item for key, item in distinct.items() if key in created]
             queues: dict[str, str] = {}
+            ids = _recorded_ids(connection, distinct.keys() - created)
             if fresh:
                 # One that ends here is never claimed, which is when the values of an earlier try go.
                 again = {(ti, number) for ti, number, again in inserted if again or state is not TaskState.QUEUED}
                 self._forget_values(connection, [item.request for item in fresh if _key(item) in again])
                 queues = self._record_fresh(connection, fresh, state, now)
                 for chunk in batched([item.request.task_instance_id for item in fresh], CHUNK_ROWS):
-                    _end_older(connection, statements.supersede(named=True), {"p_ids": chunk}, now)
-        return [_submitted(item, created, queues) for item in tries]
+                    _end_older(connection, task_instance_sql.supersede(named=True), {"p_ids": chunk}, now)
+        return [_submitted(item, created, queues, ids) for item in tries]
 
     def _record_fresh(
         self, connection: sa.Connection, fresh: Sequence[NewTry], state: TaskState, now: float
@@ -109,7 +118,9 @@ class SubmissionStore:
         connection.execute(self._insert_completions, [_completion_row(item, now) for item in fresh])
         mounting = [item for item in fresh if item.staging_claim]
         uses = [Use(item.request, item.executor) for item in mounting]
-        queues = record_volumes(connection, self._insert_volumes, uses, self._default_staging_size, now)
+        queues = record_volumes(connection, self._presence, self._insert_volumes, uses, self._default_staging_size, now)
+        # Once the new volumes are there: of two runs that name a new one at once, the second sees the first's.
+        check_owners(connection, (item.request for item in fresh))
         _set_queues(connection, [(*_key(item), queues[item.staging_claim]) for item in mounting])
         return queues
 
@@ -123,70 +134,42 @@ class SubmissionStore:
         On PostgreSQL neither of them sees the other's row.
         """
         with self._database.transaction() as connection:
-            return _end_older(connection, statements.supersede(named=False), {}, time.time())
+            return _end_older(connection, task_instance_sql.supersede(named=False), {}, time.time())
 
     def mark_sent(self, attempts: Sequence[AttemptId]) -> None:
         """Record that the broker has the messages of these launches."""
         if not attempts:
             return
-        update = (
-            sa.update(_TI)
-            .where(
-                _TI.c.task_instance_id == sa.bindparam("ti"),
-                _TI.c.try_number == sa.bindparam("number"),
-                _TI.c.launch == sa.bindparam("at_launch"),
-            )
-            .values(sent_at=time.time())
-        )
-        rows = [{"ti": a.task_instance_id, "number": a.try_number, "at_launch": a.launch} for a in _ordered(attempts)]
+        now = time.time()
+        rows = [{**attempt_parameters(attempt), "p_now": now} for attempt in _ordered(attempts)]
         with self._database.transaction() as connection:
-            connection.execute(update, rows)
+            connection.execute(task_instance_sql.mark_sent(), rows)
 
     def unsent(self, grace_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
         """Unclaimed tries whose message is due and was not sent; the grace spares submits that are under way."""
-        now = time.time()
-        query = (
-            sa.select(_TI)
-            .where(is_live(), _TI.c.holder.is_(None), _TI.c.sent_at.is_(None), ~_needs_host())
-            .where(_TI.c.send_after <= now)
-            .where(sa.or_(_TI.c.launch > 1, _TI.c.queued_at <= now - grace_seconds))
-            .order_by(_TI.c.queued_at)
-            .limit(limit)
-        )
-        with self._database.reading() as connection:
-            return [TaskInstanceView.from_row(row) for row in connection.execute(query).mappings()]
+        return self._views(task_instance_sql.unsent(time.time(), grace_seconds, limit))
 
     def place(self, limit: int = 500) -> int:
         """Give tries that wait for a host of their staging volume one that is present; how many got one."""
-        query = sa.select(_TI.c.task_instance_id, _TI.c.try_number, _TI.c.staging_claim).where(is_live(), _needs_host())
         with self._database.transaction() as connection:
-            waiting = connection.execute(query.order_by(_TI.c.queued_at).limit(limit)).all()
-            queues = queues_of(connection, places_of(connection, sorted({claim for _, _, claim in waiting})))
+            waiting = connection.execute(task_instance_sql.unplaced_claims(limit)).all()
+            places = places_of(connection, sorted({claim for _, _, claim in waiting}))
+            queues = queues_of(connection, self._presence, places)
             return _set_queues(connection, [(ti, number, queues.get(claim, "")) for ti, number, claim in waiting])
 
     def unplaced(self, at_least_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
         """Tries that have waited that long for a host of their staging volume."""
-        query = sa.select(_TI).where(is_live(), _needs_host(), _TI.c.queued_at <= time.time() - at_least_seconds)
+        return self._views(task_instance_sql.unplaced(time.time() - at_least_seconds, limit))
+
+    def _views(self, query: task_instance_sql.Rows) -> list[TaskInstanceView]:
         with self._database.reading() as connection:
-            rows = connection.execute(query.order_by(_TI.c.queued_at).limit(limit)).mappings()
-            return [TaskInstanceView.from_row(row) for row in rows]
-
-
-def _runs_again() -> sa.ColumnElement[bool]:
-    """Whether another task instance of the same task and run was there before the inserted row."""
-    other = _TI.alias("other")
-    # As text: what RETURNING asks of the inserted row would become another FROM of the subquery.
-    inserted: dict[str, sa.ColumnElement[str]] = {
-        name: sa.literal_column(f"task_instance.{name}") for name in (*_TASK, "task_instance_id")
-    }
-    same_task = (other.c[name] == inserted[name] for name in _TASK)
-    return sa.exists().where(*same_task, other.c.task_instance_id != inserted["task_instance_id"]).label("runs_again")
+            return [TaskInstanceView.from_row(row) for row in connection.execute(query).mappings()]
 
 
 def _end_older(
     connection: sa.Connection, statement: sa.Executable, parameters: Mapping[str, object], now: float
 ) -> int:
-    """Run ``statements.supersede``; how many tries it ended."""
+    """Run ``task_instance_sql.supersede``; how many tries it ended."""
     outcome = Outcome.failed(FailureReason.SUPERSEDED, "a newer try was submitted")
     values = {"p_state": outcome.state, "p_reason": outcome.reason, "p_message": outcome.message, "p_now": now}
     ended = [AttemptId(*row) for row in connection.execute(statement, {**values, **parameters})]
@@ -194,17 +177,11 @@ def _end_older(
     return len(ended)
 
 
-def _needs_host() -> sa.ColumnElement[bool]:
-    # As ``TaskInstanceView.needs_host``.
-    return sa.and_(_TI.c.executor == ExecutorType.DOCKER.value, _TI.c.staging_claim != "", _TI.c.queue_name == "")
-
-
 def _set_queues(connection: sa.Connection, tries: Sequence[tuple[str, int, str]]) -> int:
     """Write where tries go, (task instance, try, queue); one without a queue is left as it is."""
-    rows = [{"ti": ti, "number": number, "queue": queue} for ti, number, queue in sorted(tries) if queue]
+    rows = [{"p_ti": ti, "p_try": number, "p_queue": queue} for ti, number, queue in sorted(tries) if queue]
     if rows:
-        is_try = sa.and_(_TI.c.task_instance_id == sa.bindparam("ti"), _TI.c.try_number == sa.bindparam("number"))
-        connection.execute(sa.update(_TI).where(is_try).values(queue_name=sa.bindparam("queue")), rows)
+        connection.execute(task_instance_sql.set_queue(), rows)
     return len(rows)
 
 
@@ -216,13 +193,23 @@ def _ordered(attempts: Sequence[AttemptId]) -> list[AttemptId]:
     return sorted(attempts, key=lambda attempt: (attempt.task_instance_id, attempt.try_number))
 
 
-def _submitted(item: NewTry, created: set[tuple[str, int]], queues: Mapping[str, str]) -> Submitted:
+def _recorded_ids(connection: sa.Connection, tries: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """The Celery ids of tries that were there before: another version may have made them."""
+    found: dict[tuple[str, int], str] = {}
+    for chunk in batched(sorted(tries), CHUNK_ROWS):
+        found |= task_instance_sql.celery_ids(connection, chunk)
+    return found
+
+
+def _submitted(
+    item: NewTry, created: set[tuple[str, int]], queues: Mapping[str, str], ids: Mapping[tuple[str, int], str]
+) -> Submitted:
     key, claim = _key(item), item.staging_claim
     is_created = key in created
     created.discard(key)  # the same try twice in one call was created once
     queue = queues.get(claim, "")
-    needs_host = item.executor is ExecutorType.DOCKER and bool(claim) and not queue
-    return Submitted(item.request.attempt, celery_task_id(*key), is_created, queue, needs_host)
+    waits = bool(needs_host(item.executor.value, claim, queue))
+    return Submitted(item.request.attempt, ids.get(key) or celery_task_id(*key), is_created, queue, waits)
 
 
 def _row(item: NewTry, state: TaskState, now: float) -> dict[str, Any]:
@@ -263,7 +250,7 @@ def _completion_row(item: NewTry, now: float) -> dict[str, Any]:
         "celery_task_id": celery_task_id(request.task_instance_id, request.try_number),
         "task_instance_id": request.task_instance_id,
         "try_number": request.try_number,
-        "context": {"task": task_name(item.executor), **item.context},
+        "context": {"task": TaskName.of("execute", item.executor).value, **item.context},
         "result_callback": callback.model_dump() if callback else None,
         "created_at": now,
     }

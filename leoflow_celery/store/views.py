@@ -16,6 +16,14 @@ from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
 from leoflow_celery.store.logs import LogKey
 
 
+def needs_host(executor: Any, staging_claim: Any, queue_name: Any) -> Any:
+    """Whether a try must wait for the host of its staging volume before it can be sent.
+
+    Of values, and of columns: then it is the SQL condition.
+    """
+    return (executor == ExecutorType.DOCKER.value) & (staging_claim != "") & (queue_name == "")
+
+
 @dataclass(frozen=True, slots=True)
 class TaskInstanceView:
     """One try of a task instance. Times are seconds since the epoch."""
@@ -86,8 +94,7 @@ class TaskInstanceView:
 
     @property
     def needs_host(self) -> bool:
-        """Whether it must wait for the host of its staging volume before it can be sent."""
-        return self.executor == ExecutorType.DOCKER and bool(self.staging_claim) and not self.queue_name
+        return bool(needs_host(self.executor, self.staging_claim, self.queue_name))
 
     @property
     def log_key(self) -> LogKey:
@@ -134,7 +141,7 @@ class Finished:
     """What came of a report. ``recorded`` is False when somebody else's end came first.
 
     ``relaunch`` is set when the try goes on with the next launch instead of ending; ``view`` is the try afterwards
-    (None for one that does not exist).
+    (None for one that does not exist, and only then): nobody has to read it again.
     """
 
     recorded: bool

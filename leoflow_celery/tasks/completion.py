@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from celery import Celery
@@ -23,11 +24,14 @@ from kombu.exceptions import OperationalError
 from redis import exceptions as redis_errors
 
 from leoflow_celery import metrics
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.canvas import permitted_context
 from leoflow_celery.domain.outcome import FinalEvent
+from leoflow_celery.domain.routing import callback_problems
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, parse_value
 from leoflow_celery.errors import TaskFailed, Unavailable, XComRejected
-from leoflow_celery.runtime import Runtime
+from leoflow_celery.services import Services
 from leoflow_celery.store.completions import Waiting
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.monitoring import send_failed, send_succeeded
@@ -60,36 +64,41 @@ class Ended:
     monitored: bool = False
 
 
-def complete_due(app: Celery, runtime: Runtime) -> int:
+def complete_due(app: Celery, services: Services) -> int:
     """Complete whatever is due; the number of Celery ids completed."""
-    return _complete(app, runtime, runtime.store.completions.take(LEASE_SECONDS), None)
+    waiting = services.store.completions.take(LEASE_SECONDS)
+    tries = {AttemptId(item.task_instance_id, item.try_number) for item in waiting}
+    views = {(view.task_instance_id, view.try_number): view for view in services.store.attempts.ended(tries)}
+    read = cache(lambda task_instance_id, try_number: _with_value(services, views[task_instance_id, try_number]))
+    return _complete(app, services, waiting, lambda item: read(item.task_instance_id, item.try_number))
 
 
-def complete_try(app: Celery, runtime: Runtime, view: TaskInstanceView, ended: Ended | None = None) -> int:
+def complete_try(app: Celery, services: Services, view: TaskInstanceView, ended: Ended | None = None) -> int:
     """Complete whoever waits for one try; ``ended`` spares reading what the caller knows."""
-    taken = runtime.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
-    return _complete(app, runtime, taken, ended)
+    taken = services.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
+    read = cache(lambda: ended or _with_value(services, view))
+    return _complete(app, services, taken, lambda _: read())
 
 
-def _complete(app: Celery, runtime: Runtime, waiting: Sequence[Waiting], ended: Ended | None) -> int:
+def _complete(app: Celery, services: Services, waiting: Sequence[Waiting], ended: Callable[[Waiting], Ended]) -> int:
     done: list[str] = []
     try:
         for item in waiting:
-            if _completed(app, runtime, item, ended):
+            if _completed(app, services, item, ended):
                 done.append(item.celery_task_id)  # noqa: PERF401 - kept when a later one raises
     finally:
-        runtime.store.completions.done(done)
+        services.store.completions.done(done)
     return len(done)
 
 
-def _completed(app: Celery, runtime: Runtime, item: Waiting, ended: Ended | None) -> bool:
+def _completed(app: Celery, services: Services, item: Waiting, ended: Callable[[Waiting], Ended]) -> bool:
     try:
-        complete(app, item, ended or _read(runtime, item))
+        complete(app, item, ended(item))
     except Exception as error:
         if _is_away(error):
             raise
         # One that cannot be completed (a callback that is no signature, say) must not keep the others waiting.
-        delay = runtime.store.completions.failed(item)
+        delay = services.store.completions.failed(item)
         log.exception("completion.failed", extra={"celery_task_id": item.celery_task_id, "again_in_seconds": delay})
         return False
     return True
@@ -102,16 +111,12 @@ def _is_away(error: Exception) -> bool:
     return isinstance(cause, _AWAY)
 
 
-def _read(runtime: Runtime, item: Waiting) -> Ended:
-    return _with_value(runtime, runtime.store.attempts.get(item.task_instance_id, item.try_number))
-
-
-def _with_value(runtime: Runtime, view: TaskInstanceView) -> Ended:
+def _with_value(services: Services, view: TaskInstanceView) -> Ended:
     """A try that has ended, with its value. One that nobody can read is told as a failure: who waits must hear it."""
     if view.state is not TaskState.SUCCESS:
         return Ended(view)
     try:
-        return Ended(view, return_value(runtime, view))
+        return Ended(view, return_value(services, view))
     except XComRejected as error:
         log.warning("completion.unreadable_value", extra={"attempt": str(view.attempt), "error": str(error)})
         message = f"the task succeeded, but its return value cannot be read: {error}"
@@ -120,7 +125,7 @@ def _with_value(runtime: Runtime, view: TaskInstanceView) -> Ended:
 
 def complete(app: Celery, item: Waiting, ended: Ended) -> None:
     """Give one Celery id the result of its try."""
-    view, value = ended.view, ended.value
+    item, view, value = _permitted(item), ended.view, ended.value
     context = Context({**item.context, **_own_context(item)})
     if view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
         app.backend.mark_as_done(item.celery_task_id, value, request=context)
@@ -135,6 +140,16 @@ def complete(app: Celery, item: Waiting, ended: Ended) -> None:
         _send_result_callback(app, item, view)
     if item.celery_task_id == view.celery_task_id:
         _measure(view)
+
+
+def _permitted(item: Waiting) -> Waiting:
+    """Without what may not be sent, which an older version may have recorded: its result is stored all the same."""
+    context, refusals = permitted_context(item.context)
+    callback = item.result_callback
+    problems = callback_problems(callback.get("task", ""), callback.get("queue")) if callback else {}
+    for problem in (*map(str, refusals), *(f"{field}: {text}" for field, text in problems.items())):
+        log.warning("completion.refused", extra={"celery_task_id": item.celery_task_id, "error": problem})
+    return replace(item, context=context, result_callback=None if problems else callback)
 
 
 def _measure(view: TaskInstanceView) -> None:
@@ -162,9 +177,9 @@ def _identified(item: Waiting, errback: Any, index: int) -> Any:
     return {**errback, "options": {"task_id": task_id, **(errback.get("options") or {})}}
 
 
-def store_result(app: Celery, runtime: Runtime, view: TaskInstanceView, celery_task_id: str = "") -> None:
+def store_result(app: Celery, services: Services, view: TaskInstanceView, celery_task_id: str = "") -> None:
     """Write only the result of one Celery id, of the try's own unless another is named: no callback, no event."""
-    ended, celery_task_id = _with_value(runtime, view), celery_task_id or view.celery_task_id
+    ended, celery_task_id = _with_value(services, view), celery_task_id or view.celery_task_id
     if ended.view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
         app.backend.store_result(celery_task_id, ended.value, SUCCESS)
     else:
@@ -175,13 +190,13 @@ def _failure(view: TaskInstanceView) -> TaskFailed:
     return TaskFailed(str(view.reason), view.message, view.exit_code, f"{view.dag_id}.{view.task_id}")
 
 
-def return_value(runtime: Runtime, view: TaskInstanceView) -> Any:
+def return_value(services: Services, view: TaskInstanceView) -> Any:
     """The return_value XCom of a try, parsed; None when it has none.
 
     Raises:
         XComRejected: ``invalid_xcom``, nobody can parse it.
     """
-    found = runtime.store.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
+    found = services.store.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
     return None if found is None else parse_value(found)
 
 

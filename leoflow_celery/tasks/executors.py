@@ -1,14 +1,18 @@
-"""The executor of a worker's process: what it reports goes to the queue ``results``, what it notices to the metrics."""
+"""The executor of a worker's process: what it reports goes to the control plane, what it notices to the metrics."""
 
 from __future__ import annotations
 
 from celery import Celery
 
 from leoflow_celery import metrics
-from leoflow_celery.domain.routing import ExecutorType
-from leoflow_celery.executors.base import Executor, Observer
-from leoflow_celery.tasks.context import runtime_of
-from leoflow_celery.tasks.reporting import reporter
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.routing import RECONCILED, ExecutorType
+from leoflow_celery.errors import LeoflowError
+from leoflow_celery.executors.base import Executor, FailureReporter, Observer
+from leoflow_celery.queueing.messages import AttemptEnded
+from leoflow_celery.queueing.publisher import Publisher
+from leoflow_celery.tasks.context import services_of
 
 
 class ClusterMetrics(Observer):
@@ -31,4 +35,24 @@ def executor_of(app: Celery, executor_type: ExecutorType) -> Executor:
         ConfigurationError: this version has no such back end, or what it needs is not installed.
     """
     observer = ClusterMetrics if executor_type is ExecutorType.KUBERNETES else Observer
-    return runtime_of(app).executor(executor_type, lambda: reporter(app), observer)
+    return services_of(app).executor(executor_type, lambda: reporter(app, executor_type), observer)
+
+
+def host_of(app: Celery, executor_type: ExecutorType) -> str:
+    """The host whose back end this process holds; empty where an executor has one back end, or nobody knows yet."""
+    if executor_type not in RECONCILED:
+        return ""
+    try:
+        return str(getattr(executor_of(app, executor_type), "host", ""))
+    except LeoflowError:
+        return ""
+
+
+def reporter(app: Celery, executor_type: ExecutorType) -> FailureReporter:
+    """The FailureReporter of an executor: safe to call from any thread, any number of times."""
+
+    def report(attempt: AttemptId, outcome: Outcome, return_value: str | None = None) -> None:
+        ended = AttemptEnded(attempt, outcome, return_value=return_value, host=host_of(app, executor_type))
+        Publisher(app, services_of(app)).attempt_ended(executor_type, ended)
+
+    return report

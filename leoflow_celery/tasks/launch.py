@@ -1,7 +1,8 @@
-"""``leoflow.execute.kubernetes``, ``.docker`` and ``.subprocess``: start an attempt, report that, acknowledge.
+"""``leoflow.execute.kubernetes``, ``.docker`` and ``.subprocess``: start an attempt, leave a note of that, acknowledge.
 
-These workers have no SQL. What they learn goes to the queue ``results``; the attempt's own Celery result is written
-when the attempt ends, so nothing is stored here and the monitor is told nothing of a success.
+These workers have no SQL. What they learn goes to the control plane: the note of a launch, which it collects, and the
+end of an attempt that could not be started, which is a message. The attempt's own Celery result is written when the
+attempt ends, so nothing is stored here and the monitor is told nothing of a success.
 """
 
 from __future__ import annotations
@@ -14,43 +15,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from celery import current_app
 from celery.exceptions import Reject
 from celery.worker.request import Request as CeleryRequest
+from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from leoflow_celery import metrics
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
-from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.domain.routing import ExecutorType, executor_of_task, task_name
-from leoflow_celery.errors import LeoflowError, PermanentLaunchError, TransientLaunchError, Unsealable
+from leoflow_celery.domain.routing import ExecutorType, TaskName, executor_of_task
+from leoflow_celery.errors import BrokerUnavailable, LeoflowError, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import Launched, LaunchSpec
+from leoflow_celery.queueing.messages import SCOPE_OF, AttemptEnded, Launch, seal_message
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
-from leoflow_celery.tasks.executors import executor_of
-from leoflow_celery.tasks.reporting import launch_reports, report_outcome
+from leoflow_celery.tasks.executors import executor_of, host_of
 
 log = logging.getLogger(__name__)
 #: For so long a server may be away; then the launch counts as failed, and spends a relaunch.
 OUTAGE_SECONDS = 300.0
 _MAX_BACKOFF_SECONDS = 60.0
+#: How long a note waits for the broker: longer than a restart of it.
+_NOTE_SECONDS = 300
 
 
-class OpenRequest(CeleryRequest):
-    """A worker's view of a message whose task goes on when its function has returned.
+class OpenEndedRequest(CeleryRequest):
+    """A worker's view of a message whose task goes on when its function has returned: its success is no news.
 
-    Its success is no news to a monitor, and it is acknowledged when the broker has the report of the launch. Leaving
-    with ``Ignore`` would say the first as well, and cost a formatted traceback: as much as the call to the API server.
+    Leaving with ``Ignore`` would say the same, and cost a formatted traceback: as much as the call to the API server.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._reports = launch_reports(self.app or current_app)
-        self._reports.will_acknowledge()
-
-    def acknowledge(self) -> None:
-        self._reports.acknowledge(super().acknowledge)
 
     def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's name for it
         if type != "task-succeeded":
@@ -61,61 +54,69 @@ class LaunchTask(LeoflowTask):
     """The tasks that start attempts."""
 
     abstract = True
-    Request = f"{__name__}:OpenRequest"
+    Request = f"{__name__}:OpenEndedRequest"
 
 
-def launch(
-    self: LeoflowTask, attempt: dict[str, Any], sealed: str, tried_since: float | None = None, **_summary: Any
-) -> str:
-    """Start one attempt; what the worker's log says of it.
-
-    A second delivery finds it started; ``tried_since`` is when its first try failed.
-    """
-    identity, reports = AttemptId.from_json(attempt), launch_reports(self.app)
-    reports.begin()
+def launch(self: LeoflowTask, sealed: str) -> str:
+    """Start one attempt; what the worker's log says of it. A second delivery finds it started."""
+    executor = executor_of_task(self.name)
+    order = self.opened(Launch, sealed, SCOPE_OF[executor])
     try:
-        launched = _start(self, identity, sealed)
+        launched = _start(self, order)
     except TransientLaunchError as error:
-        _retry_or_give_up(self, identity, error, time.time() if tried_since is None else tried_since)
+        _retry_or_give_up(self, order, error)
     except PermanentLaunchError as error:
-        _report_failure(
-            self, identity, Outcome.failed(parse_reason(error.reason, FailureReason.INVALID_SPEC), error.message)
-        )
+        reason = parse_reason(error.reason, FailureReason.INVALID_SPEC)
+        _report_failure(self, order.attempt, Outcome.failed(reason, error.message))
     else:
-        back_end = BackEnd(executor_of_task(self.name), launched.host)
-        host = launched.host or self.runtime.hostname
-        with _given_back_on_failure():
-            reports.report(LaunchReport(identity, launched.external_name, host, str(back_end)))
+        back_end = BackEnd(executor, launched.host)
+        host = launched.host or self.services.hostname
+        _leave_note(self, LaunchReport(order.attempt, launched.external_name, host, str(back_end)))
         return f"launched {launched.external_name}"
     return "not launched"
 
 
 @contextmanager
 def _given_back_on_failure() -> Iterator[None]:
-    """A report that the broker did not take for minutes: the message goes back to it, and is not acknowledged."""
+    """What the broker did not take for minutes: the message goes back to it, and is not acknowledged."""
     try:
         yield
     except Exception as error:
         raise Reject(error, requeue=True) from error
 
 
-def _report_failure(task: LeoflowTask, attempt: AttemptId, outcome: Outcome) -> None:
+def _leave_note(task: LeoflowTask, report: LaunchReport) -> None:
     with _given_back_on_failure():
-        report_outcome(task, attempt, outcome, unclaimed=True)
+        _leave_patiently(task, report)
 
 
-def _start(task: LeoflowTask, attempt: AttemptId, sealed: str) -> Launched:
+@retry(
+    retry=retry_if_exception_type(BrokerUnavailable),
+    wait=wait_random_exponential(max=10),
+    stop=stop_after_delay(_NOTE_SECONDS),
+    before_sleep=before_sleep_log(log, logging.WARNING),
+    reraise=True,
+)
+def _leave_patiently(task: LeoflowTask, report: LaunchReport) -> None:
+    task.services.launch_notes.leave(SCOPE_OF[executor_of_task(task.name)], report)
+
+
+def _report_failure(task: LeoflowTask, attempt: AttemptId, outcome: Outcome) -> None:
+    executor = executor_of_task(task.name)
+    with _given_back_on_failure():
+        ended = AttemptEnded(attempt, outcome, unclaimed=True, host=host_of(task.app, executor))
+        task.publisher.attempt_ended(executor, ended)
+
+
+def _start(task: LeoflowTask, order: Launch) -> Launched:
     try:
-        request = TaskRequest.model_validate(task.runtime.sealer.open(sealed)["request"])
-        return _execute(task, LaunchSpec(request, attempt))
+        return _execute(task, LaunchSpec(order.request, order.attempt))
     except (TransientLaunchError, PermanentLaunchError):
         raise
-    except Unsealable as error:
-        raise PermanentLaunchError(FailureReason.INVALID_SPEC, str(error)) from error
     except LeoflowError as error:
         raise PermanentLaunchError(FailureReason.UNKNOWN_EXECUTOR, str(error)) from error
     except Exception as error:
-        log.exception("launch.unexpected_error", extra={"attempt": str(attempt)})
+        log.exception("launch.unexpected_error", extra={"attempt": str(order.attempt)})
         raise TransientLaunchError(FailureReason.LAUNCH_FAILED, f"{type(error).__name__}: {error}") from error
 
 
@@ -134,23 +135,26 @@ def _execute(task: LeoflowTask, launch_spec: LaunchSpec) -> Launched:
     return launched
 
 
-def _retry_or_give_up(task: LeoflowTask, attempt: AttemptId, error: TransientLaunchError, tried_since: float) -> None:
+def _retry_or_give_up(task: LeoflowTask, order: Launch, error: TransientLaunchError) -> None:
+    tried_since = time.time() if order.tried_since is None else order.tried_since
     tried = time.time() - tried_since
     delay = next_try_seconds(task.request.retries, tried, _patience_seconds(task, error), error.retry_after_seconds)
     if delay is None:
         reason = parse_reason(error.reason, FailureReason.LAUNCH_FAILED)
         message = f"{error.message} (given up after {task.request.retries + 1} attempts to start in {tried:.0f} s)"
-        _report_failure(task, attempt, Outcome.failed(reason, message))
+        _report_failure(task, order.attempt, Outcome.failed(reason, message))
         return
-    log.warning("launch.retry", extra={"attempt": str(attempt), "error": error.message, "delay_seconds": delay})
-    raise task.retry(countdown=delay, exc=error, kwargs={**(task.request.kwargs or {}), "tried_since": tried_since})
+    log.warning("launch.retry", extra={"attempt": str(order.attempt), "error": error.message, "delay_seconds": delay})
+    again = Launch(order.attempt, order.request, tried_since)
+    scope = SCOPE_OF[executor_of_task(task.name)]
+    raise task.retry(countdown=delay, exc=error, kwargs={"sealed": seal_message(task.services.keys, scope, again)})
 
 
 def _patience_seconds(task: LeoflowTask, error: TransientLaunchError) -> float:
     """A back end that has no room (its reason is queued_timeout) is no outage: the attempt waits as in its queue."""
     if error.reason != FailureReason.QUEUED_TIMEOUT:
         return OUTAGE_SECONDS
-    return task.runtime.settings.maintenance.queued_timeout_seconds or math.inf
+    return task.services.settings.maintenance.queued_timeout_seconds or math.inf
 
 
 def next_try_seconds(
@@ -167,6 +171,5 @@ def next_try_seconds(
     return max(asked_seconds or 0.0, random.uniform(backoff / 2, backoff))  # noqa: S311 - no secret
 
 
-kubernetes = leoflow_task(task_name(ExecutorType.KUBERNETES), LaunchTask)(launch)
-docker = leoflow_task(task_name(ExecutorType.DOCKER), LaunchTask)(launch)
-subprocess = leoflow_task(task_name(ExecutorType.SUBPROCESS), LaunchTask)(launch)
+for _name in (TaskName.EXECUTE_KUBERNETES, TaskName.EXECUTE_DOCKER, TaskName.EXECUTE_SUBPROCESS):
+    leoflow_task(_name, LaunchTask)(launch)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import cache, partial
 
 from leoflow_celery import metrics
-from leoflow_celery.client.messages import MessageSender, requested_grace
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reap import (
     ReapPolicy,
@@ -24,13 +23,15 @@ from leoflow_celery.domain.reap import (
     unplaced_verdict,
 )
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.routing import QUEUE_OF, RESULTS_QUEUE, ExecutorType, host_queue
-from leoflow_celery.errors import BrokerUnavailable, Unsealable
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.domain.routing import QUEUE_OF, RESULTS_QUEUE, ExecutorType, TaskName, host_queue
+from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed
+from leoflow_celery.queueing.publisher import requested_grace
+from leoflow_celery.store.attempts import FinishCondition
+from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
+from leoflow_celery.tasks.advance_try import advance_view
 from leoflow_celery.tasks.completion import complete_due
 from leoflow_celery.tasks.context import LeoflowTask
-from leoflow_celery.tasks.settling import settle_try
 from leoflow_celery.tasks.single_flight import maintenance_task
 
 log = logging.getLogger(__name__)
@@ -38,44 +39,44 @@ log = logging.getLogger(__name__)
 _UNSENT_GRACE_SECONDS = 5
 
 
-@maintenance_task("send_due")
+@maintenance_task(TaskName.SEND_DUE)
 def send_due(self: LeoflowTask) -> int:
     """Send the messages that a crash or an unreachable broker kept back, and relaunches whose delay is over."""
-    submissions, sender, sent = self.runtime.store.submissions, MessageSender(self.app, self.runtime), 0
+    submissions, sent = self.services.store.submissions, 0
     while submissions.place():
         pass
     while due := submissions.unsent(_UNSENT_GRACE_SECONDS):
-        sent += sum(_send(self, sender, view) for view in due)
+        sent += sum(_send(self, view) for view in due)
     return sent
 
 
-def _send(task: LeoflowTask, sender: MessageSender, view: TaskInstanceView) -> bool:
+def _send(task: LeoflowTask, view: TaskInstanceView) -> bool:
     """Send what is due, or give up what can never be sent; either way it is due no more."""
     try:
-        sender.launch_again(view)
-    except Unsealable as error:
+        task.publisher.launch_again(view, task.services.store.relaunch_policy)
+    except DecryptionFailed as error:
         metrics.record_undispatchable("unsealable")
-        _give_up(task, view, Verdict(FailureReason.INVALID_SPEC, str(error)), Guard(unclaimed=True))
+        _give_up(task, view, Verdict(FailureReason.INVALID_SPEC, str(error)), FinishCondition(unclaimed=True))
         return False
-    task.runtime.store.submissions.mark_sent([view.attempt])
+    task.services.store.submissions.mark_sent([view.attempt])
     return True
 
 
-@maintenance_task("complete_due")
+@maintenance_task(TaskName.COMPLETE_DUE)
 def complete_all(self: LeoflowTask) -> int:
     """Complete what ended without being completed."""
     total = 0
-    while count := complete_due(self.app, self.runtime):
+    while count := complete_due(self.app, self.services):
         total += count
     return total
 
 
-@maintenance_task("reap")
+@maintenance_task(TaskName.REAP)
 def reap(self: LeoflowTask) -> int:
     """Give up attempts that are silent, lost on the way, asked to stop or older than a try that was submitted."""
     policy = _policy(self)
     return (
-        self.runtime.store.submissions.end_superseded()
+        self.services.store.submissions.end_superseded()
         + _reap_cancelled(self, policy)
         + _reap_silent(self, policy)
         + _reap_queued(self, policy)
@@ -84,7 +85,7 @@ def reap(self: LeoflowTask) -> int:
 
 
 def _policy(task: LeoflowTask) -> ReapPolicy:
-    settings = task.runtime.settings.maintenance
+    settings = task.services.settings.maintenance
     return ReapPolicy(
         settings.heartbeat_timeout_seconds,
         settings.lost_message_seconds,
@@ -95,22 +96,22 @@ def _policy(task: LeoflowTask) -> ReapPolicy:
 
 
 def _reap_silent(task: LeoflowTask, policy: ReapPolicy) -> int:
-    store, count = task.runtime.store, 0
-    store.listeners.keep_reaper_present()
-    may_judge = cache(lambda executor: store.listeners.may_judge(executor, policy.heartbeat_timeout_seconds))
-    for view in store.sweeps.silent(policy.heartbeat_timeout_seconds):
+    store, count = task.services.store, 0
+    store.presence.keep_present(Kind.REAPER)
+    may_judge = cache(lambda executor: store.presence.may_judge(executor, policy.heartbeat_timeout_seconds))
+    for view in store.reaper_queries.silent(policy.heartbeat_timeout_seconds):
         last = view.last_heartbeat_at
         verdict = reap_silent(None if last is None else time.time() - last, policy)
         if verdict is not None and may_judge(view.executor):
             # It may have woken up since it was read: only silence since then ends it.
-            count += _give_up(task, view, verdict, Guard(silent_since=last))
+            count += _give_up(task, view, verdict, FinishCondition(silent_since=last))
     return count
 
 
 def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
     count, look = 0, cache(partial(_look, task))
     youngest = min(policy.lost_message_seconds, policy.launch_timeout_seconds)
-    for view in task.runtime.store.sweeps.waiting(youngest):
+    for view in task.services.store.reaper_queries.waiting(youngest):
         depth, all_told = look(view.queue)
         now = time.time()
         launched = None if view.launched_at is None else now - view.launched_at
@@ -119,7 +120,7 @@ def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
         verdict = reap_queued(waited, view.queue, depth, launched, patience, bound_to, started_as, all_told=all_told)
         if verdict is not None:
             # What was told since the row was read counts as well.
-            count += _give_up(task, view, verdict, Guard(unclaimed=True, unlaunched=launched is None))
+            count += _give_up(task, view, verdict, FinishCondition(unclaimed=True, unlaunched=launched is None))
     return count
 
 
@@ -129,14 +130,22 @@ def _look(task: LeoflowTask, queue: str) -> tuple[int | None, bool]:
     In this order: a worker tells that it started an attempt before it acknowledges the message.
     """
     depth = _depth(task, queue)
-    return depth, depth != 0 or queue == QUEUE_OF[ExecutorType.INLINE] or _depth(task, RESULTS_QUEUE) == 0
+    is_told = depth != 0 or queue == QUEUE_OF[ExecutorType.INLINE]
+    return depth, is_told or (_depth(task, RESULTS_QUEUE) == 0 and _uncollected(task) == 0)
+
+
+def _uncollected(task: LeoflowTask) -> int | None:
+    try:
+        return task.services.launch_notes.waiting()
+    except BrokerUnavailable:
+        return None
 
 
 def _patience(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> ReapPolicy:
     """A pod may be pending first: how long, its reconcile decides and says why; the agent's time comes after that."""
     if view.executor != ExecutorType.KUBERNETES:
         return policy
-    pending = task.runtime.settings.kubernetes.pending_timeout_seconds or math.inf
+    pending = task.services.settings.kubernetes.pending_timeout_seconds or math.inf
     return replace(policy, launch_timeout_seconds=pending + policy.launch_timeout_seconds)
 
 
@@ -155,66 +164,73 @@ def _bound_to(view: TaskInstanceView) -> str:
 def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy) -> int:
     if not policy.queued_timeout_seconds:
         return 0
-    views = task.runtime.store.submissions.unplaced(policy.queued_timeout_seconds)
+    views = task.services.store.submissions.unplaced(policy.queued_timeout_seconds)
     verdicts = ((view, unplaced_verdict(time.time() - view.queued_at, view.staging_claim)) for view in views)
     # Nothing was started, so there is nothing to start again.
-    return sum(_give_up(task, view, verdict, Guard(unclaimed=True), may_relaunch=False) for view, verdict in verdicts)
+    return sum(
+        _give_up(task, view, verdict, FinishCondition(unclaimed=True), may_relaunch=False) for view, verdict in verdicts
+    )
 
 
 def _reap_cancelled(task: LeoflowTask, policy: ReapPolicy) -> int:
     verdict = Verdict(FailureReason.CANCELLED, "did not stop within the grace")
-    views = task.runtime.store.sweeps.cancelled(policy.cancel_grace_seconds)
-    return sum(_give_up(task, view, verdict, Guard()) for view in views if _had_its_grace(task, view, policy))
+    views = task.services.store.reaper_queries.cancelled(policy.cancel_grace_seconds)
+    return sum(_give_up(task, view, verdict, FinishCondition()) for view in views if _had_its_grace(task, view, policy))
 
 
 def _had_its_grace(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> bool:
     asked = time.time() - (view.cancel_requested_at or 0.0)
-    return cancel_overdue(asked, requested_grace(task.runtime, view), policy)
+    return cancel_overdue(asked, requested_grace(task.services.keys, view), policy)
 
 
 def _depth(task: LeoflowTask, queue: str) -> int | None:
     try:
-        return task.runtime.queues.depth(queue)
+        return task.services.queues.depth(queue)
     except BrokerUnavailable as error:
         log.warning("queue.depth_unknown", extra={"queue": queue, "error": str(error)})
         return None
 
 
 def _give_up(
-    task: LeoflowTask, view: TaskInstanceView, verdict: Verdict, guard: Guard, *, may_relaunch: bool = True
+    task: LeoflowTask,
+    view: TaskInstanceView,
+    verdict: Verdict,
+    condition: FinishCondition,
+    *,
+    may_relaunch: bool = True,
 ) -> bool:
-    store = task.runtime.store
+    store = task.services.store
     outcome = Outcome.failed(verdict.reason, verdict.message, log_tail=store.logs.last_lines(view.log_key))
-    finished = store.attempts.finish(view.attempt, outcome, guard, may_relaunch=may_relaunch)
-    if not finished.recorded:
+    finished = store.attempts.finish(view.attempt, outcome, condition, may_relaunch=may_relaunch, seen=view)
+    if not finished.recorded or finished.view is None:
         return False
     log.warning("attempt.given_up", extra={"attempt": str(view.attempt), "reason": verdict.reason.value})
     if finished.relaunch:
         metrics.record_relaunch(verdict.reason)
-    settle_try(task, view.task_instance_id, view.try_number)
+    advance_view(task, finished.view)
     return True
 
 
-@maintenance_task("expire_xcoms")
+@maintenance_task(TaskName.EXPIRE_XCOMS)
 def expire_xcoms(self: LeoflowTask) -> int:
     """Remove XCom values past their time to live."""
-    return self.runtime.store.xcom.delete_expired()
+    return self.services.store.xcom.delete_expired()
 
 
-@maintenance_task("prune_logs")
+@maintenance_task(TaskName.PRUNE_LOGS)
 def prune_logs(self: LeoflowTask) -> int:
     """Remove task logs past their retention."""
-    retention = self.runtime.settings.logs.retention_seconds
-    return self.runtime.store.logs.prune(retention) if retention else 0
+    retention = self.services.settings.logs.retention_seconds
+    return self.services.store.logs.prune(retention) if retention else 0
 
 
-@maintenance_task("prune_history")
+@maintenance_task(TaskName.PRUNE_HISTORY)
 def prune_history(self: LeoflowTask) -> int:
     """Remove tries, runs and records of volumes past their retention."""
-    retention = self.runtime.settings.maintenance.history_retention_seconds
+    retention = self.services.settings.maintenance.history_retention_seconds
     if not retention:
         return 0
-    total, history = 0, self.runtime.store.history
+    total, history = 0, self.services.store.history
     while count := history.prune(retention):
         total += count
     return total + history.prune_runs(retention)

@@ -11,11 +11,12 @@ import logging
 import queue
 import threading
 import time
-import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
+
+from leoflow_celery.tasks.context import services_of
 
 if TYPE_CHECKING:
     from leoflow_celery.store.views import TaskInstanceView
@@ -89,10 +90,6 @@ class EventSender:
         return event
 
 
-_senders: weakref.WeakKeyDictionary[Celery, EventSender] = weakref.WeakKeyDictionary()
-_senders_lock = threading.Lock()
-
-
 def send_succeeded(app: Celery, view: TaskInstanceView, celery_task_id: str, value: Any) -> None:
     """The try ended well; the monitor sees a summary of its value."""
     _put(app, "task-succeeded", view, celery_task_id, result=summary(value))
@@ -104,32 +101,16 @@ def send_failed(app: Celery, view: TaskInstanceView, celery_task_id: str, error:
 
 
 def _put(app: Celery, kind: str, view: TaskInstanceView, celery_task_id: str, **fields: Any) -> None:
-    runtime = max(0.0, (view.ended_at or 0) - (view.started_at or view.queued_at))
+    seconds = max(0.0, (view.ended_at or 0) - (view.started_at or view.queued_at))
     hostname = f"{view.executor}@{view.hostname or 'unknown'}"
-    fields |= {"uuid": celery_task_id, "runtime": runtime, **_times(kind, view)}
-    _sender(app).put(MonitorEvent(kind, hostname, fields))
+    fields |= {"uuid": celery_task_id, "runtime": seconds, **_times(kind, view)}
+    services_of(app).part(EventSender, lambda: EventSender(app)).put(MonitorEvent(kind, hostname, fields))
 
 
 def _times(kind: str, view: TaskInstanceView) -> dict[str, float]:
     """The true times, under the names of Celery's task state: a monitor that keeps it had the launch for the start."""
     times = {"started": view.started_at, kind.removeprefix("task-"): view.ended_at}
     return {name: at for name, at in times.items() if at is not None}
-
-
-def _sender(app: Celery) -> EventSender:
-    with _senders_lock:
-        if app not in _senders:
-            _senders[app] = EventSender(app)
-        return _senders[app]
-
-
-def close_senders(**_: Any) -> None:
-    """Send what waits; connected to the worker's shutdown signal."""
-    with _senders_lock:
-        senders = list(_senders.values())
-        _senders.clear()
-    for sender in senders:
-        sender.close()
 
 
 def summary(value: Any) -> str:

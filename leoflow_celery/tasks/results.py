@@ -1,88 +1,143 @@
-"""Queue ``results``: what workers and agents reported becomes state, XComs and completed Celery ids."""
+"""Queue ``results``: what launch workers and agents reported becomes state, XComs and completed Celery ids.
+
+Who speaks is known by the key: a message that docker workers may send states nothing about a pod. What it states is
+believed only about attempts that SQL gave to this executor and back end.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
+from celery import Celery, bootsteps
 from celery.states import STARTED
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
 
 from leoflow_celery import metrics
-from leoflow_celery.client.messages import open_request
+from leoflow_celery.background import Periodic
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport, celery_task_id
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.routing import RESULTS_QUEUE, ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
-from leoflow_celery.errors import NotFound, Unavailable, Unsealable, XComRejected
-from leoflow_celery.store.attempts import Guard
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.errors import DecryptionFailed, NotFound, Unavailable, XComRejected
+from leoflow_celery.queueing.launch_notes import LaunchNote
+from leoflow_celery.queueing.messages import (
+    EXECUTOR_OF,
+    AdvanceTry,
+    AttemptEnded,
+    Present,
+    StagingDeleted,
+    open_request,
+)
+from leoflow_celery.security import Scope
+from leoflow_celery.services import Services
+from leoflow_celery.store.attempts import FinishCondition
+from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
+from leoflow_celery.tasks.advance_try import advance_try, advance_view
 from leoflow_celery.tasks.completion import store_result
-from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
-from leoflow_celery.tasks.settling import settle_try
+from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, services_of
 
 log = logging.getLogger(__name__)
+#: STARTED is news for people, and a crash of a launch worker waits for nobody: this need not be faster.
+_COLLECT_SECONDS = 0.2
+B = TypeVar("B", StagingDeleted, Present)
 
 
-@leoflow_task("leoflow.results.launched", autoretry_for=(Unavailable, RedisError, OperationalError))
-def launched(self: LeoflowTask, launches: list[dict[str, Any]]) -> None:
-    """Record that an executor started attempts (``LaunchReport``); their Celery ids are STARTED from now on.
+def collect_launches(app: Celery, services: Services, of: AttemptId | None = None) -> int:
+    """Record which attempts were started, or only whether ``of`` was; how many notes there were.
+
+    Their Celery ids are STARTED from now on.
 
     An attempt may end while STARTED is written, perhaps over its result, and a worker may die right after that: so
-    every delivery that finds a try over writes its result again.
+    every collection that finds a try over writes its result again.
+
+    Raises:
+        Unavailable: a server is away; the notes are collected again.
     """
-    attempts = self.runtime.store.attempts
-    reports = [LaunchReport.from_json(one) for one in launches]
-    waiting = attempts.launched(reports)
-    for report in reports:
-        if report.attempt in waiting:
-            _mark_started(self, report)
-        else:
-            _warn_of_unknown(self, report)
-    for view in attempts.ended([report.attempt for report in reports]):
-        store_result(self.app, self.runtime, view)
+    notes = services.launch_notes.group() if of is None else services.launch_notes.of(of)
+    reports = [report for note in notes if (report := _report_of(services, note)) is not None]
+    if reports:
+        waiting = services.store.attempts.launched(reports)
+        for report in reports:
+            if report.attempt in waiting:
+                _mark_started(app, report)
+        for view in services.store.attempts.ended([report.attempt for report in reports]):
+            store_result(app, services, view)
+    services.launch_notes.remove(notes)
+    return len(notes)
 
 
-def _mark_started(task: LeoflowTask, report: LaunchReport) -> None:
+class LaunchCollector(bootsteps.StartStopStep):
+    """The part of a control worker that collects the notes of launches, several times a second."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def create(self, worker: Any) -> Any:
+        def collect() -> None:
+            while collect_launches(worker.app, services_of(worker.app)):
+                pass
+
+        return Periodic(collect, _COLLECT_SECONDS, name="leoflow-launches", failed="launch_notes.not_collected")
+
+
+def _report_of(services: Services, note: LaunchNote) -> LaunchReport | None:
+    """What a note says; None for one that nobody may leave."""
+    try:
+        report = note.report(services.keys)
+        is_own = BackEnd.parse(report.back_end).executor is EXECUTOR_OF[note.scope]
+        why = "" if is_own else "a worker speaks for another executor"
+    except (DecryptionFailed, ValueError) as error:
+        why = str(error)
+    if why:
+        metrics.record_refused(RESULTS_QUEUE, "not_believed")
+        log.warning("launch_note.refused", extra={"note": note.field[:200], "error": why})
+        return None
+    return report
+
+
+def _mark_started(app: Celery, report: LaunchReport) -> None:
     celery_id = celery_task_id(report.attempt.task_instance_id, report.attempt.try_number)
     meta = {"hostname": report.hostname, "external_name": report.external_name}
-    task.backend.store_result(celery_id, meta, STARTED)
+    app.backend.store_result(celery_id, meta, STARTED)
 
 
-def _warn_of_unknown(task: LeoflowTask, report: LaunchReport) -> None:
-    try:
-        task.runtime.store.attempts.get(report.attempt.task_instance_id, report.attempt.try_number)
-    except NotFound:
-        log.warning("launched.unknown", extra={"attempt": str(report.attempt), "external_name": report.external_name})
-
-
-@leoflow_task("leoflow.results.record", autoretry_for=(Unavailable,))
-def record(self: LeoflowTask, attempt: dict[str, Any], sealed: str) -> None:
+@leoflow_task(TaskName.RECORD_END, autoretry_for=(Unavailable,))
+def record_end(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """Record the end of an attempt that no agent reported, with the value it left, in one transaction."""
-    identity = AttemptId.from_json(attempt)
-    content = self.runtime.sealer.open(sealed)
-    outcome = Outcome.from_json(content["outcome"])
-    guard = Guard(unclaimed=bool(content.get("unclaimed")))
+    services, (executor, ended) = self.services, self.heard(AttemptEnded, sealed, speaker)
+    identity, outcome = ended.attempt, ended.outcome
+    if ended.unclaimed:
+        # Another delivery may have started it, and said so already.
+        collect_launches(self.app, services, identity)
     try:
-        view = self.runtime.store.attempts.get(identity.task_instance_id, identity.try_number)
+        view = services.store.attempts.get(identity.task_instance_id, identity.try_number)
     except NotFound:
         log.warning("record.unknown", extra={"attempt": str(identity), "outcome": outcome.state.value})
         return
-    outcome, xcoms = _with_value(self, view, outcome, content.get("return_value"))
+    back_end = BackEnd(executor, ended.host)
+    if view.executor != executor or view.back_end not in ("", str(back_end)):
+        raise self.refused(f"attempt {identity} was not given to {back_end}")
+    outcome, xcoms = _with_value(self, view, outcome, ended.return_value)
     if outcome.state is TaskState.FAILED and not outcome.log_tail:
-        outcome = outcome.evolve(log_tail=self.runtime.store.logs.last_lines(view.log_key))
-    finished = self.runtime.store.attempts.finish(identity, outcome, guard, xcoms)
+        outcome = outcome.evolve(log_tail=services.store.logs.last_lines(view.log_key))
+    condition = FinishCondition(
+        unclaimed=ended.unclaimed,
+        unlaunched=ended.unclaimed,
+        executor=executor,
+        # A host whose server is away does not know its own name.
+        back_end=str(back_end) if ended.host or executor is not ExecutorType.DOCKER else None,
+    )
+    finished = services.store.attempts.finish(identity, outcome, condition, xcoms, seen=view)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
-    settle_try(self, identity.task_instance_id, identity.try_number)
+    advance_view(self, finished.view or view)
 
 
 def _with_value(
-    task: LeoflowTask, view: TaskInstanceView, outcome: Outcome, text: Any
+    task: LeoflowTask, view: TaskInstanceView, outcome: Outcome, text: str | None
 ) -> tuple[Outcome, list[tuple[XComKey, XComValue]]]:
     """The outcome with the value that the attempt left behind, which passes the same checks as a pushed one."""
     if text is None or outcome.state is not TaskState.SUCCESS:
@@ -97,37 +152,44 @@ def _with_value(
     return outcome, [(key, XComValue(value))]
 
 
-def _checked(task: LeoflowTask, view: TaskInstanceView, text: Any) -> bytes:
-    if not isinstance(text, str):
-        raise XComRejected("invalid_xcom", f"it is no JSON text but {type(text).__name__}")
+def _checked(task: LeoflowTask, view: TaskInstanceView, text: str) -> bytes:
     value = text.encode(errors="surrogatepass")
-    check_value(value, schema=_schema_of(task, view), max_bytes=task.runtime.settings.xcom.max_bytes)
+    check_value(value, schema=_schema_of(task, view), max_bytes=task.services.settings.xcom.max_bytes)
     return value
 
 
 def _schema_of(task: LeoflowTask, view: TaskInstanceView) -> dict[str, Any] | None:
     try:
-        return open_request(task.runtime, view.sealed_request).xcom_schema
-    except Unsealable as error:
+        return open_request(task.services.keys, view.sealed_request).xcom_schema
+    except DecryptionFailed as error:
         # The task did its work: a key that was taken away since then must not turn that into a failure.
         log.warning("record.schema_unknown", extra={"attempt": str(view.attempt), "error": str(error)})
         return None
 
 
-@leoflow_task("leoflow.results.settle", autoretry_for=(Unavailable,))
-def settle(self: LeoflowTask, task_instance_id: str, try_number: int) -> None:
+@leoflow_task(TaskName.ADVANCE_TRY, autoretry_for=(Unavailable,))
+def advance(self: LeoflowTask, sealed: str, speaker: str) -> None:  # noqa: ARG001 - as in every fact
     """Look at a try now: complete it when it has ended, send its next launch when that is due."""
-    settle_try(self, task_instance_id, try_number)
+    message = self.opened(AdvanceTry, sealed, Scope.CONTROL)
+    advance_try(self, message.task_instance_id, message.try_number)
 
 
-@leoflow_task("leoflow.results.staging_deleted", autoretry_for=(Unavailable,))
-def staging_deleted(self: LeoflowTask, claims: dict[str, str]) -> None:
+@leoflow_task(TaskName.RECORD_STAGING, autoretry_for=(Unavailable,))
+def staging_deleted(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """Record which staging volumes are gone, each with its reason."""
-    for name, reason in claims.items():
-        self.runtime.store.staging.mark_staging_deleted(name, reason)
+    message = _of_own_back_end(self, *self.heard(StagingDeleted, sealed, speaker))
+    for name, reason in message.claims.items():
+        self.services.store.staging.mark_staging_deleted(name, reason, str(message.back_end))
 
 
-@leoflow_task("leoflow.results.present", autoretry_for=(Unavailable,))
-def present(self: LeoflowTask, back_end: str) -> None:
+@leoflow_task(TaskName.RECORD_PRESENCE, autoretry_for=(Unavailable,))
+def present(self: LeoflowTask, speaker: str, sealed: str) -> None:
     """A worker holds this back end: the control plane may send work to it."""
-    self.runtime.store.leases.keep_present(f"{BACK_END_PRESENCE}{BackEnd.parse(back_end)}", PRESENCE_GAP_SECONDS)
+    message = _of_own_back_end(self, *self.heard(Present, sealed, speaker))
+    self.services.store.presence.keep_present(Kind.BACK_END, str(message.back_end))
+
+
+def _of_own_back_end(task: LeoflowTask, executor: ExecutorType, message: B) -> B:
+    if message.back_end.executor is not executor:
+        raise task.refused(f"a worker of {executor} speaks for back end {message.back_end}")
+    return message

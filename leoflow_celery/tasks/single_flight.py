@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from leoflow_celery.domain.routing import TaskName
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 
 log = logging.getLogger(__name__)
@@ -16,18 +17,19 @@ _LEASE_SECONDS = 120
 Body = Callable[[LeoflowTask], int]
 
 
-def maintenance_task(name: str) -> Callable[[Body], Any]:
-    """Register a body as ``leoflow.maintenance.<name>``, run by one worker at a time; it returns what it did."""
+def maintenance_task(task: TaskName) -> Callable[[Body], Any]:
+    """Register a body as a task of beat's, run by one worker at a time; it returns what it did."""
+    name = task.rpartition(".")[2]
 
     def register(body: Body) -> Any:
         @wraps(body)
         def single_flight(self: LeoflowTask) -> None:
-            with self.runtime.store.leases.single_flight(f"maintenance.{name}", _LEASE_SECONDS) as held:
+            with self.services.store.leases.single_flight(f"maintenance.{name}", _LEASE_SECONDS) as held:
                 if not held:
                     return
                 if count := body(self):
                     log.info("maintenance.acted", extra={"task": name, "count": count})
 
-        return leoflow_task(f"leoflow.maintenance.{name}")(single_flight)
+        return leoflow_task(task)(single_flight)
 
     return register

@@ -28,7 +28,7 @@ class StartedMark:
 
     def __init__(self, task: LeoflowTask, must_stop: Callable[[], bool]) -> None:
         self._task_id, self._backend = str(task.request.id), task.backend
-        self._hostname = task.runtime.hostname
+        self._hostname = task.services.hostname
         self._must_stop = must_stop
         self._due = time.monotonic() + SHORT_CALL_SECONDS
         self._thread: threading.Thread | None = None

@@ -67,7 +67,7 @@ def test_the_tasks_of_a_run_share_a_volume_that_goes_with_its_success(
     system.submit_bash("writes", "echo shared > /staging/file", run_id, staging_claim=claim).get(timeout=180)
     reader = system.submit_bash("reads", "grep shared /staging/file", run_id, staging_claim=claim)
     reader.get(timeout=180)
-    [volume] = [one for one in client.runtime.store.staging.list_active() if one.claim_name == claim]
+    [volume] = [one for one in client.services.store.staging.list_active() if one.claim_name == claim]
     assert volume.backend == reader.task_instance().back_end
     assert claim in engine.volumes(system.name)
 
@@ -75,7 +75,7 @@ def test_the_tasks_of_a_run_share_a_volume_that_goes_with_its_success(
     wait_until(lambda: claim not in engine.volumes(system.name), 120, "the volume to go")
 
     def reason() -> str | None:
-        deleted = client.runtime.store.staging.list_deleted()
+        deleted = client.services.store.staging.list_deleted()
         return next((one.reason for one in deleted if one.claim_name == claim), None)
 
     assert wait_until(reason, 60, "the record") == "run_succeeded"

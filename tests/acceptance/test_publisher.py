@@ -85,7 +85,7 @@ def test_every_priority_has_a_list_that_is_served(system: System, target: HttpTa
 
 def test_a_sealed_request_needs_no_more_than_a_fernet_token(system: System, target: HttpTarget) -> None:
     request = http_task(target.url("a"))
-    sealed = {"sealed": system.client.runtime.sealer.seal(request)}
+    sealed = {"sealed": system.client.services.keys.sealer("dispatch").seal(request)}
     assert publish(system, "raw_redis.py", sealed)["result"]["call"] == 1
     assert publish(system, "with_kombu.py", request)["result"]["call"] == 1
     assert target.calls["a"] == 1

@@ -111,7 +111,7 @@ def outcomes(handles: dict[str, Handle]) -> dict[str, Any]:
 def test_no_canary_is_readable_anywhere(system: System, target: HttpTarget, spy: RedisSpy) -> None:
     client = system.client
     handles = submit_all(system, target)
-    sealed = {"sealed": client.runtime.sealer.seal(secret_call(target, "sealed"))}
+    sealed = {"sealed": client.services.keys.sealer("dispatch").seal(secret_call(target, "sealed"))}
     dispatched = client.app.send_task("leoflow.dispatch", (sealed,), queue="dispatch")
     queued = dump(system.redis)
     assert handles["held"].attempt.task_instance_id in queued, "the dump shows no messages at all"
@@ -166,7 +166,7 @@ def test_a_plain_dispatch_message_is_shown_nowhere_but_in_its_queue(system: Syst
         monitor.wait_for(good.id, "task-succeeded")
         monitor.wait_for(invalid[-1].id, "task-failed")
         assert monitor.of(good.id, "task-received")
-    wait_until(lambda: system.client.runtime.queues.depth("dispatch") == 0, 20, "the queue to be empty")
+    wait_until(lambda: system.client.services.queues.depth("dispatch") == 0, 20, "the queue to be empty")
     publisher.close()
     searched = {"events": str(monitor.events), "at rest": dump(system.redis), **dict(files_of(system))}
     assert {name: found for name, text in searched.items() if (found := leaks(text))} == {}

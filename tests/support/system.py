@@ -51,6 +51,7 @@ class System:
             "AGENT_INSECURE": "true",
             "AGENT_HEARTBEAT_SECONDS": 1,
             "EXECUTOR_TYPE": "subprocess",
+            "DISPATCH_PERMITTED_EXECUTORS": "kubernetes,docker,subprocess,inline",
             "SUBPROCESS_STATE_DIR": directory / "attempts",
             **overrides,
         }

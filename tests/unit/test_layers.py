@@ -94,15 +94,12 @@ def test_a_launch_worker_does_not_load_sql(name: str) -> None:
     """It has no SQL credentials; that it never imports the client is the proof that it needs none."""
     if not (ROOT / "workers" / f"{name}.py").exists():
         pytest.skip(f"workers.{name} is not there yet")
-    assert (
-        loaded_by(f"import workers.{name}; workers.{name}.app.loader.import_default_modules()")
-        & {
-            "sqlalchemy",
-            "alembic",
-            "psycopg",
-        }
-        == set()
+    steps = "[symbol_by_name(step) for steps in app.steps.values() for step in steps]"
+    statement = (
+        f"from celery.utils.imports import symbol_by_name; from workers.{name} import app; "
+        f"app.loader.import_default_modules(); {steps}"
     )
+    assert loaded_by(statement) & {"sqlalchemy", "alembic", "psycopg"} == set()
 
 
 def test_the_users_side_imports_the_standard_library_only() -> None:

@@ -42,6 +42,7 @@ NAMES = {
     "leoflow_relaunches_total": {"reason"},
     "leoflow_reconcile_duration_seconds": {"executor"},
     "leoflow_staging_volumes": {"state"},
+    "leoflow_secret_backend_failures_total": {"backend"},
     "leoflow_agents_connected": set(),
 }
 
@@ -78,6 +79,7 @@ def record_everything():
     metrics.set_staging_volumes({"active": 2, "released": 1})
     metrics.set_agents_connected(9)
     metrics.record_auth_failure("expired")
+    metrics.record_secret_failure("command")
 
 
 def samples(text=None):

@@ -10,7 +10,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.identity import PREFIX, raw_ids
+from leoflow_celery.executors.identity import PREFIX, raw_ids, run_ids
 from leoflow_celery.settings import BrokerSettings
 
 #: On every container of ours and on nothing else; pods of a cluster on the same Engine have the other labels, too.
@@ -31,13 +31,7 @@ def attempt_labels(launch: LaunchSpec, system: str, deadline_seconds: int) -> di
 
 def volume_labels(request: TaskRequest, system: str) -> dict[str, str]:
     """Of the staging volume of a run."""
-    return {
-        STAGING: "true",
-        SYSTEM: system,
-        f"{PREFIX}dag-id": request.dag_id,
-        f"{PREFIX}run-id": request.run_id,
-        f"{PREFIX}tenant-id": request.tenant_id,
-    }
+    return {STAGING: "true", SYSTEM: system, **run_ids(request)}
 
 
 def system_in(labels: Mapping[str, str] | None) -> str:

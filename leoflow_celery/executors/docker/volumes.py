@@ -17,6 +17,7 @@ from leoflow_celery.executors.docker.labels import (
     volume_labels,
 )
 from leoflow_celery.executors.docker.observe import observe_listed, seconds
+from leoflow_celery.executors.identity import check_run
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +32,15 @@ class StagingVolumes:
         """The volume exists when this returns; one that an operator made under that name is taken as it is.
 
         Raises:
-            PermanentLaunchError: another system that uses this Engine made it, and has its data there.
+            PermanentLaunchError: another system that uses this Engine, or another run, has its data there.
         """
         name = request.staging_claim
         labels = self._engine.create_volume(name, volume_labels(request, self._system)).get("Labels") or {}
-        if STAGING in labels and (owner := system_in(labels)) != self._system:
+        if STAGING not in labels:
+            return
+        if (owner := system_in(labels)) != self._system:
             raise another_system(f"staging volume {name!r}", owner, self._system)
+        check_run(f"staging volume {name!r}", labels, request)
 
     def collect(self, plan: StagingPlan) -> dict[str, str]:
         """Delete what the plan names and what nobody knows any more; returns what is gone, name → reason."""

@@ -46,7 +46,7 @@ class InlineHttpExecutor:
 
     def __init__(self, settings: InlineSettings) -> None:
         self._settings = settings
-        self._guard = AddressGuard(settings.allow_addresses)
+        self._guard = AddressGuard(settings.allow_addresses, settings.addresses)
         self._tls = tls_context()
         self._rules = requests.Session()  # its redirect rules only: it sends nothing
         self._thread = threading.local()

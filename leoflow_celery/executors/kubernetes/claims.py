@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.domain.staging import claims_named
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import AlreadyExists, ApiError, NotFound
-from leoflow_celery.executors.kubernetes.identity import STAGING_LABEL, another_system, claim_metadata, system_of
+from leoflow_celery.executors.kubernetes.identity import check_claim, claim_metadata
 from leoflow_celery.executors.kubernetes.merge import Json
 
 _CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
@@ -37,10 +38,10 @@ class StagingClaims:
         Raises:
             ApiError: the API server refused.
             TransientLaunchError: the claim is being deleted.
-            PermanentLaunchError: no storage class can serve it, or another system made it and has its data there.
+            PermanentLaunchError: no storage class can serve it, or another system or run has its data there.
         """
         path = self._api.path("persistentvolumeclaims")
-        if self._exists(request.staging_claim):
+        if self._exists(request.staging_claim, request):
             return
         claim = build_claim(request, self._default_size, self._system)
         if self._check_class:
@@ -48,17 +49,26 @@ class StagingClaims:
         try:
             self._api.post(path, claim, operation="create_claim")
         except AlreadyExists:
-            self._exists(request.staging_claim)  # another task of the run was faster, or another system
+            self._exists(request.staging_claim, request)  # another task of the run was faster, or another system
 
-    def _exists(self, name: str) -> bool:
+    def check_named(self, request: TaskRequest) -> None:
+        """Refuse the claims that a pod override names beside the run's own, where they are another run's.
+
+        Raises:
+            ApiError: the API server refused.
+            PermanentLaunchError: a claim belongs to another system or run.
+        """
+        for name in claims_named(request):
+            if name != request.staging_claim:
+                self._exists(name, request)
+
+    def _exists(self, name: str, request: TaskRequest) -> bool:
         try:
             claim = self._api.get(self._api.path("persistentvolumeclaims", name), operation="get_claim")
         except NotFound:
             return False
         metadata = claim["metadata"]
-        is_labelled, owner = STAGING_LABEL in (metadata.get("labels") or {}), system_of(metadata)
-        if is_labelled and owner != self._system:
-            raise another_system(f"staging claim {name!r}", owner, self._system)
+        check_claim(metadata, request, self._system)
         if "deletionTimestamp" in metadata:
             raise TransientLaunchError(
                 FailureReason.LAUNCH_FAILED, f"staging claim {name!r} of an earlier run is still being deleted"

@@ -68,6 +68,7 @@ class KubernetesExecutor:
         with _launch_errors():
             if launch.request.staging_claim:
                 self._claims.ensure(launch.request)
+            self._claims.check_named(launch.request)
             found, already = self._create(launch, pod)
             if secret := _awaited_secret(found):
                 self._create_secret(launch, secret, found["metadata"]["uid"])

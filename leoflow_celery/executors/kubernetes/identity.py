@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from leoflow_celery.domain.attempt import AttemptId, label_value
+from leoflow_celery.domain.attempt import AttemptId, label_value, sanitise
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.identity import PREFIX, attempt_in, raw_ids
+from leoflow_celery.executors.identity import PREFIX, attempt_in, check_run, raw_ids, run_ids
 
 #: Every pod and Secret of an attempt has this label, and nothing else has.
 MANAGED_SELECTOR = f"{PREFIX}run-id"
@@ -82,14 +82,24 @@ def timeout_of(metadata: dict[str, Any]) -> int:
 
 def claim_metadata(request: TaskRequest, system: str = "") -> dict[str, Any]:
     """Of the staging claim of a run."""
-    return {
-        "name": request.staging_claim,
-        "labels": {
-            **_managed_by(system),
-            STAGING_LABEL: "true",
-            f"{PREFIX}run-id": label_value(request.run_id),
-            f"{PREFIX}dag-id": label_value(request.dag_id),
-            f"{PREFIX}tenant-id": label_value(request.tenant_id),
-        },
-        "annotations": {f"{PREFIX}run-id": request.run_id, f"{PREFIX}dag-id": request.dag_id},
-    }
+    ids = run_ids(request)
+    labels = {**_managed_by(system), STAGING_LABEL: "true", **{key: label_value(one) for key, one in ids.items()}}
+    return {"name": request.staging_claim, "labels": labels, "annotations": ids}
+
+
+def check_claim(metadata: dict[str, Any], request: TaskRequest, system: str) -> None:
+    """Refuse a staging claim of another system or run; one that an operator made is anybody's.
+
+    Raises:
+        PermanentLaunchError: names the claim.
+    """
+    labels, what = metadata.get("labels") or {}, f"staging claim {metadata['name']!r}"
+    if STAGING_LABEL not in labels:
+        return
+    if (owner := system_of(metadata)) != system:
+        raise another_system(what, owner, system)
+    ids, tenant = dict(metadata.get("annotations") or {}), f"{PREFIX}tenant-id"
+    if tenant not in ids and tenant in labels:  # an older version wrote no tenant but in the label
+        known = labels[tenant] in (label_value(request.tenant_id), sanitise(request.tenant_id))
+        ids[tenant] = request.tenant_id if known else labels[tenant]
+    check_run(what, ids, request)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from leoflow_celery.domain.attempt import digest
 from leoflow_celery.executors.base import LaunchSpec
+from leoflow_celery.executors.identity import run_ids
 from leoflow_celery.executors.subprocess.directory import AttemptDirectory
 
 #: Marks every process that descends from an attempt, so that none is left when its agent was killed.
@@ -45,7 +46,9 @@ def agent_environment(
     if launch.request.source:
         env["LEOFLOW_SOURCE_DIR"] = str(directory.source_dir)
     if launch.request.staging_claim:
-        env["LEOFLOW_STAGING_DIR"] = str(staging_dir(root, launch.request.staging_claim))
+        env["LEOFLOW_STAGING_DIR"] = str(
+            staging_dir(root, launch.request.staging_claim, *run_ids(launch.request).values())
+        )
     return env
 
 
@@ -57,7 +60,12 @@ def dag_python(venvs_root: str, dag_id: str) -> Path | None:
     return python if python.exists() else None
 
 
-def staging_dir(root: Path, claim: str) -> Path:
-    """The directory all tasks of a run share on this host. A claim that is no plain name becomes one."""
+def staging_dir(root: Path, claim: str, *run: str) -> Path:
+    """The directory all tasks of a run share on this host; runs that name the same claim share nothing.
+
+    A claim that is no plain name becomes one.
+    """
     plain = claim not in (".", "..") and Path(claim).name == claim
-    return root / "staging" / (claim if plain else digest(claim, length=32))
+    name = claim if plain else digest(claim, length=32)
+    # A file's name ends at 255 bytes.
+    return root / "staging" / (f"{name[:200]}-{digest(claim, *run, length=16)}" if run else name)

@@ -14,6 +14,7 @@ from pathlib import Path
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec
+from leoflow_celery.executors.identity import run_ids
 from leoflow_celery.executors.subprocess.directory import AttemptDirectory, live_pid, state_root
 from leoflow_celery.executors.subprocess.environment import agent_environment, staging_dir
 from leoflow_celery.executors.subprocess.processes import kill_processes_of
@@ -121,7 +122,9 @@ class SubprocessExecutor:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._settings.work_dir)
         directory.prepare(launch.attempt, launch.request.source)
         if launch.request.staging_claim:
-            staging_dir(self._root, launch.request.staging_claim).mkdir(parents=True, exist_ok=True)
+            staging_dir(self._root, launch.request.staging_claim, *run_ids(launch.request).values()).mkdir(
+                parents=True, exist_ok=True
+            )
         env = agent_environment(launch, directory, self._root, self._settings.venvs_root, self._environ)
         start = AgentStart(env, self._settings.work_dir, directory.agent_log, directory.lock)
         pid = self._spawner.start(start, lambda code: self._settler.exited(Exited(directory.path, code, started)))

@@ -15,7 +15,7 @@ from leoflow_celery.domain.request import Operator, TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.settings import DatabaseSettings, LogSettings, MaintenanceSettings, Settings
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.submissions import NewTry
 
 T = TypeVar("T")
@@ -59,10 +59,12 @@ def submit(store: Store, task_instance_id: str = "ti-1", try_number: int = 1, **
     return submitted.attempt
 
 
-def claim(store: Store, attempt: AttemptId, holder: str = "h1", lease_seconds: float = LEASE_SECONDS) -> Guard:
+def claim(
+    store: Store, attempt: AttemptId, holder: str = "h1", lease_seconds: float = LEASE_SECONDS
+) -> FinishCondition:
     """Claim for ``holder`` and give the guard of its writes."""
     store.attempts.claim(attempt, holder, f"host-of-{holder}", lease_seconds)
-    return Guard(holder=holder)
+    return FinishCondition(holder=holder)
 
 
 def event_names(store: Store, task_instance_id: str = "ti-1") -> list[str]:

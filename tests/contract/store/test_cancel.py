@@ -10,7 +10,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, NotFound
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Beat, Guard
+from leoflow_celery.store.attempts import Beat, FinishCondition
 from tests.contract.store.rows import EVICTED, EXIT_1, LEASE_SECONDS, claim, event_names, race, submit
 
 
@@ -118,4 +118,4 @@ def test_a_cancellation_that_meets_a_claim_ends_the_try_or_tells_the_holder(stor
         assert view.is_terminal is isinstance(claimed, ClaimRefused)
         if not view.is_terminal:
             assert store.attempts.heartbeat([Beat(attempt, "h1")], 60).cancelled == {"h1"}
-            assert store.attempts.finish(attempt, EXIT_1, Guard(holder="h1")).recorded
+            assert store.attempts.finish(attempt, EXIT_1, FinishCondition(holder="h1")).recorded

@@ -15,7 +15,7 @@ from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, Fenced
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Beat, Guard
+from leoflow_celery.store.attempts import Beat, FinishCondition
 from tests.contract.store.rows import EVICTED, EXIT_1, EXPIRED, LEASE_SECONDS, claim, event_names, race, submit
 from tests.support.listening import listened
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.errors import ClaimRefused
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
 from tests.contract.store.rows import EXIT_1, settings_for
 store = Store(settings_for(sys.argv[1], Path(sys.argv[2])))
 print("ready", flush=True)
@@ -34,7 +34,7 @@ for number in range(40):
     attempt = AttemptId(f"ti-{number}")
     try:
         store.attempts.claim(attempt, sys.argv[3], "host", 60)
-        assert store.attempts.finish(attempt, EXIT_1, Guard(holder=sys.argv[3])).recorded
+        assert store.attempts.finish(attempt, EXIT_1, FinishCondition(holder=sys.argv[3])).recorded
         print(number)
     except ClaimRefused as refused:
         assert refused.why in ("held", "terminal"), refused
@@ -61,12 +61,12 @@ def test_a_claim_is_no_heartbeat(store: Store) -> None:
     attempt = submit(store)
     listened(store)
     assert store.attempts.claim(attempt, "h1", "host", LEASE_SECONDS).last_heartbeat_at is None
-    assert list(store.sweeps.silent(heartbeat_timeout_seconds=-60)) == []
+    assert list(store.reaper_queries.silent(heartbeat_timeout_seconds=-60)) == []
     store.attempts.heartbeat([Beat(attempt, "h1")], -1)
     beaten = store.attempts.get("ti-1").last_heartbeat_at
     assert beaten is not None
     assert store.attempts.claim(attempt, "h1", "host", -1).last_heartbeat_at == beaten
-    assert [view.holder for view in store.sweeps.silent(heartbeat_timeout_seconds=-60)] == ["h1"]
+    assert [view.holder for view in store.reaper_queries.silent(heartbeat_timeout_seconds=-60)] == ["h1"]
     assert store.attempts.claim(attempt, "h2", "host", LEASE_SECONDS).last_heartbeat_at is None
 
 
@@ -113,7 +113,7 @@ def test_a_silent_holder_is_replaced_and_fenced_everywhere(store: Store) -> None
     assert refusal(store, attempt, "old") == "held"
     view = store.attempts.get("ti-1")
     assert (view.holder, view.state) == ("new", TaskState.RUNNING)
-    assert store.attempts.finish(attempt, EXIT_1, Guard(holder="new")).recorded
+    assert store.attempts.finish(attempt, EXIT_1, FinishCondition(holder="new")).recorded
     assert store.attempts.get("ti-1").exit_code == 1
 
 

@@ -116,3 +116,19 @@ def test_an_id_that_no_database_keeps_is_refused(store: Store, waiting_id: str) 
     with pytest.raises(InvalidRequest, match=r"^id: "):
         store.completions.register(waiting_id, "a", 1, {})
     store.completions.register("x" * 255, "a", 1, {})
+
+
+def test_an_id_belongs_to_the_try_that_registered_it_first(store: Store) -> None:
+    own = finished(store, "a")
+    finished(store, "b")
+    store.completions.register("mine", "a", 1, {})
+    assert store.completions.owners(["mine", own, "nobody", "a\0"]) == {"mine": ("a", 1), own: ("a", 1)}
+    assert store.completions.waits("mine", "a", 1)
+    assert not store.completions.waits("nobody", "a", 1)
+    for foreign in ("mine", own, celery_task_id("not submitted yet", 1)):
+        with pytest.raises(InvalidRequest, match="is the Celery id of another try") as caught:
+            store.completions.waits(foreign, "b", 1)
+        assert caught.value.field == "id"
+        with pytest.raises(InvalidRequest, match="is the Celery id of another try"):
+            store.completions.register(foreign, "b", 1, {})
+    assert ids(store.completions.take(60, "b", 1)) == {celery_task_id("b", 1)}

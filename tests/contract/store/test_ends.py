@@ -10,7 +10,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TRANSITIONS, TaskState
 from leoflow_celery.errors import InvalidRequest, NotFound
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Beat, Guard
+from leoflow_celery.store.attempts import Beat, FinishCondition
 from leoflow_celery.store.database import Database
 from leoflow_celery.store.models import TaskInstance, table_of
 from tests.contract.store.rows import EVICTED, EXIT_1, EXPIRED, LEASE_SECONDS, claim, event_names, race, submit
@@ -88,7 +88,7 @@ def test_the_holder_that_says_the_same_again_is_acknowledged(store: Store) -> No
     assert store.attempts.get("ti-1") == before
     assert event_names(store) == ["submitted", "claimed", "finished"]
     assert not store.attempts.finish(attempt, Outcome.success(), guard).recorded
-    assert not store.attempts.finish(attempt, EXIT_1, Guard(holder="h2")).recorded
+    assert not store.attempts.finish(attempt, EXIT_1, FinishCondition(holder="h2")).recorded
 
 
 def test_a_report_about_nothing_is_no_row_and_no_event(store: Store) -> None:
@@ -118,25 +118,25 @@ def test_threads_race_to_end_an_attempt_and_one_end_is_recorded(store: Store) ->
 
 def test_guard_holder(store: Store) -> None:
     attempt = submit(store)
-    assert not store.attempts.finish(attempt, EXIT_1, Guard(holder="h1")).recorded
+    assert not store.attempts.finish(attempt, EXIT_1, FinishCondition(holder="h1")).recorded
     claim(store, attempt)
-    assert not store.attempts.finish(attempt, EXIT_1, Guard(holder="h2")).recorded
-    assert store.attempts.finish(attempt, EXIT_1, Guard(holder="h1")).recorded
+    assert not store.attempts.finish(attempt, EXIT_1, FinishCondition(holder="h2")).recorded
+    assert store.attempts.finish(attempt, EXIT_1, FinishCondition(holder="h1")).recorded
 
 
 def test_guard_unclaimed(store: Store) -> None:
     claimed, free = submit(store, "a"), submit(store, "b")
     claim(store, claimed)
-    assert not store.attempts.finish(claimed, EXIT_1, Guard(unclaimed=True)).recorded
-    assert store.attempts.finish(free, EXIT_1, Guard(unclaimed=True)).recorded
+    assert not store.attempts.finish(claimed, EXIT_1, FinishCondition(unclaimed=True)).recorded
+    assert store.attempts.finish(free, EXIT_1, FinishCondition(unclaimed=True)).recorded
 
 
 def test_guard_unlaunched(store: Store) -> None:
     """A launch that was told after the reaper looked is no lost message."""
     started, waiting = submit(store, "started"), submit(store, "waiting")
     store.attempts.launched([LaunchReport(started, "pod", "node")])
-    assert not store.attempts.finish(started, EVICTED, Guard(unclaimed=True, unlaunched=True)).recorded
-    assert store.attempts.finish(waiting, EVICTED, Guard(unclaimed=True, unlaunched=True)).recorded
+    assert not store.attempts.finish(started, EVICTED, FinishCondition(unclaimed=True, unlaunched=True)).recorded
+    assert store.attempts.finish(waiting, EVICTED, FinishCondition(unclaimed=True, unlaunched=True)).recorded
 
 
 def test_guard_silent_since_spares_what_woke_up_and_what_never_spoke(store: Store) -> None:
@@ -145,10 +145,10 @@ def test_guard_silent_since_spares_what_woke_up_and_what_never_spoke(store: Stor
     store.attempts.heartbeat([Beat(attempt, "h1")], 60)
     seen = store.attempts.get("a").last_heartbeat_at
     store.attempts.heartbeat([Beat(attempt, "h1")], 60)  # it woke up
-    assert not store.attempts.finish(attempt, EXIT_1, Guard(silent_since=seen)).recorded
+    assert not store.attempts.finish(attempt, EXIT_1, FinishCondition(silent_since=seen)).recorded
     seen = store.attempts.get("a").last_heartbeat_at
-    assert store.attempts.finish(attempt, EXIT_1, Guard(silent_since=seen)).recorded
-    assert not store.attempts.finish(never, EXIT_1, Guard(silent_since=seen)).recorded
+    assert store.attempts.finish(attempt, EXIT_1, FinishCondition(silent_since=seen)).recorded
+    assert not store.attempts.finish(never, EXIT_1, FinishCondition(silent_since=seen)).recorded
 
 
 # -- relaunches --------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_infrastructure_failures_spend_the_launches_of_the_try_and_then_it_ends(
         store.attempts.start(current, f"h{launch}")
         store.attempts.launched([LaunchReport(current, "pod", "node")])
         store.submissions.mark_sent([current])
-        finished = store.attempts.finish(current, EVICTED, Guard(holder=f"h{launch}"))
+        finished = store.attempts.finish(current, EVICTED, FinishCondition(holder=f"h{launch}"))
         assert finished.relaunch is not None
         view = store.attempts.get("ti-1")
         assert (view.launch, view.state, view.try_number) == (launch + 1, TaskState.QUEUED, 1)
@@ -221,9 +221,13 @@ def test_sweeps_see_live_attempts_only(store: Store) -> None:
     store.attempts.request_cancel("cancelled")
     store.attempts.finish(ended, Outcome.success())
     at_once = -1.0
-    assert [view.attempt for view in store.sweeps.silent(at_once)] == [silent, cancelled]
-    assert [view.attempt for view in store.sweeps.waiting(at_once)] == [waiting]
-    assert [view.attempt for view in store.sweeps.cancelled(at_once)] == [cancelled]
+    assert [view.attempt for view in store.reaper_queries.silent(at_once)] == [silent, cancelled]
+    assert [view.attempt for view in store.reaper_queries.waiting(at_once)] == [waiting]
+    assert [view.attempt for view in store.reaper_queries.cancelled(at_once)] == [cancelled]
     assert [view.attempt for view in store.submissions.unsent(0)] == [unsent]
-    assert [*store.sweeps.silent(LEASE_SECONDS), *store.sweeps.waiting(60), *store.sweeps.cancelled(60)] == []
-    assert [view.attempt for view in store.sweeps.silent(at_once, page=1)] == [silent, cancelled]
+    assert [
+        *store.reaper_queries.silent(LEASE_SECONDS),
+        *store.reaper_queries.waiting(60),
+        *store.reaper_queries.cancelled(60),
+    ] == []
+    assert [view.attempt for view in store.reaper_queries.silent(at_once, page=1)] == [silent, cancelled]

@@ -1,16 +1,20 @@
-"""The small stores: named leases, runs, staging volumes."""
+"""The small stores: named leases, runs, staging volumes, presence."""
 
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import RunState, TaskState
 from leoflow_celery.errors import InvalidRequest, NotFound
 from leoflow_celery.store import Store
+from leoflow_celery.store.presence import BACK_END_GAP_SECONDS, Kind
 from tests.contract.store.rows import race, submit
+from tests.support.listening import set_presence
 
 RUN = ("default", "sales", "scheduled:2026-01-01")
 
@@ -137,16 +141,55 @@ def test_a_deleted_name_that_is_used_again_is_active_again_with_its_new_size(sto
     assert store.staging.mark_staging_deleted("claim-1", "run_succeeded")
 
 
-def test_presence_counts_from_its_start_and_anew_after_a_gap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1_000_000.0
-    monkeypatch.setattr("leoflow_celery.store.leases.time.time", lambda: now)
-    assert store.leases.present_seconds("p", 10) is None
-    store.leases.keep_present("p", 10)
-    now += 8
-    store.leases.keep_present("p", 10)
-    now += 8
-    assert store.leases.present_seconds("p", 10) == pytest.approx(16)
-    now += 3
-    assert store.leases.present_seconds("p", 10) is None
-    store.leases.keep_present("p", 10)
-    assert store.leases.present_seconds("p", 10) == pytest.approx(0)
+def test_only_a_volume_of_the_back_end_that_says_so_is_marked_as_deleted(store: Store) -> None:
+    store.staging.record_staging_volume(*RUN, "claim-1", "1Gi", "docker:h1")
+    for foreign in ("docker:h2", "docker", "kubernetes"):
+        assert not store.staging.mark_staging_deleted("claim-1", "orphaned", foreign)
+    assert [volume.claim_name for volume in store.staging.list_active()] == ["claim-1"]
+    assert store.staging.mark_staging_deleted("claim-1", "orphaned", "docker:h1")
+    assert store.staging.list_active() == []
+
+
+# -- presence ----------------------------------------------------------------------------------------------------
+
+
+def may_judge_after(store: Store, timeout_seconds: float) -> bool:
+    return store.presence.may_judge(ExecutorType.INLINE, timeout_seconds)
+
+
+def test_presence_counts_from_its_start_and_anew_after_a_gap(store: Store) -> None:
+    gap_seconds = 4 * 15.0
+    assert not may_judge_after(store, 0)
+    set_presence(store, Kind.REAPER, since_seconds=100, seen_seconds=gap_seconds - 5)
+    assert may_judge_after(store, 3 * 99)
+    assert not may_judge_after(store, 3 * 120)
+    store.presence.keep_present(Kind.REAPER)
+    assert may_judge_after(store, 3 * 99)
+    set_presence(store, Kind.REAPER, since_seconds=200, seen_seconds=gap_seconds + 1)
+    assert not may_judge_after(store, 0)
+    store.presence.keep_present(Kind.REAPER)
+    assert may_judge_after(store, 0)
+    assert not may_judge_after(store, 3 * 30)
+
+
+def test_back_ends_are_told_by_executor_and_forgotten_after_the_gap(store: Store) -> None:
+    for name in ("docker:h2", "docker:h1", "kubernetes"):
+        store.presence.keep_present(Kind.BACK_END, name)
+    store.presence.keep_present(Kind.GATEWAY)
+    assert [str(one) for one in store.presence.back_ends()] == ["docker:h1", "docker:h2", "kubernetes"]
+    assert [one.host for one in store.presence.back_ends(ExecutorType.DOCKER)] == ["h1", "h2"]
+    set_presence(store, Kind.BACK_END, "docker:h2", since_seconds=600, seen_seconds=BACK_END_GAP_SECONDS + 1)
+    assert [str(one) for one in store.presence.back_ends()] == ["docker:h1", "kubernetes"]
+
+
+def test_two_hosts_clocks_are_never_compared(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose clock is an hour wrong announces and judges as any other, and takes no lease that is held."""
+    store.presence.keep_present(Kind.BACK_END, "kubernetes")
+    assert store.leases.acquire("reconcile", "a", 60)
+    real = time.time()
+    for offset in (-3_600, 3_600):
+        monkeypatch.setattr(time, "time", lambda offset=offset: real + offset)
+        assert len(store.presence.back_ends()) == 1
+        store.presence.keep_present(Kind.REAPER)
+        assert not may_judge_after(store, 3 * 60)
+        assert not store.leases.acquire("reconcile", "b", 60)

@@ -14,9 +14,10 @@ from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import RunState, TaskState
 from leoflow_celery.errors import InvalidRequest, NotFound
 from leoflow_celery.store import Store
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.store.presence import BACK_END_GAP_SECONDS, Kind
 from leoflow_celery.store.views import Submitted
 from tests.contract.store.rows import EVICTED, claim, new_try, race, submit
+from tests.support.listening import set_presence
 
 K8S, DOCKER = ExecutorType.KUBERNETES, ExecutorType.DOCKER
 CLAIM = "leoflow-staging-sales-r1"
@@ -24,7 +25,7 @@ CLAIM = "leoflow-staging-sales-r1"
 
 def announce(store: Store, *back_ends: str) -> None:
     for name in back_ends:
-        store.leases.keep_present(f"{BACK_END_PRESENCE}{name}", PRESENCE_GAP_SECONDS)
+        store.presence.keep_present(Kind.BACK_END, name)
 
 
 def record(store: Store, task_instance_id: str, on: ExecutorType, **changes: Any) -> Submitted:
@@ -93,6 +94,30 @@ def test_the_volume_of_another_run_is_refused_and_nothing_is_recorded(store: Sto
         store.attempts.get("b")
 
 
+@pytest.mark.parametrize("on", [K8S, DOCKER, ExecutorType.SUBPROCESS, ExecutorType.INLINE])
+@pytest.mark.parametrize("other", [{"run_id": "r2"}, {"dag_id": "other"}, {"tenant_id": "acme"}])
+def test_the_volume_of_an_ended_run_stays_its_own_whatever_the_executor(
+    store: Store, on: ExecutorType, other: dict[str, str]
+) -> None:
+    first = record(store, "a", K8S)
+    store.attempts.finish(first.attempt, Outcome.success())
+    store.staging.mark_staging_deleted(CLAIM, "run_succeeded")
+    override = {"spec": {"volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": CLAIM}}]}}
+    for named, field in (
+        ({}, "staging_claim"),
+        (
+            {"staging_claim": "", "pod_override": override},
+            "pod_override.spec.volumes.0.persistentVolumeClaim.claimName",
+        ),
+    ):
+        with pytest.raises(InvalidRequest, match=f"'{CLAIM}' is the volume of run 'default/sales/r1'") as caught:
+            record(store, "b", on, **other, **named)
+        assert caught.value.field == field
+    with pytest.raises(NotFound):
+        store.attempts.get("b")
+    assert backends(store) == {}
+
+
 def test_a_volume_elsewhere_is_refused(store: Store) -> None:
     record(store, "a", K8S)
     with pytest.raises(InvalidRequest, match=r"lives on kubernetes.*docker executor cannot mount it") as caught:
@@ -130,17 +155,9 @@ def test_a_docker_task_without_a_volume_goes_to_any_host(store: Store) -> None:
 def test_the_choice_outlives_the_presence_of_its_host(store: Store) -> None:
     announce(store, "docker:h1")
     record(store, "a", DOCKER)
-    store.leases.release(f"{BACK_END_PRESENCE}docker:h1", holder_of(store))
+    set_presence(store, Kind.BACK_END, "docker:h1", since_seconds=3_600, seen_seconds=BACK_END_GAP_SECONDS + 1)
     announce(store, "docker:h2")
     assert record(store, "b", DOCKER).queue_name == "docker.h1"
-
-
-def holder_of(store: Store) -> str:
-    """The presence lease's own mark, for releasing it."""
-    from leoflow_celery.store.models import Lease, table_of
-
-    with store.database.reading() as connection:
-        return str(connection.execute(table_of(Lease).select()).mappings().one()["holder"])
 
 
 def test_volumes_spread_over_the_hosts_that_are_present(store: Store) -> None:
@@ -245,7 +262,7 @@ def test_expectations_are_the_live_attempts_of_each_executor_with_their_names(st
     store.attempts.finish(ended, Outcome.success())
     submit(store, "elsewhere")
 
-    found = store.sweeps.expectations({"kubernetes", "docker"})
+    found = store.reaper_queries.expectations({"kubernetes", "docker"})
     [pod] = found["kubernetes"].attempts.values()
     assert (pod.attempt, pod.launched_at, pod.claimed, pod.host) == (waiting, None, False, "")
     assert pod.name.startswith("leoflow-sales-waiting-1-")
@@ -256,38 +273,28 @@ def test_expectations_are_the_live_attempts_of_each_executor_with_their_names(st
 
 
 def test_the_oldest_of_each_queue_is_the_one_that_waits_for_a_worker(store: Store) -> None:
-    assert store.sweeps.oldest_waiting() == {}
+    assert store.reaper_queries.oldest_waiting() == {}
     announce(store, "docker:h1")
     first, second = (record(store, name, K8S, staging_claim="").attempt for name in ("a", "b"))
     record(store, "c", DOCKER)
     submit(store, "elsewhere")
     queued_at = {name: store.attempts.get(name).queued_at for name in ("a", "b", "c", "elsewhere")}
-    assert store.sweeps.oldest_waiting() == {
+    assert store.reaper_queries.oldest_waiting() == {
         "k8s": queued_at["a"],
         "docker.h1": queued_at["c"],
         "subprocess": queued_at["elsewhere"],
     }
     store.attempts.launched([LaunchReport(first, "pod", "worker", "kubernetes")])
     store.submissions.mark_sent([second])
-    assert store.sweeps.oldest_waiting()["k8s"] == store.attempts.get("b").sent_at
+    assert store.reaper_queries.oldest_waiting()["k8s"] == store.attempts.get("b").sent_at
     claim(store, second)
-    assert "k8s" not in store.sweeps.oldest_waiting()
+    assert "k8s" not in store.reaper_queries.oldest_waiting()
 
 
 def test_a_relaunch_is_expected_under_its_new_name(store: Store) -> None:
     first = record(store, "a", K8S).attempt
-    [before] = store.sweeps.expectations({"kubernetes"})["kubernetes"].attempts
+    [before] = store.reaper_queries.expectations({"kubernetes"})["kubernetes"].attempts
     store.attempts.finish(first, EVICTED)
-    [after] = store.sweeps.expectations({"kubernetes"})["kubernetes"].attempts.values()
+    [after] = store.reaper_queries.expectations({"kubernetes"})["kubernetes"].attempts.values()
     assert after.attempt == AttemptId("a", 1, 2)
     assert after.name != before
-
-
-def test_presence_is_told_by_prefix_and_forgotten_after_the_gap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1_000_000.0
-    monkeypatch.setattr("leoflow_celery.store.leases.time.time", lambda: now)
-    announce(store, "docker:h2", "docker:h1", "docker_x", "kubernetes")
-    assert store.leases.present(f"{BACK_END_PRESENCE}docker:", 60) == ["h1", "h2"]
-    now += 61
-    announce(store, "docker:h1")
-    assert store.leases.present(BACK_END_PRESENCE, 60) == ["docker:h1"]

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import sqlalchemy as sa
 
+from leoflow_celery.domain.attempt import LaunchReport
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Beat, Guard
+from leoflow_celery.store.attempts import Beat, FinishCondition
 from leoflow_celery.store.events import event_row
 from leoflow_celery.store.models import TaskCompletion, TaskEvent, TaskInstance, table_of
 from leoflow_celery.store.submissions import _completion_row, _row
 from tests.contract.store.rows import claim, new_try, submit
+from tests.support.statements import Statement, recorded
 
 HISTORY_ROWS = 20_000
-Statement = tuple[str, Any]
 
 
 @pytest.fixture
@@ -40,21 +40,6 @@ def long_store(store: Store) -> Store:
     with store.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("ANALYZE")
     return store
-
-
-@contextmanager
-def recorded(store: Store) -> Iterator[list[Statement]]:
-    """Every statement that goes to the database inside the block."""
-    statements: list[Statement] = []
-
-    def record(_conn: object, _cursor: object, statement: str, parameters: Any, _context: object, many: bool) -> None:
-        statements.append((statement, parameters[0] if many else parameters))
-
-    sa.event.listen(store.database.engine, "before_cursor_execute", record)
-    try:
-        yield statements
-    finally:
-        sa.event.remove(store.database.engine, "before_cursor_execute", record)
 
 
 def plan_of(store: Store, statement: Statement) -> list[str]:
@@ -83,14 +68,14 @@ def full_scans(lines: list[str]) -> list[str]:
 
 Call = Callable[[Store], object]
 CALLS: dict[str, Call] = {
-    "silent": lambda store: list(store.sweeps.silent(90)),
-    "waiting": lambda store: list(store.sweeps.waiting(60)),
-    "cancelled": lambda store: list(store.sweeps.cancelled(60)),
+    "silent": lambda store: list(store.reaper_queries.silent(90)),
+    "waiting": lambda store: list(store.reaper_queries.waiting(60)),
+    "cancelled": lambda store: list(store.reaper_queries.cancelled(60)),
     "unsent": lambda store: store.submissions.unsent(30),
     "place": lambda store: store.submissions.place(),
     "unplaced": lambda store: store.submissions.unplaced(60),
-    "expectations": lambda store: store.sweeps.expectations({"kubernetes", "docker"}),
-    "oldest waiting": lambda store: store.sweeps.oldest_waiting(),
+    "expectations": lambda store: store.reaper_queries.expectations({"kubernetes", "docker"}),
+    "oldest waiting": lambda store: store.reaper_queries.oldest_waiting(),
     "staging": lambda store: store.staging.list_active(),
     "take": lambda store: store.completions.take(60),
     "take of one": lambda store: store.completions.take(60, "ti-1", 1),
@@ -104,7 +89,14 @@ CALLS: dict[str, Call] = {
         [Beat(submit(store, f"ti-{n}"), f"h{n}") for n in range(10)], 60
     ),
     "start": lambda store: [claim(store, submit(store, "ti-2")), store.attempts.start(submit(store, "ti-2"), "h1")],
-    "finish": lambda store: store.attempts.finish(submit(store, "ti-1"), Outcome.success(), Guard(holder="h1")),
+    "finish": lambda store: store.attempts.finish(
+        submit(store, "ti-1"), Outcome.success(), FinishCondition(holder="h1", executor="docker", back_end="docker:h1")
+    ),
+    "fail": lambda store: store.attempts.finish(submit(store, "ti-4"), Outcome.failed(FailureReason.EVICTED, "")),
+    "launched": lambda store: store.attempts.launched(
+        [LaunchReport(submit(store, "ti-5"), "name", "host", "docker:host")]
+    ),
+    "mark deleted": lambda store: store.staging.mark_staging_deleted("claim", "orphaned", "kubernetes"),
     "cancel": lambda store: store.attempts.request_cancel("ti-3"),
     "events": lambda store: store.events.of("ti-1"),
     "run": lambda store: store.runs.task_instances("default", "sales", "run-7"),

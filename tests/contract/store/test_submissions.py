@@ -10,7 +10,7 @@ from leoflow_celery.domain.request import ResultCallback
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, InvalidRequest, NotFound
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
 from tests.contract.store.rows import EVICTED, claim, event_names, new_try, race, submit
 
 
@@ -118,7 +118,7 @@ def test_unsent_gives_a_submit_under_way_its_grace_and_forgets_what_was_sent(sto
 def test_a_relaunch_is_due_without_grace_and_an_old_launch_cannot_mark_it_sent(store: Store) -> None:
     attempt = submit(store)
     store.submissions.mark_sent([attempt])
-    store.attempts.finish(attempt, EVICTED, Guard(unclaimed=True))
+    store.attempts.finish(attempt, EVICTED, FinishCondition(unclaimed=True))
     store.submissions.mark_sent([attempt])
     assert [view.attempt for view in store.submissions.unsent(60)] == [AttemptId("ti-1", 1, 2)]
 

@@ -10,7 +10,7 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import Fenced
 from leoflow_celery.store import Store
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.models import TaskInstance, table_of
 from leoflow_celery.store.xcom import XComStore
 from tests.contract.store.rows import EVICTED, EXIT_1, EXPIRED, claim, new_try, submit
@@ -29,8 +29,8 @@ def test_the_value_comes_with_the_end(store: Store) -> None:
     assert found.value == b"42"
 
 
-@pytest.mark.parametrize("guard", [Guard(holder="h2"), Guard(unclaimed=True)])
-def test_an_end_that_does_not_count_leaves_no_value(store: Store, guard: Guard) -> None:
+@pytest.mark.parametrize("guard", [FinishCondition(holder="h2"), FinishCondition(unclaimed=True)])
+def test_an_end_that_does_not_count_leaves_no_value(store: Store, guard: FinishCondition) -> None:
     attempt = submit(store)
     claim(store, attempt)
     assert not store.attempts.finish(attempt, Outcome.success(), guard, VALUE).recorded
@@ -43,7 +43,7 @@ def test_a_late_end_does_not_replace_the_value_of_the_first(store: Store) -> Non
     store.attempts.finish(attempt, Outcome.success(), guard, VALUE)
     late = [(KEY, XComValue(b"43"))]
     store.attempts.finish(attempt, Outcome.success(), guard, late)
-    store.attempts.finish(attempt, EXIT_1, Guard(), late)
+    store.attempts.finish(attempt, EXIT_1, FinishCondition(), late)
     found = store.xcom.get(KEY)
     assert found is not None
     assert found.value == b"42"
@@ -58,7 +58,7 @@ def test_nobody_sees_the_value_before_the_state(sql_store: Store) -> None:
         seen.extend((sql_store.xcom.get(KEY), sql_store.attempts.get("ti-1").is_terminal))
 
     sa.event.listen(sql_store.database.engine, "commit", look, once=True)
-    sql_store.attempts.finish(attempt, Outcome.success(), Guard(), VALUE)
+    sql_store.attempts.finish(attempt, Outcome.success(), FinishCondition(), VALUE)
     assert seen == [None, False]
     assert sql_store.xcom.get(KEY) is not None
 
@@ -136,7 +136,7 @@ def test_a_holder_that_registers_again_keeps_what_it_pushed(store: Store, try_nu
     """A gateway that restarted in the middle of a task must not lose the task's values."""
     attempt = submit(store, try_number=try_number)
     claim(store, attempt)
-    store.holders.put_xcoms(attempt, "h1", VALUE)
+    store.claims.put_xcoms(attempt, "h1", VALUE)
     claim(store, attempt)
     assert store.xcom.get(KEY) is not None
 
@@ -147,5 +147,5 @@ def test_a_fenced_holder_pushes_nothing(store: Store) -> None:
     claim(store, attempt, "silent", EXPIRED)
     claim(store, attempt, "h2")
     with pytest.raises(Fenced):
-        store.holders.put_xcoms(attempt, "silent", VALUE)
+        store.claims.put_xcoms(attempt, "silent", VALUE)
     assert store.xcom.get(KEY) is None

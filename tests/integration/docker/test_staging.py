@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.errors import PermanentLaunchError
 from tests.support.engine import now
 
 DAY = 24 * 3600
@@ -55,6 +58,14 @@ def test_what_sql_does_not_know_goes_when_it_is_old(engine, docker_system, execu
     assert docker_system.executor(system="another").collect_staging(plan(orphan_seconds=0)).get(claim) is None
     assert executor.collect_staging(plan(orphan_seconds=0)) == {claim: "orphaned"}
     assert engine.volumes(docker_system.system) == []
+
+
+@pytest.mark.parametrize("other", [{"run_id": "other"}, {"dag_id": "other"}, {"tenant_id": "other"}])
+def test_the_volume_of_another_run_is_refused_by_its_labels(engine, docker_system, executor, claim, other):
+    executor.execute(docker_system.launch(staging_claim=claim))
+    launch = docker_system.launch("thief")
+    with pytest.raises(PermanentLaunchError, match=f"staging volume '{claim}' belongs to another run"):
+        executor.execute(replace(launch, request=launch.request.evolve(staging_claim=claim, **other)))
 
 
 def test_an_operators_own_volume_of_that_name_is_left_alone(engine, docker_system, executor, claim):

@@ -21,7 +21,8 @@ from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.gateway import GatewayServer
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.protocol.service import AUTHORIZATION_KEY, METHODS, REASON_KEY, SESSION_KEY, serialize
-from leoflow_celery.security import Sealer, TokenIssuer
+from leoflow_celery.queueing.messages import seal_request
+from leoflow_celery.security import KeyRing, TokenIssuer
 from leoflow_celery.settings import (
     DatabaseSettings,
     GatewaySettings,
@@ -242,7 +243,7 @@ class World:
             "entrypoint": "true",
         }
         request = TaskRequest(**(values | changes))
-        sealed = Sealer(SEAL_KEY).seal({"request": request.model_dump(mode="json")})
+        sealed = seal_request(KeyRing(SEAL_KEY), request)
         self.store.submissions.record([NewTry(request, executor, sealed)])
         return request
 

@@ -152,7 +152,7 @@ def test_a_call_that_crashes_is_internal_and_the_server_goes_on(
 
     assert sqlite_world.gateway is not None
     assert sqlite_world.gateway.server is not None
-    attempts = sqlite_world.gateway.server._runtime.store.attempts
+    attempts = sqlite_world.gateway.server._services.store.attempts
     with monkeypatch.context() as patch:
         patch.setattr(attempts, "start", crash)
         error = refused(agent.report, pb.TASK_STATE_RUNNING)

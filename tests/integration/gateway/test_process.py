@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ _GATEWAY = (
 class ProcessWorld(World):
     """A world whose gateway is a process. Its broker does not exist: nobody can be told of an end."""
 
-    def __init__(self, database_url: str, directory: Path) -> None:
+    def __init__(self, database_url: str, directory: Path, **gateway: str) -> None:
         super().__init__(settings_for(database_url, directory))
         self.address = f"127.0.0.1:{free_port()}"
         self.directory = directory
@@ -40,6 +41,7 @@ class ProcessWorld(World):
             "LEOFLOW_GATEWAY_HEARTBEAT_FLUSH_SECONDS": "0.2",
             "LEOFLOW_GATEWAY_SHUTDOWN_GRACE_SECONDS": "60",
             "LEOFLOW_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0",
+            **{f"LEOFLOW_GATEWAY_{name.upper()}": value for name, value in gateway.items()},
         }
         command = [sys.executable, "-c", _GATEWAY]
         self.process = ManagedProcess(command, directory / "gateway.log", env, name="gateway")
@@ -132,6 +134,49 @@ def test_a_real_agent_runs_a_task(world: ProcessWorld) -> None:
     assert value is not None
     assert json.loads(value.value) == {"n": 1}
     assert "Traceback" not in world.process.output(), "a broker that is away fails no report"
+
+
+def test_real_agents_wait_for_a_back_end_and_get_their_own_tenants_values(
+    migrated_sqlite: Path, tmp_path: Path
+) -> None:
+    repaired, asked = tmp_path / "repaired", tmp_path / "asked"
+    script = f"""
+    question=$(cat); echo "$question" >> {asked}
+    [ -e {repaired} ] || {{ echo "the store is sealed" >&2; exit 1; }}
+    tenant=$(echo "$question" | sed 's/.*"tenant_id": "\\([a-z]*\\)".*/\\1/')
+    echo "{{\\"values\\": {{\\"password\\": \\"canary-of-$tenant\\"}}}}"
+    """
+    command = tmp_path / "command"
+    command.write_text(f"#!/bin/sh\n{script}")
+    command.chmod(0o755)
+    shutil.copyfile(migrated_sqlite, tmp_path / "leoflow.db")
+    world = ProcessWorld(
+        f"sqlite:///{tmp_path / 'leoflow.db'}",
+        tmp_path,
+        allow_insecure_secrets="true",
+        secret_backends="command",
+        secret_command=str(command),
+    )
+    agents = {}
+    try:
+        for tenant in ("acme", "beta"):
+            check = f'[ "$AIRFLOW_VAR_PASSWORD $PASSWORD" = "canary-of-{tenant} canary-of-{tenant}" ]'
+            secrets = ({"name": "PASSWORD", "source": "env", "reference": "password"},)
+            request = world.submit(tenant, tenant_id=tenant, entrypoint=check, secrets=secrets)
+            agents[tenant] = (request, world.agent_process(request))
+        wait_until(lambda: asked.exists() and all(tenant in asked.read_text() for tenant in agents), 20)
+        wait_until(lambda: world.process.output().count("secrets.command_failed") >= 4, 20)
+        repaired.touch()
+        for request, agent in agents.values():
+            assert agent.wait() == 0, agent.output() + str(world.log(request))
+            assert world.view(request).state is TaskState.SUCCESS
+        assert "the store is sealed" in world.process.output()
+        assert "canary" not in world.process.output()
+        assert "Traceback" not in world.process.output()
+    finally:
+        for _, agent in agents.values():
+            agent.stop()
+        world.close()
 
 
 def test_a_real_agent_survives_kill_9_of_the_gateway(world: ProcessWorld) -> None:

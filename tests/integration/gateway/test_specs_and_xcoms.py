@@ -108,7 +108,7 @@ def test_an_unknown_secret_ends_the_attempt_at_once(make_world: Callable[..., Wo
     assert "db-password" in error.details()
     view = world.view(request)
     assert (view.state, view.reason) == (TaskState.FAILED, "unknown_secret")
-    assert "LEOFLOW_GATEWAY_SECRETS_PATH" in view.message
+    assert "LEOFLOW_GATEWAY_SECRET_BACKENDS" in view.message
     assert world.gateway is not None
     assert world.gateway.finished.get(timeout=5) == ("ti-1", 1)
 

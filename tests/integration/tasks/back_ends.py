@@ -9,7 +9,7 @@ from typing import Any
 
 from leoflow_celery.client import Handle
 from leoflow_celery.domain.attempt import attempt_name
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.store.presence import Kind
 from tests.support.process import ManagedProcess
 from tests.support.system import System, wait_for_worker
 from tests.support.waiting import wait_until
@@ -28,7 +28,7 @@ class BackEnds:
 
     def __init__(self, system: System) -> None:
         self.system, self.client, self.redis = system, system.client, system.redis
-        self.store = self.client.runtime.store
+        self.store = self.client.services.store
 
     def start(self, queue: str, host: str = "", name: str = "", *options: str) -> ManagedProcess:
         """A worker that is known to be there when this returns."""
@@ -43,11 +43,11 @@ class BackEnds:
         wait_until(lambda: set(back_ends) <= set(self.present()), 60, lambda: f"{back_ends}, not {self.present()}")
 
     def present(self) -> list[str]:
-        return self.store.leases.present(BACK_END_PRESENCE, PRESENCE_GAP_SECONDS)
+        return [str(one) for one in self.store.presence.back_ends()]
 
     def announce(self, back_end: str) -> None:
         """Say that a back end is there, for a worker that comes later."""
-        self.store.leases.keep_present(f"{BACK_END_PRESENCE}{back_end}", PRESENCE_GAP_SECONDS)
+        self.store.presence.keep_present(Kind.BACK_END, back_end)
 
     def submit(self, executor: str, task_id: str, run_id: str = "", **fields: Any) -> Handle:
         identity = secrets.token_hex(8)
@@ -81,7 +81,7 @@ class BackEnds:
 
     def maintain(self, name: str) -> None:
         self.system.maintain(name)
-        wait_until(lambda: self.client.runtime.queues.depth("maintenance") == 0, 60, name)
+        wait_until(lambda: self.client.services.queues.depth("maintenance") == 0, 60, name)
 
 
 def name_of(handle: Handle) -> str:

@@ -33,4 +33,4 @@ def test_beat_touches_the_file_with_what_it_sends(tmp_path: Path, redis_url: str
         wait_until(alive.exists, 30, "the first message")
         first = alive.stat().st_mtime
         wait_until(lambda: alive.stat().st_mtime > first, 30, "another message")
-        assert system.client.runtime.queues.depth("maintenance")
+        assert system.client.services.queues.depth("maintenance")

@@ -125,7 +125,7 @@ def test_the_limit_of_a_queue_counts_what_waits_for_its_hosts(tmp_path: Path, re
         own.announce("docker:h1")
         own.submit("docker", "bound", staging_claim=CLAIM)
         own.submit("docker", "free")
-        assert [own.client.runtime.queues.waiting(name) for name in ("docker", "docker.h1")] == [1, 1]
+        assert [own.client.services.queues.waiting(name) for name in ("docker", "docker.h1")] == [1, 1]
         with pytest.raises(AtCapacity, match="queue 'docker' holds 2 messages, its limit is 2"):
             own.submit("docker", "late")
 
@@ -197,10 +197,10 @@ def test_one_reconcile_at_a_time(own: BackEnds) -> None:
     for _ in range(4):
         own.maintain("reconcile")
     # Only the held one is left in the queue: the others were let go.
-    wait_until(lambda: own.client.runtime.queues.depth("k8s") == 1, 60, "the others")
+    wait_until(lambda: own.client.services.queues.depth("k8s") == 1, 60, "the others")
     assert len(own.calls("reconcile")) == 1
     own.redis.delete("held")
-    wait_until(lambda: own.client.runtime.queues.depth("k8s") == 0, 60, "the first")
+    wait_until(lambda: own.client.services.queues.depth("k8s") == 0, 60, "the first")
     own.maintain("reconcile")
     own.wait_for_calls("reconcile", 2)
 
@@ -208,10 +208,10 @@ def test_one_reconcile_at_a_time(own: BackEnds) -> None:
 def test_nobody_is_told_who_is_not_there(own: BackEnds) -> None:
     own.system.start_worker("workers.control")
     own.submit("kubernetes", "a")
-    waiting = own.client.runtime.queues.waiting("k8s")
+    waiting = own.client.services.queues.waiting("k8s")
     own.maintain("reconcile")
     own.maintain("collect_staging")
-    assert own.client.runtime.queues.waiting("k8s") == waiting == 1
+    assert own.client.services.queues.waiting("k8s") == waiting == 1
 
 
 def test_a_reconcile_overtakes_launches_and_an_old_one_is_forgotten(tmp_path: Path, redis_server: RedisServer) -> None:
@@ -222,7 +222,7 @@ def test_a_reconcile_overtakes_launches_and_an_old_one_is_forgotten(tmp_path: Pa
 
         def several_wait() -> bool:
             own.maintain("reconcile")  # nothing happens when the one before has not quite ended
-            return (own.client.runtime.queues.waiting("k8s") or 0) >= 3
+            return (own.client.services.queues.waiting("k8s") or 0) >= 3
 
         wait_until(several_wait, 60, "three messages to wait")
         expired = time.time() + 12
@@ -306,5 +306,5 @@ def test_a_cancelled_attempt_is_stopped_where_it_runs(
 def test_a_cancelled_attempt_that_nobody_started_needs_no_stop(own: BackEnds) -> None:
     handle = own.submit("docker", "a")
     assert handle.cancel()
-    assert own.client.runtime.queues.waiting("docker") == 1
+    assert own.client.services.queues.waiting("docker") == 1
     assert handle.task_instance().reason == "cancelled"

@@ -9,19 +9,20 @@ import pytest
 from cryptography.fernet import Fernet
 
 from leoflow_celery.client import Client
-from leoflow_celery.client.messages import LaunchMessage, seal_request
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import (
     BrokerUnavailable,
     DatabaseUnavailable,
+    DecryptionFailed,
     InvalidRequest,
     NotFound,
     RequestTooLarge,
     TaskFailed,
-    Unsealable,
 )
-from leoflow_celery.security import Sealer
+from leoflow_celery.queueing.messages import seal_request
+from leoflow_celery.queueing.publisher import LaunchOrder
+from leoflow_celery.security import KeyRing
 from leoflow_celery.store.submissions import NewTry
 from tests.support.http_target import HttpTarget
 from tests.support.ports import free_port
@@ -86,19 +87,19 @@ def test_a_request_of_ten_megabytes_is_refused(client: Client) -> None:
 
 def test_a_sealed_request_is_opened_with_our_key_only(system: System, client: Client, target: HttpTarget) -> None:
     request = http_task(target.url("a"))
-    ours = {"sealed": client.runtime.sealer.seal(request)}
+    ours = {"sealed": client.services.keys.sealer("dispatch").seal(request)}
     assert client.app.send_task("leoflow.dispatch", (ours,), queue="dispatch").get(timeout=20)["call"] == 1
-    foreign = {"sealed": Sealer(Fernet.generate_key().decode()).seal(request)}
-    with pytest.raises(Unsealable, match="another key"):
+    foreign = {"sealed": KeyRing(Fernet.generate_key().decode()).sealer("dispatch").seal(request)}
+    with pytest.raises(DecryptionFailed, match="another key"):
         client.app.send_task("leoflow.dispatch", (foreign,), queue="dispatch").get(timeout=20)
 
 
 def test_a_row_sealed_with_another_key_fails_and_says_so(client: Client, target: HttpTarget) -> None:
     parsed = parse_request(http_task(target.url("a")))
-    foreign = Sealer(Fernet.generate_key().decode()).seal({"request": parsed.model_dump(mode="json")})
-    assert seal_request(client.runtime, parsed) != foreign
-    [submitted] = client.runtime.store.submissions.record([NewTry(parsed, ExecutorType.INLINE, foreign)])
-    client.messages.launch(LaunchMessage(parsed, ExecutorType.INLINE, submitted.attempt, submitted.celery_task_id))
+    foreign = seal_request(KeyRing(Fernet.generate_key().decode()), parsed)
+    assert seal_request(client.services.keys, parsed) != foreign
+    [submitted] = client.services.store.submissions.record([NewTry(parsed, ExecutorType.INLINE, foreign)])
+    client.publisher.launch(LaunchOrder(parsed, ExecutorType.INLINE, submitted.attempt, submitted.celery_task_id))
     with pytest.raises(TaskFailed) as caught:
         client.app.AsyncResult(submitted.celery_task_id).get(timeout=20)
     assert caught.value.reason == "invalid_spec"

@@ -28,7 +28,7 @@ def test_many_requests_leave_in_few_packets(own_system: System, target: HttpTarg
     handles = own_system.client.submit_many([http_task(target.url("a")) for _ in range(120)])
     assert packets() - before < 60, "a message and its event, each by itself, would be 240"
     assert all(handle.task_instance().sent_at for handle in handles)
-    assert own_system.client.runtime.queues.depth("inline") == 121
+    assert own_system.client.services.queues.depth("inline") == 121
 
 
 def test_a_connection_that_broke_since_its_last_use_costs_no_request(own_system: System, target: HttpTarget) -> None:
@@ -68,4 +68,4 @@ def test_what_ends_while_its_worker_shuts_down_is_heard_of(
     target.release("a")
     assert worker.wait(20) == 0
     monitor.wait_for(handle.id, "task-succeeded")
-    assert own_system.client.runtime.queues.depth("inline") == 0, "it was acknowledged: nobody gets it again"
+    assert own_system.client.services.queues.depth("inline") == 0, "it was acknowledged: nobody gets it again"

@@ -103,7 +103,7 @@ def test_as_many_calls_run_at_once_as_the_worker_has_threads(own_system: System,
     handles = own_system.client.submit_many([http_task(url) for _ in range(8)])
     own_system.start_worker("workers.inline", "-c", "3")
     wait_until(lambda: target.running == 3, 20, "three calls")
-    assert own_system.client.runtime.queues.waiting("inline") in (4, 5)  # one more may be fetched ahead
+    assert own_system.client.services.queues.waiting("inline") in (4, 5)  # one more may be fetched ahead
     target.release("a")
     assert sorted(handle.get(timeout=30)["call"] for handle in handles) == list(range(1, 9))
     assert target.most_running == 3
@@ -123,11 +123,11 @@ def test_urgent_tasks_are_served_first(own_system: System, target: HttpTarget) -
 
 
 def test_the_oldest_message_of_a_queue_is_told_from_the_next(limited: System) -> None:
-    queues, send = limited.client.runtime.queues, limited.client.app.send_task
+    queues, send = limited.client.services.queues, limited.client.app.send_task
     assert queues.oldest_tag("results") is None
-    send("leoflow.results.settle", ("ti", 1), queue="results", priority=9)
+    send("leoflow.results.advance", ("ti", 1), queue="results", priority=9)
     first = queues.oldest_tag("results")
-    send("leoflow.results.settle", ("ti", 2), queue="results", priority=9)
+    send("leoflow.results.advance", ("ti", 2), queue="results", priority=9)
     assert queues.oldest_tag("results") == first is not None
-    send("leoflow.results.settle", ("ti", 3), queue="results", priority=0)
+    send("leoflow.results.advance", ("ti", 3), queue="results", priority=0)
     assert queues.oldest_tag("results") != first

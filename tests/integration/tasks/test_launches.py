@@ -1,4 +1,4 @@
-"""From a launch to its record: reports leave in groups, and no message is forgotten or acknowledged too early."""
+"""From a launch to its record: a note stands before the message is acknowledged, and none is forgotten."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def unacknowledged(back_ends: BackEnds) -> int:
     return int(back_ends.redis.hlen("leoflow:unacked"))
 
 
-def test_many_launches_are_recorded_with_few_messages(back_ends: BackEnds) -> None:
+def test_many_launches_are_recorded_without_a_message_each(back_ends: BackEnds) -> None:
     handles = [back_ends.submit("kubernetes", f"t{number}") for number in range(MANY)]
     back_ends.start("k8s")
     back_ends.wait_for_calls("execute", MANY)
     wait_until(lambda: unacknowledged(back_ends) == 0, 20, "all messages to be acknowledged")
-    assert 0 < back_ends.client.runtime.queues.depth("results") <= MANY / 2
+    assert back_ends.client.services.launch_notes.waiting() == MANY
     back_ends.system.start_worker("workers.control")
     for handle in handles:
         back_ends.wait_until_launched(handle)
@@ -52,7 +52,7 @@ def test_a_worker_that_shuts_down_has_reported_and_acknowledged_what_it_launched
     for task in launched:
         back_ends.wait_until_launched(of_task[task])
     wait_until(lambda: unacknowledged(back_ends) == 0, 20, "all messages to be acknowledged")
-    assert back_ends.client.runtime.queues.depth("k8s") == MANY - len(launched)
+    assert back_ends.client.services.queues.depth("k8s") == MANY - len(launched)
 
 
 def test_a_worker_that_is_killed_before_its_report_leaves_its_message_to_the_next(
@@ -67,7 +67,7 @@ def test_a_worker_that_is_killed_before_its_report_leaves_its_message_to_the_nex
         wait_until(lambda: back_ends.redis.exists("busy"), 60, "the launch to be held")
         back_ends.redis.config_set("maxmemory", 1)  # the broker takes no message, and would take an acknowledgement
         back_ends.redis.delete("held_launch")
-        worker.wait_for_line("Retrying leoflow_celery.tasks.reporting._send", 20)
+        worker.wait_for_line("Retrying leoflow_celery.tasks.launch._leave_patiently", 20)
         worker.kill()
         back_ends.redis.config_set("maxmemory", 0)
         assert unacknowledged(back_ends) == 1

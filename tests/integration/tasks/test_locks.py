@@ -12,13 +12,13 @@ import pytest
 import redis
 
 from leoflow_celery.errors import BrokerUnavailable
-from leoflow_celery.runtime.locks import BrokerLocks
+from leoflow_celery.queueing.locks import BrokerLocks
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import PATIENCE, wait_until
 
 _HOLDER = """
 import sys, time, redis
-from leoflow_celery.runtime.locks import BrokerLocks
+from leoflow_celery.queueing.locks import BrokerLocks
 with BrokerLocks(redis.Redis.from_url(sys.argv[1]), "test:").single_flight("reconcile", 2) as held:
     print(held, flush=True)
     time.sleep(600)

@@ -8,11 +8,12 @@ import pytest
 import sqlalchemy as sa
 
 from leoflow_celery.client import Client
-from leoflow_celery.client.messages import seal_request
+from leoflow_celery.domain.attempt import LaunchReport
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import BrokerUnavailable, TaskFailed
+from leoflow_celery.queueing.messages import seal_request
 from leoflow_celery.store.models import TaskInstance, table_of
 from leoflow_celery.store.submissions import NewTry
 from tests.support.http_target import HttpTarget
@@ -56,14 +57,14 @@ def test_a_submit_without_a_broker_is_recorded_and_sent_later(
 def test_a_backlog_of_any_size_is_sent_at_once(own_system: System) -> None:
     client, count, long_ago = own_system.client, 501, time.time() - 60
     requests = [parse_request({**BASH, "task_instance_id": f"ti-{n}", "task_id": f"t-{n}"}) for n in range(count)]
-    tries = [NewTry(one, ExecutorType.SUBPROCESS, seal_request(client.runtime, one)) for one in requests]
-    client.runtime.store.submissions.record(tries)
-    with client.runtime.store.database.transaction() as connection:
+    tries = [NewTry(one, ExecutorType.SUBPROCESS, seal_request(client.services.keys, one)) for one in requests]
+    client.services.store.submissions.record(tries)
+    with client.services.store.database.transaction() as connection:
         connection.execute(sa.update(table_of(TaskInstance)).values(queued_at=long_ago))
     own_system.start_worker("workers.control")
     own_system.maintain("send_due")
-    wait_until(lambda: client.runtime.queues.depth("subprocess") == count, 60, "all to be sent")
-    wait_until(lambda: client.runtime.store.submissions.unsent(0) == [], 20, "all to be marked as sent")
+    wait_until(lambda: client.services.queues.depth("subprocess") == count, 60, "all to be sent")
+    wait_until(lambda: client.services.store.submissions.unsent(0) == [], 20, "all to be marked as sent")
 
 
 def test_submitting_again_sends_what_was_recorded_without_a_broker(
@@ -118,18 +119,17 @@ def test_the_relaunch_budget_ends_in_a_failure_with_the_reason(own_system: Syste
 
 
 def test_a_launch_whose_report_waits_is_not_taken_for_lost(own_system: System) -> None:
-    """The message is gone and nobody has recorded the start, but the report of it is in queue results."""
+    """The message is gone and nobody has recorded the start, but nobody has collected its note."""
     client, keys = own_system.client, ("leoflow:k8s", "leoflow:k8s\x06\x163")
     handle = client.submit({**BASH, "executor": "kubernetes"})
     own_system.redis.delete(*keys)
-    launched = {"attempt": handle.attempt.to_json(), "external_name": "pod", "hostname": "node"}
-    client.app.send_task("leoflow.results.launched", kwargs={"launches": [launched]}, queue="results")
+    client.services.launch_notes.leave("k8s", LaunchReport(handle.attempt, "pod", "node", "kubernetes"))
     lost_after = own_system.settings.maintenance.lost_message_seconds
-    wait_until(lambda: list(client.runtime.store.sweeps.waiting(lost_after)), 20, "the reaper to look at it")
+    wait_until(lambda: list(client.services.store.reaper_queries.waiting(lost_after)), 20, "the reaper to look at it")
     reaper = own_system.start_worker("workers.control", "-Q", "maintenance")
     for _ in range(3):
         own_system.maintain("reap")
-    wait_until(lambda: client.runtime.queues.depth("maintenance") == 0, 20, "the reaper")
+    wait_until(lambda: client.services.queues.depth("maintenance") == 0, 20, "the reaper")
     assert handle.task_instance().launch == 1
     reaper.stop(20)
     own_system.start_worker("workers.control", name="all")
@@ -142,10 +142,10 @@ def test_a_message_that_waits_its_turn_is_not_taken_for_lost(own_system: System,
     handle = client.submit(http_task(target.url("a")))
     own_system.start_worker("workers.control")
     lost_after = own_system.settings.maintenance.lost_message_seconds
-    wait_until(lambda: list(client.runtime.store.sweeps.waiting(lost_after)), 20, "the reaper to look at it")
+    wait_until(lambda: list(client.services.store.reaper_queries.waiting(lost_after)), 20, "the reaper to look at it")
     for _ in range(3):
         own_system.maintain("reap")
-    wait_until(lambda: client.runtime.queues.depth("maintenance") == 0, 20, "the reaper")
+    wait_until(lambda: client.services.queues.depth("maintenance") == 0, 20, "the reaper")
     assert handle.task_instance().launch == 1
     own_system.start_worker("workers.inline")
     assert handle.get(timeout=20)["call"] == 1

@@ -12,13 +12,14 @@ import pytest
 from celery.result import AsyncResult
 
 from leoflow_celery.client import Client
-from leoflow_celery.client.messages import LaunchMessage, seal_request
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import TaskFailed
-from leoflow_celery.store.attempts import Guard
+from leoflow_celery.queueing.messages import seal_request
+from leoflow_celery.queueing.publisher import LaunchOrder
+from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.tasks.completion import complete_try
 from tests.integration.tasks.conftest import UserCalls
@@ -58,17 +59,17 @@ def test_a_launch_message_delivered_again_and_again_makes_one_call(
     handle = client.submit(request)
 
     def deliver() -> None:
-        client.messages.launch(LaunchMessage(request, ExecutorType.INLINE, handle.attempt, handle.id))
+        client.publisher.launch(LaunchOrder(request, ExecutorType.INLINE, handle.attempt, handle.id))
 
     wait_until(lambda: target.calls["a"], 20, "the call")
     deliver()
     deliver()
-    wait_until(lambda: client.runtime.queues.depth("inline") == 1, 20, "the repeated messages to be refused")
+    wait_until(lambda: client.services.queues.depth("inline") == 1, 20, "the repeated messages to be refused")
     assert handle.state() is TaskState.RUNNING
     target.release("a")
     assert handle.get(timeout=20)["call"] == 1
     deliver()
-    wait_until(lambda: client.runtime.queues.depth("inline") == 0, 20, "the late message to be refused")
+    wait_until(lambda: client.services.queues.depth("inline") == 0, 20, "the late message to be refused")
     assert handle.get(timeout=20)["call"] == 1
     assert (target.calls["a"], handle.result.state) == (1, "SUCCESS")
     assert [event.event for event in client.events(request.task_instance_id)] == ["submitted", "claimed", "finished"]
@@ -76,10 +77,12 @@ def test_a_launch_message_delivered_again_and_again_makes_one_call(
 
 def ended_but_not_completed(client: Client, request: dict[str, Any]) -> str:
     """A try that a worker ended in SQL and then died; its Celery id."""
-    parsed, store = parse_request(request), client.runtime.store
-    [submitted] = store.submissions.record([NewTry(parsed, ExecutorType.INLINE, seal_request(client.runtime, parsed))])
+    parsed, store = parse_request(request), client.services.store
+    [submitted] = store.submissions.record(
+        [NewTry(parsed, ExecutorType.INLINE, seal_request(client.services.keys, parsed))]
+    )
     store.attempts.claim(parsed.attempt, "dead", "host", 60, start=True)
-    store.attempts.finish(parsed.attempt, Outcome.success(), Guard(holder="dead"))
+    store.attempts.finish(parsed.attempt, Outcome.success(), FinishCondition(holder="dead"))
     return submitted.celery_task_id
 
 
@@ -106,7 +109,7 @@ def test_of_two_completions_at_once_one_does_it(client: Client, target: HttpTarg
 
     def complete(_: int) -> int:
         together.wait(10)
-        return complete_try(client.app, client.runtime, view)
+        return complete_try(client.app, client.services, view)
 
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(complete, range(8))) == [0] * 7 + [1]

@@ -10,13 +10,13 @@ import pytest
 import sqlalchemy as sa
 
 from leoflow_celery.client import Client
-from leoflow_celery.client.messages import seal_request
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import parse_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import NotFound, TaskFailed
+from leoflow_celery.queueing.messages import seal_request
 from leoflow_celery.store.logs import LogKey, LogRecord
 from leoflow_celery.store.models import XCom, table_of
 from leoflow_celery.store.submissions import NewTry
@@ -47,8 +47,8 @@ def reaping(tmp_path: Path, shared_redis: RedisServer):
 def claimed_by_a_dead_worker(client: Client, url: str) -> AttemptId:
     """An attempt that was claimed, and its holder is never heard of again."""
     parsed = parse_request(http_task(url))
-    store = client.runtime.store
-    store.submissions.record([NewTry(parsed, ExecutorType.INLINE, seal_request(client.runtime, parsed))])
+    store = client.services.store
+    store.submissions.record([NewTry(parsed, ExecutorType.INLINE, seal_request(client.services.keys, parsed))])
     store.submissions.mark_sent([parsed.attempt])
     store.attempts.claim(parsed.attempt, "dead", "host", 1, start=True)
     return parsed.attempt
@@ -57,7 +57,7 @@ def claimed_by_a_dead_worker(client: Client, url: str) -> AttemptId:
 def test_a_silent_holder_is_agent_lost_and_the_try_runs_again(reaping: System, target: HttpTarget) -> None:
     client = reaping.client
     attempt = claimed_by_a_dead_worker(client, target.url("a"))
-    with client.runtime.store.logs.writer(client.task_instance(attempt.task_instance_id).log_key) as writer:
+    with client.services.store.logs.writer(client.task_instance(attempt.task_instance_id).log_key) as writer:
         writer.append([LogRecord(time.time(), "info", "stdout", "last words")])
     alive = client.submit(http_task(target.hold("alive")))
     reaping.start_worker("workers.lite")
@@ -112,13 +112,13 @@ def test_a_queued_task_that_is_cancelled_never_runs(own_system: System, target: 
     own_system.start_worker("workers.lite")
     with pytest.raises(TaskFailed, match="cancelled before it ran"):
         handle.get(timeout=20)
-    wait_until(lambda: client.runtime.queues.depth("inline") == 0, 20, "the message to be refused")
+    wait_until(lambda: client.services.queues.depth("inline") == 0, 20, "the message to be refused")
     assert target.calls["a"] == 0
 
 
 def test_maintenance_is_done_by_one_worker_at_a_time(own_system: System) -> None:
     client = own_system.client
-    leases = client.runtime.store.leases
+    leases = client.services.store.leases
     own_system.start_workers("workers.control")
     own_system.start_worker("workers.control", name="second")
     with leases.single_flight("maintenance.expire_xcoms", 60) as held:
@@ -126,7 +126,7 @@ def test_maintenance_is_done_by_one_worker_at_a_time(own_system: System) -> None
         expired = expired_value(client)
         for _ in range(6):
             own_system.maintain("expire_xcoms")
-        wait_until(lambda: client.runtime.queues.depth("maintenance") == 0, 20, "all six to be taken")
+        wait_until(lambda: client.services.queues.depth("maintenance") == 0, 20, "all six to be taken")
         assert is_stored(client, expired), "a worker ignored the lease"
     own_system.maintain("expire_xcoms")
     wait_until(lambda: not is_stored(client, expired), 20, "expiry")
@@ -135,15 +135,15 @@ def test_maintenance_is_done_by_one_worker_at_a_time(own_system: System) -> None
 def expired_value(client: Client) -> XComKey:
     """A value pushed longer ago than values live."""
     key = XComKey("default", "d", "r", "old")
-    with client.runtime.store.database.transaction() as connection:
-        client.runtime.store.xcom.put([(key, XComValue(b"1"))], connection)
+    with client.services.store.database.transaction() as connection:
+        client.services.store.xcom.put([(key, XComValue(b"1"))], connection)
         connection.execute(sa.update(_XCOM).where(_XCOM.c.task_id == key.task_id).values(expires_at=time.time() - 1))
     return key
 
 
 def is_stored(client: Client, key: XComKey) -> bool:
     """Whether the row is there, expired or not."""
-    with client.runtime.store.database.reading() as connection:
+    with client.services.store.database.reading() as connection:
         return connection.execute(sa.select(_XCOM).where(_XCOM.c.task_id == key.task_id)).first() is not None
 
 
@@ -154,7 +154,7 @@ def test_an_expired_value_is_not_found_before_it_is_removed(client: Client) -> N
 
 
 def test_old_logs_are_pruned_and_new_ones_kept(system: System, client: Client) -> None:
-    logs, old, new = client.runtime.store.logs, log_key("old"), log_key("new")
+    logs, old, new = client.services.store.logs, log_key("old"), log_key("new")
     for key in (old, new):
         with logs.writer(key) as writer:
             writer.append([LogRecord(time.time(), "info", "stdout", "hello")])

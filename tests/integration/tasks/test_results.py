@@ -12,7 +12,7 @@ from celery import Celery, signature
 from celery.result import AsyncResult
 
 from leoflow_celery.client import Client, Handle
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import parse_request
@@ -115,7 +115,7 @@ def test_the_result_callback_hears_the_end_once(
     assert {key: event[key] for key in expected} == expected
     assert event["started_at"] <= event["ended_at"]
 
-    client.messages.settle(identity, 1)
+    client.publisher.advance_try(identity, 1)
     system.maintain("complete_due")
     after = client.submit(http_task(target.url("b"), result_callback=callback))
     assert after.get(timeout=20)
@@ -141,9 +141,15 @@ def waiting_pod(client: Client, **fields: Any) -> Handle:
 
 def record(client: Client, handle: Handle, return_value: object, exit_code: object = 0) -> None:
     """Report a success that was found in a termination log."""
-    outcome = {**Outcome.success().to_json(), "exit_code": exit_code}
-    sealed = client.runtime.sealer.seal({"outcome": outcome, "return_value": return_value})
-    client.app.send_task("leoflow.results.record", (handle.attempt.to_json(), sealed), queue="results")
+    tell_end(client, handle, {**Outcome.success().to_json(), "exit_code": exit_code}, return_value)
+
+
+def tell_end(client: Client, handle: Handle, outcome: dict[str, Any], return_value: object = None) -> None:
+    """Say as a Kubernetes worker how an attempt ended, in whatever form."""
+    said = {"attempt": handle.attempt.to_json(), "outcome": outcome, "unclaimed": False, "host": ""}
+    content = {"purpose": "ended", "at": time.time(), "message": {**said, "return_value": return_value}}
+    payload = {"speaker": "k8s", "sealed": client.services.keys.sealer("k8s").seal(content)}
+    client.app.send_task("leoflow.results.record", kwargs=payload, queue="results")
 
 
 @pytest.mark.usefixtures("nothing_waits")
@@ -151,7 +157,7 @@ def record(client: Client, handle: Handle, return_value: object, exit_code: obje
     ("value", "reason"),
     [
         ("[1, 2]", "schema_mismatch"),
-        *(("{", "invalid_xcom"), ('"\ud800"', "invalid_xcom"), (5, "invalid_xcom")),
+        *(("{", "invalid_xcom"), ('"\ud800"', "invalid_xcom")),
         ('{"a": "' + "x" * 300_000 + '"}', "payload_too_large"),
     ],
     ids=lambda value: str(value)[:12].encode(errors="replace").decode(),
@@ -180,7 +186,7 @@ def test_the_end_of_a_try_whose_request_cannot_be_opened_is_recorded_all_the_sam
     identity = secrets.token_hex(8)
     ids = {"task_instance_id": identity, "dag_id": "d", "run_id": identity, "task_id": "t"}
     request = parse_request({**ids, "operator": "bash", "entrypoint": "true"})
-    [submitted] = client.runtime.store.submissions.record([NewTry(request, ExecutorType.KUBERNETES, "unsealable")])
+    [submitted] = client.services.store.submissions.record([NewTry(request, ExecutorType.KUBERNETES, "unsealable")])
     record(client, Handle(client, submitted.attempt, submitted.celery_task_id, True), "1")
     assert client.app.AsyncResult(submitted.celery_task_id).get(timeout=20) == 1
 
@@ -191,11 +197,10 @@ def test_a_failure_that_was_found_without_lines_keeps_the_last_that_were_shipped
     client: Client, found: tuple[str, ...], kept: tuple[str, ...]
 ) -> None:
     handle = waiting_pod(client)
-    with client.runtime.store.logs.writer(handle.task_instance().log_key) as writer:
+    with client.services.store.logs.writer(handle.task_instance().log_key) as writer:
         writer.append([LogRecord(time.time(), "info", "stdout", "shipped")])
     outcome = Outcome.failed(FailureReason.NON_ZERO_EXIT, "exit 3", 3, log_tail=found)
-    sealed = client.runtime.sealer.seal({"outcome": outcome.to_json()})
-    client.app.send_task("leoflow.results.record", (handle.attempt.to_json(), sealed), queue="results")
+    tell_end(client, handle, outcome.to_json())
     with pytest.raises(TaskFailed, match="exit 3"):
         handle.get(timeout=20)
     assert handle.task_instance().log_tail == kept
@@ -218,8 +223,7 @@ def test_a_launch_reported_after_the_end_writes_the_result_again(client: Client)
     with pytest.raises(TaskFailed, match="cancelled"):
         handle.get(timeout=20)
     client.app.backend.store_result(handle.id, {}, "STARTED")
-    launched = {"attempt": handle.attempt.to_json(), "external_name": "pod", "hostname": "node"}
-    client.app.send_task("leoflow.results.launched", kwargs={"launches": [launched]}, queue="results")
+    client.services.launch_notes.leave("k8s", LaunchReport(handle.attempt, "pod", "node", "kubernetes"))
     fresh = AsyncResult(handle.id, app=client.app)
     wait_until(lambda: fresh.state == "FAILURE", 20, lambda: f"FAILURE, not {fresh.state}")
 

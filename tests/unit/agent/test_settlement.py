@@ -59,3 +59,12 @@ def test_only_what_is_no_secret_is_inherited():
 @pytest.mark.parametrize("claim", ["../../etc", "/etc", ".."])
 def test_a_staging_claim_stays_below_the_root(tmp_path, claim):
     assert staging_dir(tmp_path, claim).resolve().parent == tmp_path / "staging"
+    assert staging_dir(tmp_path, claim, "d", "r", "t").resolve().parent == tmp_path / "staging"
+
+
+def test_runs_that_name_the_same_claim_share_no_directory(tmp_path):
+    own = staging_dir(tmp_path, "scratch", "d", "r", "t")
+    assert own == staging_dir(tmp_path, "scratch", "d", "r", "t")
+    others = {staging_dir(tmp_path, "scratch", *run) for run in (("d", "r2", "t"), ("d2", "r", "t"), ("d", "r", "t2"))}
+    assert len({own, *others}) == 4
+    staging_dir(tmp_path, "x" * 253, "d", "r", "t").mkdir(parents=True)

@@ -7,7 +7,7 @@ import logging
 import pytest
 from celery.utils.log import ColorFormatter
 
-from leoflow_celery.app.logging import FieldsFormatter, _replace_formatters, fields_of, show_fields_of_warnings
+from leoflow_celery.app.logging import FieldsFormatter, fields_of, show_fields, show_fields_of_warnings
 
 
 def record(name: str = "leoflow_celery.tasks", **extra: object) -> logging.LogRecord:
@@ -57,11 +57,11 @@ def test_fields_stand_before_the_traceback_and_formatting_twice_changes_nothing(
 
 def test_celerys_formatter_is_replaced_and_another_is_kept() -> None:
     logger, celerys, own = logging.Logger("root"), logging.StreamHandler(), logging.StreamHandler()
-    celerys.setFormatter(before := ColorFormatter("%(message)s", use_color=True))
+    celerys.setFormatter(before := ColorFormatter("- %(message)s", use_color=False))
     before.datefmt = "%H"
     own.setFormatter(kept := logging.Formatter("%(message)s"))
     logger.handlers = [celerys, own]
-    _replace_formatters(logger=logger, format="- %(message)s", colorize=False, loglevel=20, signal=None)
+    show_fields(logger)
     assert celerys.format(record(error="away")) == "- backend.away error=away"
     assert celerys.formatter is not None
     assert celerys.formatter.datefmt == "%H"

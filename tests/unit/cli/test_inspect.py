@@ -39,7 +39,7 @@ def request_of(task_id: str, try_number: int = 1) -> TaskRequest:
 def client(settings: Settings) -> Iterator[Client]:
     """A run: ``load`` succeeded on its second try, ``clean`` is queued."""
     with Client(settings) as client:
-        store = client.runtime.store
+        store = client.services.store
         client.create_run("sales", "r1")
         for number, outcome in enumerate((Outcome.failed(FailureReason.OOM_KILLED, "too [big]"), Outcome.success()), 1):
             request = request_of("load", number)
@@ -55,7 +55,7 @@ def client(settings: Settings) -> Iterator[Client]:
 
 def test_xcom_prints_values_of_any_type(cli: Cli, client: Client) -> None:
     """One that is no JSON, or says so wrongly, must not hide the others."""
-    store = client.runtime.store
+    store = client.services.store
     values = {"blob": XComValue(b"\xff\x00", "application/octet-stream"), "note": XComValue(b"hi", "text/plain")}
     with store.database.transaction() as connection:
         items = [*values.items(), ("broken", XComValue(b"{"))]
@@ -127,7 +127,7 @@ def test_the_last_words_of_a_pod_that_shipped_nothing(cli: Cli, client: Client) 
     outcome = Outcome.failed(
         FailureReason.OOM_KILLED, "killed at 64Mi", 137, last_event="BackOff", log_tail=("loading", "ERROR: no memory")
     )
-    client.runtime.store.attempts.finish(request_of("clean").attempt, outcome)
+    client.services.store.attempts.finish(request_of("clean").attempt, outcome)
     result = cli("logs", "sales", "r1", "clean")
     assert "no line was shipped" in result.err
     lines = result.out.splitlines()
@@ -159,7 +159,7 @@ def test_xcom_values(cli: Cli, client: Client) -> None:
 
 
 def test_staging_volumes_with_their_place_and_what_became_of_others(cli: Cli, client: Client) -> None:
-    store = client.runtime.store.staging
+    store = client.services.store.staging
     for name, backend in (("kept", "docker:h1"), ("gone", "kubernetes")):
         store.record_staging_volume("default", "sales", "r1", name, "1Gi", backend)
     store.mark_staging_deleted("gone", "run_succeeded")

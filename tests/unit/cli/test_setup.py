@@ -13,18 +13,34 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 
 from leoflow_celery.cli import doctor
 from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.security import Sealer, TokenIssuer
+from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.security import KeyRing, TokenIssuer
 from leoflow_celery.settings import Settings
 from leoflow_celery.store import Store
-from leoflow_celery.store.leases import BACK_END_PRESENCE, PRESENCE_GAP_SECONDS
+from leoflow_celery.store.presence import Kind
 from tests.unit.cli.conftest import Cli
 
 
 def test_keys_are_export_lines_that_work_and_differ(cli: Cli) -> None:
     exported = [dict(shlex.split(line)[1].split("=", 1) for line in cli("keys").out.splitlines()) for _ in range(2)]
     assert exported[0] != exported[1]
-    Sealer(exported[0]["LEOFLOW_SEAL_KEYS"])
+    KeyRing(exported[0]["LEOFLOW_SEAL_KEYS"])
     TokenIssuer(exported[0]["LEOFLOW_JWT_SECRET"], 60)
+
+
+def test_the_key_of_a_launch_worker_opens_what_is_sealed_for_its_queue_only(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master = dict(shlex.split(line)[1].split("=", 1) for line in cli("keys").out.splitlines())["LEOFLOW_SEAL_KEYS"]
+    monkeypatch.setenv("LEOFLOW_SEAL_KEYS", master)
+    exported = dict(shlex.split(line)[1].split("=", 1) for line in cli("keys", "--for", "docker").out.splitlines())
+    assert exported.keys() == {"LEOFLOW_SEAL_KEYS"}
+    worker = KeyRing(exported["LEOFLOW_SEAL_KEYS"])
+    assert worker.sealer("docker").open(KeyRing(master).sealer("docker").seal({"a": 1})) == {"a": 1}
+    with pytest.raises(ConfigurationError, match="no key for 'k8s'"):
+        worker.sealer("k8s")
+    monkeypatch.setenv("LEOFLOW_SEAL_KEYS", exported["LEOFLOW_SEAL_KEYS"])
+    assert "'control'" in cli("keys", "--for", "control").err
 
 
 def test_schema_is_that_of_a_request_or_of_a_dag(cli: Cli) -> None:
@@ -52,15 +68,51 @@ def test_doctor_finds_what_is_missing_and_names_the_setting(
     missing = tmp_path / "missing.db"
     monkeypatch.setenv("LEOFLOW_DATABASE_URL", f"sqlite:///{missing}")
     monkeypatch.setenv("LEOFLOW_SEAL_KEYS", "")
+    monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_FILES", str(tmp_path / "missing"))
     found = findings(cli)
     assert not any(ok for ok, _ in found.values())
     assert "LEOFLOW_SEAL_KEYS" in found["keys"][1]
+    assert "LEOFLOW_GATEWAY_SECRET_FILES" in found["secrets"][1]
     assert "LEOFLOW_DATABASE_URL" in found["database"][1]
     assert not missing.exists()
     assert "127.0.0.1:1" in found["broker"][1]
     assert "LEOFLOW_BROKER_URL" in found["broker"][1]
     assert "LEOFLOW_CONTROL_PLANE_ADDR" in found["gateway"][1]
     assert "s3cret" not in str(found)
+
+
+def test_doctor_asks_every_back_end_of_secrets_and_shows_no_value(
+    cli: Cli, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    region = tmp_path / "values" / "tenants" / "default" / "variables" / "region"
+    region.parent.mkdir(parents=True)
+    region.write_text("canary")
+    answer = tmp_path / "answer.json"
+    answer.write_text('{"values": {"db": "canary"}}')
+    monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_BACKENDS", "files,environment,command")
+    monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_FILES", str(tmp_path / "values"))
+    monkeypatch.setenv("LEOFLOW_VALUE_CONNECTION__default__db", "canary")
+    monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_COMMAND", f"/bin/cat {answer}")
+    result = cli("doctor", "--only", "secrets")
+    assert (result.code, "canary" in result.out + result.err) == (0, False)
+    sentence = doctor.check_secrets(Settings.load()).sentence
+    assert "files has 1 variables and 0 connections, environment has 0 variables and 1 connections" in sentence
+
+    answer.write_text("canary")
+    failed = cli("doctor", "--only", "secrets")
+    assert failed.code == 1
+    assert "'command' cannot tell now: the command's output is not valid JSON" in " ".join(failed.out.split())
+    assert "canary" not in failed.out + failed.err
+
+
+def test_doctor_finds_a_directory_of_secrets_that_nobody_reads(
+    cli: Cli, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "values" / "tenants" / "acme corp").mkdir(parents=True)
+    monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_FILES", str(tmp_path / "values"))
+    finding = doctor.check_secrets(Settings.load())
+    assert not finding.ok
+    assert "the directory of 'acme corp' is acme%20corp" in finding.sentence
 
 
 def test_doctor_tells_an_old_schema_from_none(
@@ -79,6 +131,7 @@ def test_doctor_in_words(cli: Cli, settings: Settings) -> None:
     lines = cli("doctor").out.splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["ok", "keys"],
+        ["ok", "secrets"],
         ["ok", "database"],
         ["FAIL", "broker"],
         ["FAIL", "gateway"],
@@ -93,7 +146,7 @@ def test_doctor_knows_who_announced_itself(cli: Cli, settings: Settings, monkeyp
     assert "no kubernetes worker has announced itself for 60 s" in finding.sentence
     assert "celery -A workers.k8s worker" in finding.sentence
     store = Store(settings)
-    store.leases.keep_present(f"{BACK_END_PRESENCE}kubernetes", PRESENCE_GAP_SECONDS)
+    store.presence.keep_present(Kind.BACK_END, "kubernetes")
     store.close()
     assert doctor.check_back_ends(settings) == doctor.Finding(
         "backends", True, "kubernetes announced within the last 60 s"
@@ -111,7 +164,7 @@ def test_doctor_looks_only_where_it_is_told(cli: Cli, settings: Settings) -> Non
     assert cli("doctor", "--only", "broker").code == 1
     unknown = cli("doctor", "--only", "queues")
     assert unknown.code == 2
-    assert "--only queues: no such check; there are keys, database" in unknown.err
+    assert "--only queues: no such check; there are keys, secrets, database" in unknown.err
 
 
 @pytest.fixture

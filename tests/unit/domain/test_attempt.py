@@ -13,6 +13,7 @@ from leoflow_celery.domain.attempt import (
     AttemptId,
     attempt_name,
     celery_task_id,
+    is_try_id,
     label_value,
     sanitise,
     staging_claim_name,
@@ -108,6 +109,12 @@ def test_the_celery_id_belongs_to_the_try() -> None:
     assert celery_task_id("ti", 1) == celery_task_id("ti", 1)
     assert celery_task_id("ti", 1) != celery_task_id("ti", 2)
     assert celery_task_id("ti1", 1) != celery_task_id("ti", 11)
+
+
+@given(texts, st.integers(1, 1_000))
+def test_the_celery_id_of_a_try_can_be_told_from_any_other(task_instance_id: str, try_number: int) -> None:
+    assert is_try_id(celery_task_id(task_instance_id, try_number))
+    assert not is_try_id(str(uuid.uuid5(uuid.NAMESPACE_URL, task_instance_id)))
 
 
 @given(attempts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.fields import is_storable
+from leoflow_celery.domain.fields import is_printable, is_storable
 from leoflow_celery.domain.request import (
     MAX_REQUEST_BYTES,
     check_celery_id,
@@ -255,7 +256,59 @@ def test_every_message_can_be_stored_and_sent() -> None:
         assert len(str(caught.value)) < 1_000
 
 
-@pytest.mark.parametrize("celery_id", ["", "x" * 256, "a\0", HALF])
+FORGERIES = ("a\x1b[2J", "a\u202eb", "a\u2066b", "a\u200bb", "a\u2028b", "a\x85b", "a\ufeffb", "a\x7fb", "a\rb", "a\nb")
+LABELS: list[Callable[[str], dict[str, Any]]] = [
+    *((lambda text, name=name: {**BASH, name: text}) for name in ("task_instance_id", "run_id", "dag_id", "task_id")),
+    *((lambda text, name=name: {**BASH, name: text}) for name in ("tenant_id", "image", "dag_version", "operator")),
+    *(
+        (lambda text, name=name: {**BASH, name: text})
+        for name in ("control_plane_addr", "agent_token", "staging_claim")
+    ),
+    *((lambda text, name=name: {**BASH, name: text}) for name in ("staging_storage_class", "agent_tls_ca_config_map")),
+    *((lambda text, name=name: {**BASH, name: text}) for name in ("task_secret_name", "executor", "execution_mode")),
+    lambda text: {**BASH, "task_secret_name": "s", "task_secret_mount_path": f"/{text}"},
+    lambda text: {**BASH, "execution": {"service_account": text}},
+    lambda text: {**BASH, "execution": {"node_selector": {text: "x"}}},
+    lambda text: {**BASH, "execution": {"node_selector": {"x": text}}},
+    lambda text: {**BASH, "execution": {"image_pull_secrets": [text]}},
+    lambda text: {**BASH, "execution": {"tolerations": [{"key": text}]}},
+    lambda text: {**BASH, "secrets": [{"name": text, "source": "env"}]},
+    lambda text: {**BASH, "secrets": [{"name": "A", "source": "env", "reference": text}]},
+    lambda text: {**BASH, "result_callback": {"task": text}},
+    lambda text: {**BASH, "result_callback": {"task": "t", "queue": text}},
+    lambda text: {**BASH, "xcom_input": {text: "a"}},
+    lambda text: {**BASH, "xcom_input": {"a": text}},
+    lambda text: {**BASH, "env": {text: CANARY}},
+    lambda text: {**BASH, text: 1},
+    lambda text: call(url=f"http://h/{text}"),
+    lambda text: call(headers={text: CANARY}),
+]
+
+
+@pytest.mark.parametrize("text", FORGERIES, ids=ascii)
+@pytest.mark.parametrize("build", LABELS)
+def test_what_forges_logs_and_terminals_is_refused_in_every_id_name_and_label(
+    build: Callable[[str], dict[str, Any]], text: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request(build(text))
+    assert is_printable(str(caught.value))
+    assert is_printable(caught.value.field)
+    assert CANARY not in str(caught.value)
+
+
+def test_a_header_is_one_line() -> None:
+    with pytest.raises(InvalidRequest, match=r"http_request\.headers\.A: is one line of an HTTP message"):
+        parse_request(call(headers={"A": f"{CANARY}\r\nHost: evil"}))
+
+
+@pytest.mark.parametrize("text", ["Ä-日本", "naïve", "a b", "🚀"])
+def test_letters_of_any_language_are_fine(text: str) -> None:
+    request = parse_request({**BASH, "dag_id": text, "run_id": text, "image": text, "entrypoint": "a\x1b\n\u202e"})
+    assert (request.dag_id, request.entrypoint) == (text, "a\x1b\n\u202e")
+
+
+@pytest.mark.parametrize("celery_id", ["", "x" * 256, "a\0", HALF, *FORGERIES])
 def test_a_celery_id_that_no_database_keeps_is_refused(celery_id: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^id: a Celery id has 1 to 255 characters, no NUL .* \(got '"):
         check_celery_id(celery_id)

@@ -11,12 +11,14 @@ from leoflow_celery.domain.routing import (
     ALL_QUEUES,
     QUEUE_OF,
     ExecutorType,
+    Policy,
+    TaskName,
     check_inline_timeout,
     check_secrets,
+    check_task,
     executor_for,
     is_monitored,
     queue_for_task,
-    task_name,
 )
 from leoflow_celery.errors import InvalidRequest
 
@@ -58,7 +60,7 @@ def test_an_executor_that_contradicts_the_mode_is_refused(mode: str, executor: s
 
 
 def test_every_executor_has_a_task_that_is_routed_to_its_queue() -> None:
-    assert {executor: queue_for_task(task_name(executor)) for executor in E} == QUEUE_OF
+    assert {executor: queue_for_task(TaskName.of("execute", executor)) for executor in E} == QUEUE_OF
     assert len(set(ALL_QUEUES)) == len(ALL_QUEUES) == 7
 
 
@@ -67,7 +69,9 @@ def test_every_executor_has_a_task_that_is_routed_to_its_queue() -> None:
     [
         ("leoflow.execute.kubernetes", "k8s"),
         ("leoflow.dispatch", "dispatch"),
-        ("leoflow.results.push", "results"),
+        ("leoflow.results.record", "results"),
+        ("leoflow.results.push", None),
+        ("leoflow.staging.docker", "docker"),
         ("leoflow.maintenance.reap", "maintenance"),
         ("celery.chord_unlock", None),
         ("shop.send_mail", None),
@@ -79,7 +83,7 @@ def test_a_celery_task_goes_to_its_queue(name: str, queue: str | None) -> None:
 
 def test_a_monitor_hears_of_users_tasks_only() -> None:
     of_users = ["leoflow.execute.kubernetes", "leoflow.dispatch", "shop.send_mail", "celery.chord_unlock"]
-    ours = ["leoflow.results.launched", "leoflow.maintenance.reap", "leoflow.reconcile.docker", "leoflow.stop.docker"]
+    ours = ["leoflow.results.record", "leoflow.maintenance.reap", "leoflow.reconcile.docker", "leoflow.stop.docker"]
     assert [name for name in (*of_users, *ours) if is_monitored(name)] == of_users
 
 
@@ -127,3 +131,70 @@ def test_a_secret_that_nobody_would_resolve_is_refused(source: str, executor: E,
 def test_secrets_that_are_resolved_are_accepted(executor: E) -> None:
     own = [{"name": "B", "source": "k8s_secret", "reference": "s/k"}] if executor is E.KUBERNETES else []
     check_secrets(request("bash", secrets=[{"name": "A", "source": "env"}, *own]), executor)
+
+
+@pytest.mark.parametrize(
+    ("permitted", "asked", "is_permitted"),
+    [
+        ([], {}, True),
+        ([], {"executor": "docker"}, True),
+        ([], {"executor": "subprocess"}, False),
+        ([], {"executor": "kubernetes"}, False),
+        ([E.DOCKER, E.KUBERNETES], {"executor": "kubernetes"}, True),
+        ([E.KUBERNETES], {}, False),
+    ],
+)
+def test_a_request_is_run_by_what_the_operator_permits(
+    permitted: list[E], asked: dict[str, str], is_permitted: bool
+) -> None:
+    policy, given = Policy(E.DOCKER, 300, frozenset(permitted)), request("bash", **asked)
+    if is_permitted:
+        assert check_task(given, policy) is executor_for(given, E.DOCKER)
+        return
+    with pytest.raises(
+        InvalidRequest, match=r"executor: '\w+' is not permitted here; use .*LEOFLOW_DISPATCH_PERMITTED"
+    ) as caught:
+        check_task(given, policy)
+    assert caught.value.field == "executor"
+
+
+def test_inline_is_permitted_unless_a_list_leaves_it_out() -> None:
+    assert check_task(request("http_api"), Policy(E.DOCKER, 300)) is E.INLINE
+    with pytest.raises(InvalidRequest, match="'inline' is not permitted here; use docker, or have"):
+        check_task(request("http_api"), Policy(E.DOCKER, 300, frozenset({E.DOCKER})))
+
+
+CLAIM = {"persistentVolumeClaim": {"claimName": "leoflow-staging-d-other"}}
+
+
+@pytest.mark.parametrize("executor", ["kubernetes", "docker", "subprocess"])
+@pytest.mark.parametrize(
+    ("named", "field"),
+    [
+        ({"staging_claim": "leoflow-staging-d-other"}, "staging_claim"),
+        ({"staging_claim": "leoflow-staging-d-r-"}, ""),  # no volume's name at all: the request itself is refused
+        ({"staging_claim": "leoflow-staging-d-r.x"}, "staging_claim"),
+        ({"tenant_id": "acme", "staging_claim": "leoflow-staging-d-r-0123abcd"}, "staging_claim"),
+        (
+            {"pod_override": {"spec": {"volumes": [{"name": "a"}, {"name": "v", **CLAIM}]}}},
+            "pod_override.spec.volumes.1.persistentVolumeClaim.claimName",
+        ),
+        (
+            {"pod_override": {"metadata": {"x": [[CLAIM]]}}},
+            "pod_override.metadata.x.0.0.persistentVolumeClaim.claimName",
+        ),
+    ],
+)
+def test_the_staging_volume_of_another_run_is_refused_by_its_name(
+    executor: str, named: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_task(request("bash", executor=executor, **named), Policy(E.DOCKER, 300, frozenset(E)))
+    assert caught.value.field == (field or "staging_claim")
+    if field:
+        assert "is the volume of another run; this run's is 'leoflow-staging-d-r" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "leoflow-staging-d-r", "scratch", "leoflow-staging"])
+def test_the_own_volume_and_one_of_any_other_name_are_accepted(name: str) -> None:
+    check_task(request("bash", staging_claim=name), Policy(E.DOCKER, 300))

@@ -13,7 +13,7 @@ from leoflow_celery.errors import ConfigurationError, XComRejected
 from leoflow_celery.executors.inline_http import result
 from leoflow_celery.executors.inline_http.errors import HttpTaskError, RefusedAddress
 from leoflow_celery.executors.inline_http.failure import FailedAttempt, failed_status, give_up, retry_after_seconds
-from leoflow_celery.executors.inline_http.guard import AddressGuard, embedded_address
+from leoflow_celery.executors.inline_http.guard import AddressGuard, meant_addresses
 from leoflow_celery.executors.inline_http.prepare import describe, prepare
 from leoflow_celery.executors.inline_http.result import HttpResult, json_of
 
@@ -60,7 +60,75 @@ def test_operators_allow_hosts_addresses_and_networks():
 
 def test_loopback_and_unspecified_stand_for_themselves():
     for text in ("::1", "::"):
-        assert embedded_address(ip_address(text)) == ip_address(text)
+        assert meant_addresses(ip_address(text)) == [ip_address(text)]
+
+
+@pytest.mark.parametrize(
+    ("address", "is_public"),
+    [
+        *(
+            (text, True)
+            for text in ("8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8", "2002:808:808::1")
+        ),
+        *((text, False) for text in ("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.0.1", "100.64.0.1", "0.0.0.0")),
+        *(
+            (text, False)
+            for text in ("::1", "::", "fc00::1", "fd12::1", "ff02::1", "224.0.0.1", "192.0.2.1", "198.18.0.1")
+        ),
+        # The private IPv4 address inside an IPv6 one is what is reached.
+        *((text, False) for text in ("::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::1", "::ffff:0:10.0.0.1")),
+        *((text, False) for text in ("2001:0:102:304::f5ff:fffe", "2606:4700::5efe:10.0.0.1", "64:ff9b:1::808:808")),
+        *((text, False) for text in ("169.254.169.254", "168.63.129.16", "::ffff:168.63.129.16", "255.255.255.255")),
+    ],
+)
+def test_the_policy_public_reaches_the_internet_only(address, is_public):
+    guard = AddressGuard(addresses=" Public ")
+    if is_public:
+        guard.check_addresses("x", [address])
+        with pytest.raises(RefusedAddress):  # each of them counts
+            guard.check_addresses("x", [address, "10.0.0.1"])
+    else:
+        with pytest.raises(RefusedAddress, match="LEOFLOW_INLINE_HTTP_ALLOW_ADDRESSES"):
+            guard.check_addresses("x", [address])
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("::ffff:0:169.254.169.254", "fc00::5efe:169.254.169.254", "fc00::200:5efe:169.254.169.254"),
+        *(
+            "64:ff9b:1::a9fe:a9fe",
+            "64:ff9b:1:a9fe:a9:fe00::",
+            "64:ff9b:1:ab:a9:fea9:fe00:0",
+            "2001:0:102:304::5601:5601",
+        ),
+    ],
+)
+def test_an_ipv4_address_is_found_inside_any_form_of_ipv6(address):
+    with pytest.raises(RefusedAddress, match="link-local or metadata"):
+        AddressGuard().check_addresses("x", [address])
+
+
+def test_a_list_of_networks_reaches_these_and_no_metadata_service_by_accident():
+    guard = AddressGuard("10.0.0.7, api.example", addresses="192.168.0.0/16, 2001:db8::/32")
+    guard.check_addresses("x", ["192.168.1.1", "::ffff:192.168.1.2", "2001:db8::1", "10.0.0.7"])
+    guard.check_addresses("api.example", ["8.8.8.8"])
+    for address in ("8.8.8.8", "10.0.0.8", "127.0.0.1", "2001:db9::1"):
+        with pytest.raises(
+            RefusedAddress, match=r"LEOFLOW_INLINE_HTTP_ADDRESSES=192\.168\.0\.0/16, 2001:db8::/32 reaches"
+        ):
+            guard.check_addresses("x", ["192.168.1.1", address])
+    everything = AddressGuard(addresses="0.0.0.0/0,::/0")
+    everything.check_addresses("x", ["10.0.0.1", "8.8.8.8", "fc00::1"])
+    with pytest.raises(RefusedAddress):
+        everything.check_addresses("x", ["169.254.169.254"])
+    AddressGuard(addresses="169.254.10.0/24").check_addresses("x", ["169.254.10.7"])
+
+
+@pytest.mark.parametrize("addresses", ["", " , ", "private", "10.0.0.0/99", "any"])
+def test_what_is_no_policy_names_the_variable(addresses):
+    with pytest.raises(ConfigurationError, match="LEOFLOW_INLINE_HTTP_ADDRESSES"):
+        AddressGuard(addresses=addresses)
 
 
 @pytest.mark.parametrize(

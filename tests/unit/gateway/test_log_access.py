@@ -7,7 +7,7 @@ import pytest
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.gateway.log_access import Access, log_access
-from leoflow_celery.store.holders import Claim
+from leoflow_celery.store.claims import Claim
 
 NOW = 1_000.0
 ATTEMPT = AttemptId("ti", 1, 2)

@@ -19,7 +19,7 @@ CODE = grpc.StatusCode
         (errors.Fenced("x"), CODE.ABORTED),
         (errors.DatabaseUnavailable("x"), CODE.UNAVAILABLE),
         (errors.NotFound("x"), CODE.NOT_FOUND),
-        (errors.Unsealable("x"), CODE.FAILED_PRECONDITION),
+        (errors.DecryptionFailed("x"), CODE.FAILED_PRECONDITION),
         (InvalidArgument("x"), CODE.INVALID_ARGUMENT),
         (NotPermitted("x"), CODE.PERMISSION_DENIED),
         (NotPossible("x"), CODE.FAILED_PRECONDITION),

@@ -47,9 +47,10 @@ def run(monkeypatch: pytest.MonkeyPatch, store: Completions, error: Exception) -
             raise error
 
     monkeypatch.setattr(completion, "complete", complete)
-    monkeypatch.setattr(completion, "_read", lambda *_: None)
-    runtime: Any = SimpleNamespace(store=SimpleNamespace(completions=store))
-    return completion.complete_due(SimpleNamespace(), runtime)
+    monkeypatch.setattr(completion, "_with_value", lambda *_: None)
+    attempts = SimpleNamespace(ended=lambda _: [SimpleNamespace(task_instance_id="ti", try_number=1)])
+    services: Any = SimpleNamespace(store=SimpleNamespace(completions=store, attempts=attempts))
+    return completion.complete_due(SimpleNamespace(), services)
 
 
 def called_by_kombu(cause: Exception) -> OperationalError:
@@ -124,6 +125,7 @@ class View:
     """As much of a try as completion reads."""
 
     celery_task_id: str = "a"
+    task_instance_id: str = "ti"
     state: TaskState = TaskState.SUCCESS
     reason: str | None = None
     message: str = ""
@@ -140,9 +142,9 @@ class View:
 
 
 def world(value: XComValue) -> tuple[Any, Any]:
-    """A runtime with one try that succeeded and left this value, and its app."""
+    """Services with one try that succeeded and left this value, and its app."""
     completions = Completions("a")
-    attempts = SimpleNamespace(get=lambda *_: View())
+    attempts = SimpleNamespace(ended=lambda _: [View()])
     store = SimpleNamespace(completions=completions, attempts=attempts, xcom=SimpleNamespace(get=lambda _: value))
     return SimpleNamespace(store=store), SimpleNamespace(backend=Backend())
 
@@ -150,20 +152,20 @@ def world(value: XComValue) -> tuple[Any, Any]:
 @pytest.mark.parametrize("value", [b"hello", b"[" * 985 + b"]" * 985, b"[" * 5_000, b"\xff", b"1e999"])
 def test_a_value_that_nobody_can_read_ends_as_a_failure_and_is_not_tried_for_ever(monkeypatch, value):
     monkeypatch.setattr(completion, "send_failed", lambda *_: None)
-    runtime, app = world(XComValue(value))
-    assert completion.complete_due(app, runtime) == 1
-    assert (runtime.store.completions.finished, runtime.store.completions.put_off) == (["a"], [])
+    services, app = world(XComValue(value))
+    assert completion.complete_due(app, services) == 1
+    assert (services.store.completions.finished, services.store.completions.put_off) == (["a"], [])
     state, error = app.backend.results["a"]
     assert (state, error.reason) == ("FAILURE", "invalid_xcom")
     assert error.message.startswith("the task succeeded, but its return value cannot be read: ")
 
     app.backend.results.clear()
-    completion.store_result(app, runtime, View())
+    completion.store_result(app, services, View())
     assert app.backend.results["a"][0] == "FAILURE"
 
 
 def test_a_value_that_its_writer_called_text_is_the_result(monkeypatch):
     monkeypatch.setattr(completion, "send_succeeded", lambda *_: None)
-    runtime, app = world(XComValue(b"hello", "text/plain"))
-    assert completion.complete_due(app, runtime) == 1
+    services, app = world(XComValue(b"hello", "text/plain"))
+    assert completion.complete_due(app, services) == 1
     assert app.backend.results["a"] == ("SUCCESS", "hello")

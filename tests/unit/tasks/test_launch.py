@@ -12,22 +12,34 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.exceptions import Reject
+from cryptography.fernet import Fernet
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
+from leoflow_celery.queueing.messages import Launch, open_message, seal_message
+from leoflow_celery.security import KeyRing
 from leoflow_celery.tasks import launch
 from leoflow_celery.tasks.launch import OUTAGE_SECONDS, next_try_seconds
 from tests.unit.executors.kubernetes.built import SETTINGS
 
 ATTEMPT = AttemptId("ti-1", 2, 3)
+REQUEST = TaskRequest.model_validate(
+    {"task_instance_id": "ti-1", "dag_id": "d", "run_id": "r", "task_id": "t", "operator": "bash", "entrypoint": "true"}
+)
+KEYS = KeyRing(Fernet.generate_key().decode())
 BUSY = TransientLaunchError(FailureReason.LAUNCH_FAILED, "the server is busy")
 FULL = TransientLaunchError(FailureReason.QUEUED_TIMEOUT, "exceeded quota: few")
 
 
 class Retried(Exception):
     """The message was sent again."""
+
+
+def sealed_launch() -> dict[str, Any]:
+    return {"sealed": seal_message(KEYS, "k8s", Launch(ATTEMPT, REQUEST))}
 
 
 @dataclass
@@ -37,7 +49,9 @@ class Queue:
     queued_timeout_seconds: float = 3_600
     now: float = 1_000_000.0
     retries: int = 0
-    kwargs: dict[str, Any] = field(default_factory=lambda: {"attempt": ATTEMPT.to_json(), "sealed": "…", "dag_id": "d"})
+    kwargs: dict[str, Any] = field(
+        default_factory=lambda: {"sealed": seal_message(KEYS, "k8s", Launch(ATTEMPT, REQUEST))}
+    )
     delays: list[float] = field(default_factory=list)
     reported: list[tuple[Outcome, bool]] = field(default_factory=list)
 
@@ -45,13 +59,21 @@ class Queue:
     app = Celery(set_as_current=False)
 
     @property
+    def publisher(self) -> Any:
+        return SimpleNamespace(attempt_ended=lambda _, ended: self.reported.append((ended.outcome, ended.unclaimed)))
+
+    @property
     def request(self) -> Any:
         return SimpleNamespace(retries=self.retries, kwargs=self.kwargs)
 
     @property
-    def runtime(self) -> Any:
+    def services(self) -> Any:
         maintenance = SimpleNamespace(queued_timeout_seconds=self.queued_timeout_seconds)
-        return SimpleNamespace(settings=SimpleNamespace(maintenance=maintenance, kubernetes=SETTINGS))
+        settings = SimpleNamespace(maintenance=maintenance, kubernetes=SETTINGS)
+        return SimpleNamespace(settings=settings, keys=KEYS)
+
+    def opened(self, kind: type[Launch], sealed: str, scope: str) -> Launch:
+        return open_message(KEYS, scope, kind, sealed)
 
     def retry(self, countdown: float, exc: Exception, kwargs: dict[str, Any]) -> Exception:
         self.delays.append(countdown)
@@ -71,11 +93,6 @@ class Queue:
 def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     made = Queue()
     monkeypatch.setattr(launch.time, "time", lambda: made.now)
-    monkeypatch.setattr(
-        launch,
-        "report_outcome",
-        lambda _task, _attempt, outcome, unclaimed: made.reported.append((outcome, unclaimed)),
-    )
     return made
 
 
@@ -129,12 +146,7 @@ def test_a_message_keeps_the_rest_of_what_it_carries(queue: Queue, failing: Call
     started_at = queue.now
     failing(BUSY)
     queue.deliver_until_over()
-    assert queue.kwargs == {
-        "attempt": ATTEMPT.to_json(),
-        "sealed": "…",
-        "dag_id": "d",
-        "tried_since": started_at,
-    }
+    assert open_message(KEYS, "k8s", Launch, queue.kwargs["sealed"]) == Launch(ATTEMPT, REQUEST, started_at)
 
 
 @pytest.mark.parametrize("retries", range(12))
@@ -150,7 +162,7 @@ def test_a_failure_that_cannot_be_reported_goes_back_to_the_broker(
     def report(*_: Any, **__: Any) -> None:
         raise OSError("no broker")
 
-    monkeypatch.setattr(launch, "report_outcome", report)
+    monkeypatch.setattr(type(queue), "publisher", SimpleNamespace(attempt_ended=report))
     failing(PermanentLaunchError(FailureReason.INVALID_SPEC, "no such field"))
     with pytest.raises(Reject) as caught:
         queue.deliver_until_over()

@@ -29,7 +29,7 @@ class Backend:
 
 def mark_for(backend: Backend) -> StartedMark:
     task: Any = SimpleNamespace(
-        request=SimpleNamespace(id="id"), backend=backend, runtime=SimpleNamespace(hostname="host")
+        request=SimpleNamespace(id="id"), backend=backend, services=SimpleNamespace(hostname="host")
     )
     return StartedMark(task, lambda: False)
 

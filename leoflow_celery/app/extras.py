@@ -1,0 +1,128 @@
+"""What a worker does beside its tasks, each part as a Celery bootstep; and the same of beat, which has no bootsteps.
+
+Bootsteps are Celery's documented way to extend a worker: those of the blueprint ``worker`` live as long as the process,
+those of ``consumer`` as long as a connection to the broker. ``steps_of`` says which a worker has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from celery import bootsteps
+from celery.signals import after_task_publish, worker_shutdown
+
+from leoflow_celery import metrics
+from leoflow_celery.app.logging import show_fields
+from leoflow_celery.domain.routing import MAINTENANCE_QUEUE, QUEUE_OF, RECONCILED, RESULTS_QUEUE
+from leoflow_celery.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+#: As often as a worker's heartbeats.
+_TOUCH_SECONDS = 2.0
+#: Of tasks' modules, by name: a worker loads only what its queues need. Workers of launch queues never import SQL.
+_GAUGES = "leoflow_celery.tasks.gauges:Gauges"
+_LAUNCH_COLLECTOR = "leoflow_celery.tasks.results:LaunchCollector"
+_BACK_END_PRESENCE = "leoflow_celery.tasks.back_end_presence:BackEndPresence"
+
+
+class LogFields(bootsteps.Step):
+    """Shows the fields of our log lines. Celery has set up its log when it makes its steps."""
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        show_fields()
+
+
+class MetricsEndpoint(bootsteps.StartStopStep):
+    """Serves Prometheus when LEOFLOW_METRICS_PORT names a port, to the end of the process.
+
+    It starts after the pool, whose processes would keep the port of a worker that is gone. The settings apply from the
+    beginning, so that they are there in those processes.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        metrics.configure(worker.app.settings.metrics)
+
+    def start(self, worker: Any) -> None:
+        try:
+            metrics.serve(worker.app.settings.metrics.port)
+        except ConfigurationError as error:  # tasks are worth more than their metrics
+            log.error("metrics.not_served", extra={"error": str(error)})  # noqa: TRY400 - the text says it all
+
+
+class AliveFile(bootsteps.StartStopStep):
+    """Touches LEOFLOW_HEALTH_FILE from the worker's own loop while it has its broker.
+
+    The age of the file tells whether the worker is alive: asking costs a look at a clock, not a Celery command.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        self._timer: Any = None
+
+    def include_if(self, consumer: Any) -> bool:
+        return consumer.app.settings.health.file is not None
+
+    def start(self, consumer: Any) -> None:
+        touch = _touching(consumer.app.settings.health.file)
+        touch()
+        self._timer = consumer.timer.call_repeatedly(_TOUCH_SECONDS, touch)
+
+    def stop(self, _consumer: Any) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class CloseServices(bootsteps.Step):
+    """Closes the app's services when the worker has ended its tasks and left the broker.
+
+    No step is sure to stop after the pool, and what ends in the pool needs them. Celery's signal comes after it all,
+    and not at a cold shutdown, which leaves tasks behind that still run.
+    """
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._app = worker.app
+        worker_shutdown.connect(self._close, sender=worker, weak=False)
+
+    def _close(self, **_: Any) -> None:
+        self._app.close_services()
+
+
+def steps_of(queues: Sequence[str]) -> dict[str, set[Any]]:
+    """The extra steps of a worker of these queues, by blueprint: classes, or where to find them."""
+    worker: set[Any] = {LogFields, MetricsEndpoint, CloseServices}
+    consumer: set[Any] = {AliveFile}
+    if MAINTENANCE_QUEUE in queues:
+        worker.add(_GAUGES)
+    if RESULTS_QUEUE in queues:
+        worker.add(_LAUNCH_COLLECTOR)
+    if any(QUEUE_OF[one] in queues for one in RECONCILED):
+        consumer.add(_BACK_END_PRESENCE)
+    return {"worker": worker, "consumer": consumer}
+
+
+def touch_with_messages(file: Path | None) -> None:
+    """Touch ``file`` whenever this process, which is beat's, published a task."""
+    if file is not None:
+        touch = _touching(file)
+        after_task_publish.connect(lambda **_: touch(), weak=False, dispatch_uid=f"leoflow-alive-{file}")
+
+
+def _touching(file: Path) -> Callable[[], None]:
+    def touch() -> None:
+        try:
+            file.touch()
+        except OSError as error:
+            log.warning("health.not_touched", extra={"file": str(file), "error": str(error)})
+
+    return touch

@@ -1,0 +1,116 @@
+"""How deep the queues are, asked of the broker itself.
+
+On Redis a queue is one list per priority step, named by kombu (``queue``, then ``queue`` + separator + step), plus the
+messages that workers hold unacknowledged. A passive declare answers 404 under a key prefix, so this asks Redis.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Any
+
+from leoflow_celery.broker_url import redis_url
+from leoflow_celery.errors import BrokerUnavailable
+from leoflow_celery.settings import BrokerSettings
+
+_SEPARATOR = "\x06\x16"
+_STEPS = (0, 3, 6, 9)
+_UNACKED = "unacked"
+
+
+class QueueDepths:
+    """Depths of the queues of one broker."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._settings = settings
+
+    @cached_property
+    def client(self) -> Any:
+        """A Redis client of the broker."""
+        import redis
+
+        return redis.Redis.from_url(
+            redis_url(self._settings.url),
+            socket_connect_timeout=self._settings.connect_timeout_seconds,
+            socket_timeout=self._settings.socket_timeout_seconds,
+        )
+
+    def waiting(self, queue: str) -> int:
+        """Messages that no worker has taken.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer.
+        """
+        with broker_errors_mapped(self._settings), self.client.pipeline(transaction=False) as pipe:
+            for name in _lists(queue):
+                pipe.llen(self._settings.key_prefix + name)
+            return int(sum(pipe.execute()))
+
+    def oldest_tag(self, queue: str) -> str | None:
+        """What identifies the oldest waiting message of a queue; None for an empty queue.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer.
+        """
+        with broker_errors_mapped(self._settings), self.client.pipeline(transaction=False) as pipe:
+            for name in _lists(queue):
+                pipe.lindex(self._settings.key_prefix + name, -1)
+            payload = next(filter(None, pipe.execute()), None)
+        return None if payload is None else hashlib.sha256(payload).hexdigest()
+
+    def depth(self, queue: str) -> int:
+        """Messages waiting in a queue or held unacknowledged by its workers.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer.
+        """
+        waiting = self.waiting(queue)
+        with broker_errors_mapped(self._settings):
+            held = sum(
+                1
+                for _, payload in self.client.hscan_iter(self._settings.key_prefix + _UNACKED, count=200)
+                if _queue_of(payload) == queue
+            )
+        return waiting + held
+
+    def close(self) -> None:
+        if "client" in self.__dict__:
+            self.client.close()
+
+
+def _lists(queue: str) -> list[str]:
+    """The lists of a queue, as kombu names them, first served first. Their oldest message is at the end."""
+    return [queue if step == 0 else f"{queue}{_SEPARATOR}{step}" for step in _STEPS]
+
+
+def _queue_of(payload: bytes) -> str | None:
+    try:
+        _message, _exchange, routing_key = json.loads(payload)
+    except (ValueError, TypeError):
+        return None
+    return str(routing_key)
+
+
+class broker_errors_mapped:  # noqa: N801 - a context manager, used as one
+    """What Redis raises inside becomes BrokerUnavailable."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._url = settings.url
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        from redis.exceptions import RedisError
+
+        if isinstance(error, RedisError):
+            raise BrokerUnavailable(f"broker {safe_url(self._url)} did not answer: {error}") from error
+
+
+def safe_url(url: str) -> str:
+    """A broker URL without its password."""
+    from kombu.utils.url import maybe_sanitize_url
+
+    return str(maybe_sanitize_url(url))

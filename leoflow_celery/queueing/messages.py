@@ -1,0 +1,327 @@
+"""What our processes tell each other: each message a typed value, sealed whole with its purpose and its time.
+
+The key says who speaks. A launch worker holds the key of its own queue: what is sealed with that was said by the
+control plane to the workers of this queue, or by one of them. ``purpose`` keeps the one from being taken for the other,
+and a message of one kind for another kind.
+
+==================  ==================  ==========  =====================================================
+message            from → to           scope       task, or where it rests
+==================  ==================  ==========  =====================================================
+``Launch``         control → launch    its queue   ``leoflow.execute.<executor>``
+``LaunchInline``   control → inline    control     ``leoflow.execute.inline``
+``Stop``           control → launch    its queue   ``leoflow.stop.<executor>``
+``Reconcile``      control → launch    its queue   ``leoflow.reconcile.<executor>``
+``CollectStaging`` control → launch    its queue   ``leoflow.staging.<executor>``
+``AttemptLaunched`` launch → control    its queue   the hash of launch notes (``queueing.launch_notes``)
+``AttemptEnded``   launch → control    its queue   ``leoflow.results.record``
+``StagingDeleted`` launch → control    its queue   ``leoflow.results.staging_deleted``
+``Present``        launch → control    its queue   ``leoflow.results.present``
+``AdvanceTry``     control → control   control     ``leoflow.results.advance``
+==================  ==================  ==========  =====================================================
+
+Beat holds no key. It sends the maintenance tasks without content, and they look at SQL by themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport
+from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.request import TaskRequest, check_size
+from leoflow_celery.domain.routing import ExecutorType
+from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.errors import DecryptionFailed
+from leoflow_celery.security import KeyRing, Scope
+
+#: The scope of the launch workers of an executor. The inline worker is part of the control plane.
+SCOPE_OF: dict[ExecutorType, Scope] = {
+    ExecutorType.KUBERNETES: Scope.KUBERNETES,
+    ExecutorType.DOCKER: Scope.DOCKER,
+    ExecutorType.SUBPROCESS: Scope.SUBPROCESS,
+    ExecutorType.INLINE: Scope.CONTROL,
+}
+#: The executor whose launch workers speak with a scope's key.
+EXECUTOR_OF: dict[str, ExecutorType] = {
+    scope: executor for executor, scope in SCOPE_OF.items() if executor is not ExecutorType.INLINE
+}
+#: Minutes, since the clocks of two hosts may differ: what is older was sent again by somebody else.
+_MAX_AGE_SECONDS = 600.0
+_MAX_LOG_TAIL_LINES = 200
+
+
+class Message(Protocol):
+    """One kind of message. ``max_age_seconds`` is None for one that is harmless however late it comes."""
+
+    purpose: ClassVar[str]
+    max_age_seconds: ClassVar[float | None]
+
+    def to_json(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self: ...
+
+
+M = TypeVar("M", bound=Message)
+
+
+def seal_message(keys: KeyRing, scope: str, message: Message) -> str:
+    """A message as only the holders of the scope's key can read or make it."""
+    content = {"purpose": message.purpose, "at": time.time(), "message": message.to_json()}
+    return keys.sealer(scope).seal(content)
+
+
+def open_message(keys: KeyRing, scope: str, kind: type[M], sealed: object) -> M:
+    """The message again.
+
+    Raises:
+        DecryptionFailed: it is not sealed with the scope's key, is of another kind, is too old, or is of a version that
+            this process does not know.
+    """
+    if not isinstance(sealed, str):
+        raise DecryptionFailed(f"a message for {kind.purpose!r} is not sealed")
+    content = keys.sealer(scope).open(sealed)
+    if content.get("purpose") != kind.purpose:
+        raise DecryptionFailed(f"a sealed message is not for {kind.purpose!r}")
+    try:
+        age = time.time() - float(content["at"])
+        if kind.max_age_seconds is not None and abs(age) > kind.max_age_seconds:
+            raise DecryptionFailed(
+                f"a message for {kind.purpose!r} is {age:.0f} s old, {kind.max_age_seconds:.0f} s are allowed; "
+                "it was sent again, or a clock is wrong"
+            )
+        return kind.from_json(content["message"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DecryptionFailed(
+            f"a message for {kind.purpose!r} is not of this version; upgrade the process that reads it"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Start an attempt. ``tried_since``: when its first start failed, in epoch seconds."""
+
+    purpose: ClassVar[str] = "launch"
+    max_age_seconds: ClassVar[float | None] = None
+
+    attempt: AttemptId
+    request: TaskRequest
+    tried_since: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        request = self.request.model_dump(mode="json", exclude_defaults=True)
+        return {"attempt": self.attempt.to_json(), "request": request, "tried_since": self.tried_since}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        since = data.get("tried_since")
+        request = TaskRequest.model_validate(data["request"])
+        return cls(AttemptId.from_json(data["attempt"]), request, None if since is None else float(since))
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchInline:
+    """Make the HTTP call of an attempt; its request is in the row that the worker claims."""
+
+    purpose: ClassVar[str] = "launch_inline"
+    max_age_seconds: ClassVar[float | None] = None
+
+    attempt: AttemptId
+
+    def to_json(self) -> dict[str, Any]:
+        return self.attempt.to_json()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(AttemptId.from_json(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop one attempt by its external name."""
+
+    purpose: ClassVar[str] = "stop"
+    max_age_seconds: ClassVar[float | None] = _MAX_AGE_SECONDS
+
+    name: str
+    grace_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "grace_seconds": self.grace_seconds}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(str(data["name"]), float(data["grace_seconds"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Reconcile:
+    """Compare what exists with what SQL expects."""
+
+    purpose: ClassVar[str] = "reconcile"
+    max_age_seconds: ClassVar[float | None] = _MAX_AGE_SECONDS
+
+    expectation: Expectation
+
+    def to_json(self) -> dict[str, Any]:
+        return self.expectation.to_json()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(Expectation.from_json(data))
+
+
+@dataclass(frozen=True, slots=True)
+class CollectStaging:
+    """Delete staging volumes."""
+
+    purpose: ClassVar[str] = "collect_staging"
+    max_age_seconds: ClassVar[float | None] = _MAX_AGE_SECONDS
+
+    plan: StagingPlan
+
+    def to_json(self) -> dict[str, Any]:
+        return self.plan.to_json()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(StagingPlan.from_json(data))
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLaunched:
+    """An executor started an attempt."""
+
+    purpose: ClassVar[str] = "launched"
+    max_age_seconds: ClassVar[float | None] = None
+
+    report: LaunchReport
+
+    def to_json(self) -> dict[str, Any]:
+        return self.report.to_json()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(LaunchReport.from_json(data))
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """An attempt ended without its agent saying so, or could not be started.
+
+    ``unclaimed`` limits it to one that no agent has claimed. ``return_value`` is JSON text that the agent could not
+    push. ``host`` is the Docker host that says it; empty where an executor has one back end.
+    """
+
+    purpose: ClassVar[str] = "ended"
+    max_age_seconds: ClassVar[float | None] = None
+
+    attempt: AttemptId
+    outcome: Outcome
+    unclaimed: bool = False
+    return_value: str | None = None
+    host: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "attempt": self.attempt.to_json(),
+            "outcome": self.outcome.to_json(),
+            "unclaimed": self.unclaimed,
+            "return_value": self.return_value,
+            "host": self.host,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        outcome = Outcome.from_json(data["outcome"])
+        value = data["return_value"]
+        if not isinstance(value, str | None):
+            raise TypeError(f"return_value is {type(value).__name__}, not JSON text")
+        return cls(
+            AttemptId.from_json(data["attempt"]),
+            outcome.evolve(log_tail=outcome.log_tail[-_MAX_LOG_TAIL_LINES:]),
+            bool(data["unclaimed"]),
+            value,
+            str(data["host"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StagingDeleted:
+    """Staging volumes of a back end are gone, name → reason."""
+
+    purpose: ClassVar[str] = "staging_deleted"
+    max_age_seconds: ClassVar[float | None] = _MAX_AGE_SECONDS
+
+    back_end: BackEnd
+    claims: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"back_end": str(self.back_end), "claims": self.claims}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        claims = {str(name): str(reason) for name, reason in data["claims"].items()}
+        return cls(BackEnd.parse(str(data["back_end"])), claims)
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """A worker holds this back end now."""
+
+    purpose: ClassVar[str] = "present"
+    max_age_seconds: ClassVar[float | None] = _MAX_AGE_SECONDS
+
+    back_end: BackEnd
+
+    def to_json(self) -> dict[str, Any]:
+        return {"back_end": str(self.back_end)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(BackEnd.parse(str(data["back_end"])))
+
+
+@dataclass(frozen=True, slots=True)
+class AdvanceTry:
+    """Look at a try now: complete it when it has ended, send its next launch when that is due."""
+
+    purpose: ClassVar[str] = "advance"
+    max_age_seconds: ClassVar[float | None] = None
+
+    task_instance_id: str
+    try_number: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"task_instance_id": self.task_instance_id, "try_number": self.try_number}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(str(data["task_instance_id"]), int(data["try_number"]))
+
+
+def seal_request(keys: KeyRing, request: TaskRequest) -> str:
+    """A request as it rests in SQL.
+
+    Raises:
+        RequestTooLarge: it is too large for a broker message.
+    """
+    content = b'{"request":%b}' % request.model_dump_json(exclude_defaults=True).encode(errors="surrogatepass")
+    check_size(len(content))
+    return keys.sealer(Scope.REQUEST).seal_json(content)
+
+
+def open_request(keys: KeyRing, sealed: str) -> TaskRequest:
+    """The request again.
+
+    Raises:
+        DecryptionFailed: sealed with a key this process does not have, or by a version whose requests it does not know.
+    """
+    try:
+        return TaskRequest.model_validate(keys.sealer(Scope.REQUEST).open(sealed)["request"])
+    except (KeyError, ValueError) as error:
+        raise DecryptionFailed("a sealed request is not of this version; upgrade the process that reads it") from error

@@ -1,0 +1,89 @@
+"""Who is there: back ends that take work, and those who hear the heartbeats of holders.
+
+A holder's silence means something only when its listeners have been there for long enough. Inline workers write their
+heartbeats themselves; whether the database was there to take them, the reaper knows, who looks into it all the time.
+Agents are heard by gateways, which need the database as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import nullcontext
+from enum import StrEnum
+
+import sqlalchemy as sa
+
+from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.reap import may_judge_silence
+from leoflow_celery.domain.routing import ExecutorType
+from leoflow_celery.store.database import Database
+from leoflow_celery.store.models import DatabaseTime, Presence, table_of
+
+_TABLE = table_of(Presence)
+#: A back end that was not heard of for four announcements is away.
+BACK_END_GAP_SECONDS = 60.0
+_GATEWAY_GAP_SECONDS = 15.0
+#: Reaps missed in a row until the reaper counts as having been away (with it, perhaps, the database).
+_REAPER_GAPS = 4
+_SEEN = sa.select(_TABLE.c.kind, _TABLE.c.name, _TABLE.c.since, _TABLE.c.seen_at, DatabaseTime().label("now"))
+
+
+class Kind(StrEnum):
+    """What is present."""
+
+    #: A worker holds the back end that ``name`` says.
+    BACK_END = "back_end"
+    #: Any gateway hears heartbeats and can write them.
+    GATEWAY = "gateway"
+    #: The reaper can look.
+    REAPER = "reaper"
+
+
+class PresenceStore:
+    """Presence in SQL, by the database's clock."""
+
+    def __init__(self, database: Database, reap_interval_seconds: float) -> None:
+        self._database = database
+        self._gaps = {
+            Kind.BACK_END: BACK_END_GAP_SECONDS,
+            Kind.GATEWAY: _GATEWAY_GAP_SECONDS,
+            Kind.REAPER: _REAPER_GAPS * reap_interval_seconds,
+        }
+        now, ago = DatabaseTime(), DatabaseTime(sa.bindparam("p_gap", type_=sa.Double()))
+        since = sa.case((_TABLE.c.seen_at < ago, now), else_=_TABLE.c.since)
+        names: dict[str, object] = {name: sa.bindparam(f"p_{name}") for name in ("kind", "name")}
+        self._keep = (
+            database.insert(_TABLE)
+            .values(**names, since=now, seen_at=now)
+            .on_conflict_do_update(index_elements=["kind", "name"], set_={"since": since, "seen_at": now})
+        )
+
+    def keep_present(self, kind: Kind, name: str = "") -> None:
+        """Say "still here". After an absence longer than the kind's gap the presence starts anew."""
+        parameters = {"p_kind": kind.value, "p_name": name, "p_gap": -self._gaps[kind]}
+        with self._database.transaction() as connection:
+            connection.execute(self._keep, parameters)
+
+    def back_ends(self, executor: ExecutorType | None = None, connection: sa.Connection | None = None) -> list[BackEnd]:
+        """The back ends that are present: of one executor, or all. ``connection`` is the caller's transaction."""
+        names = sorted(name for _, name in self._present([Kind.BACK_END], connection))
+        return [one for one in map(BackEnd.parse, names) if executor in (None, one.executor)]
+
+    def may_judge(self, executor: str, timeout_seconds: float, connection: sa.Connection | None = None) -> bool:
+        """Whether a holder of this executor that was silent for the timeout is to be taken for lost.
+
+        ``connection`` is the caller's transaction, if it has one.
+        """
+        listeners = [Kind.REAPER] if executor == ExecutorType.INLINE else [Kind.REAPER, Kind.GATEWAY]
+        listening = self._present(listeners, connection)
+        return all(may_judge_silence(listening.get((kind, "")), timeout_seconds) for kind in listeners)
+
+    def _present(self, kinds: Collection[Kind], connection: sa.Connection | None) -> dict[tuple[Kind, str], float]:
+        """Who of these kinds is present, and for how many seconds without a gap until now."""
+        query = _SEEN.where(_TABLE.c.kind.in_(kinds))
+        with self._database.reading() if connection is None else nullcontext(connection) as reader:
+            return {
+                (Kind(kind), name): now - since
+                for kind, name, since, seen_at, now in reader.execute(query)
+                if seen_at >= now - self._gaps[Kind(kind)]
+            }

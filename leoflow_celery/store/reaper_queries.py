@@ -1,0 +1,70 @@
+"""What the reapers look at: live attempts that are silent, unlaunched or cancelled. Reads only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+
+from leoflow_celery.domain.attempt import AttemptId, attempt_name
+from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType
+from leoflow_celery.store import task_instance_sql
+from leoflow_celery.store.database import Database
+from leoflow_celery.store.views import TaskInstanceView
+
+
+class ReaperQueries:
+    """Queries over live rows only (a partial index serves them)."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def silent(self, heartbeat_timeout_seconds: float, page: int = 500) -> Iterator[TaskInstanceView]:
+        """Claimed attempts whose last heartbeat is older than the timeout."""
+        return self._live(task_instance_sql.is_silent(time.time() - heartbeat_timeout_seconds), page)
+
+    def waiting(self, at_least_seconds: float, page: int = 500) -> Iterator[TaskInstanceView]:
+        """Sent but unclaimed attempts, queued at least that long."""
+        return self._live(task_instance_sql.is_waiting(time.time() - at_least_seconds), page)
+
+    def cancelled(self, grace_seconds: float, page: int = 500) -> Iterator[TaskInstanceView]:
+        """Attempts asked to stop that have not stopped within the grace."""
+        return self._live(task_instance_sql.is_cancelled(time.time() - grace_seconds), page)
+
+    def expectations(self, executors: Collection[str]) -> dict[str, Expectation]:
+        """What must exist outside, per executor: every live attempt of it, in one query for all of them."""
+        found: dict[str, list[ExpectedAttempt]] = {executor: [] for executor in executors}
+        now = time.time()
+        with self._database.reading() as connection:
+            for row in connection.execute(task_instance_sql.expected(executors)):
+                attempt = AttemptId(row.task_instance_id, row.try_number, row.launch)
+                name, host = attempt_name(attempt, row.dag_id, row.task_id), _host(row.back_end)
+                expected = ExpectedAttempt(attempt, name, row.launched_at, row.holder is not None, host)
+                found[row.executor].append(expected)
+        return {executor: Expectation.of(now, attempts) for executor, attempts in found.items()}
+
+    def oldest_waiting(self) -> dict[str, float]:
+        """Since when the oldest task instance of each launch queue has waited for a worker; none for an empty one."""
+        with self._database.reading() as connection:
+            rows = connection.execute(task_instance_sql.oldest_waiting()).all()
+        return {name or QUEUE_OF[ExecutorType(executor)]: float(at) for executor, name, at in rows}
+
+    def _live(self, condition: task_instance_sql.Condition, page: int) -> Iterator[TaskInstanceView]:
+        """All that fit, the longest queued first, page by page: many that are in order must not hide one that is not.
+
+        What changes between two pages was in order a moment ago, or is looked at by the next sweep.
+        """
+        after: tuple[float, str, int] | None = None
+        while True:
+            with self._database.reading() as connection:
+                rows = connection.execute(task_instance_sql.live(condition, page, after)).mappings()
+                views = [TaskInstanceView.from_row(row) for row in rows]
+            yield from views
+            if len(views) < page:
+                return
+            after = (views[-1].queued_at, views[-1].task_instance_id, views[-1].try_number)
+
+
+def _host(back_end: str) -> str:
+    return BackEnd.parse(back_end).host if back_end else ""

@@ -1,0 +1,32 @@
+"""Looking at one try: completed when it has ended, its next launch sent when that is due."""
+
+from __future__ import annotations
+
+import time
+
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.store.views import TaskInstanceView
+from leoflow_celery.tasks.completion import Ended, complete_try
+from leoflow_celery.tasks.context import LeoflowTask
+
+
+def advance_try(task: LeoflowTask, task_instance_id: str, try_number: int) -> None:
+    """Do for a try what its state asks for now; safe to do any number of times."""
+    advance_view(task, task.services.store.attempts.get(task_instance_id, try_number))
+
+
+def advance_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None = None) -> None:
+    """The same for a try that was just read; ``ended`` spares reading its value again."""
+    if view.is_terminal:
+        complete_try(task.app, task.services, view, ended)
+    elif view.state is TaskState.QUEUED and view.sent_at is None and not view.needs_host:
+        _send_launch(task, view)
+
+
+def _send_launch(task: LeoflowTask, view: TaskInstanceView) -> None:
+    delay = view.send_after - time.time()
+    if delay > 0:
+        task.publisher.advance_try(view.task_instance_id, view.try_number, countdown_seconds=delay)
+        return
+    task.publisher.launch_again(view, task.services.store.relaunch_policy)
+    task.services.store.submissions.mark_sent([view.attempt])
