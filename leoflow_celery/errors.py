@@ -12,7 +12,8 @@
     ├── Unavailable               a server did not answer; the same call may work later
     │   ├── BrokerUnavailable
     │   ├── DatabaseUnavailable
-    │   └── GatewayUnavailable
+    │   ├── GatewayUnavailable
+    │   └── ClusterUnavailable
     ├── InvalidToken              an agent token that is expired, forged or foreign
     ├── DecryptionFailed                a payload sealed with a key this process does not have
     ├── ClaimRefused              the attempt may not run (again): terminal, superseded or held
@@ -89,8 +90,16 @@ class GatewayUnavailable(Unavailable):
     """The agent gateway did not answer."""
 
 
+class ClusterUnavailable(Unavailable):
+    """The Kubernetes API server did not answer, or not yet as it should."""
+
+
 class InvalidToken(LeoflowError):
-    """An agent token is not acceptable. ``reason`` is a metric label: missing, expired, malformed, forged, foreign."""
+    """An agent token is not acceptable.
+
+    ``reason`` is a metric label: missing, expired, malformed, forged, foreign, bound (renewed for another session) or
+    launch (good for Register only).
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)

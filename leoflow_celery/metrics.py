@@ -68,6 +68,8 @@ METRICS: dict[str, Metric] = {
     "leoflow_messages_refused_total": Metric(
         "counter", "Messages that a worker refused, by what is wrong with them.", ("queue", "kind")
     ),
+    "leoflow_dead_letters": Metric("gauge", "Dead letters that are kept."),
+    "leoflow_dead_letters_dropped_total": Metric("counter", "Dead letters that went to make room for newer ones."),
     "leoflow_claims_total": Metric("counter", "Claims, by granted or the reason of the refusal.", ("result",)),
     "leoflow_fenced_writes_total": Metric("counter", "Writes of holders that lost their claim.", ("kind",)),
     "leoflow_failures_total": Metric("counter", "Failed attempts.", ("reason", "class")),
@@ -233,6 +235,16 @@ def set_queue_oldest_age(queue: str, seconds: float) -> None:
 def record_refused(queue: str, kind: str) -> None:
     """A worker refused a message of a queue (``decoder.Kind``)."""
     _count("leoflow_messages_refused_total", queue, kind)
+
+
+def set_dead_letters(number: int) -> None:
+    """The dead letters that are kept."""
+    _set("leoflow_dead_letters", number)
+
+
+def record_dead_letters_dropped(number: int) -> None:
+    """So many dead letters went to make room for newer ones."""
+    _registered().of("leoflow_dead_letters_dropped_total").inc(number)
 
 
 # Back ends and gateway

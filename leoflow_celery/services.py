@@ -93,7 +93,8 @@ class Services:
     @once
     def tokens(self) -> TokenIssuer:
         security = self.settings.security
-        return TokenIssuer(security.jwt_secret.get_secret_value(), security.agent_token_ttl_seconds)
+        secrets = security.jwt_secret.get_secret_value()
+        return TokenIssuer(secrets, security.agent_token_ttl_seconds, security.agent_token_renewed_ttl_seconds)
 
     @once
     def inline(self) -> InlineHttpExecutor:

@@ -45,6 +45,17 @@ class BrokerSettings(BaseSettings):
     socket_timeout_seconds: float = 5
     #: How long a result is kept for AsyncResult.get().
     result_expires_seconds: int = 7 * 24 * 3600
+    #: A larger message is refused before it is read. A request may have 1 MiB, which sealing and base64 make 2.
+    max_message_bytes: int = Field(default=8 * 1024 * 1024, ge=1_024)
+    #: A message whose ``eta`` is further ahead is refused: a worker holds it until then, in memory.
+    max_delay_seconds: float = Field(default=24 * 3600, gt=0)
+    #: Which commands of ``celery control`` workers obey: those that ask (``celery inspect``, Flower), or all of them.
+    #: Everybody who can write to the broker can send them, and the others end, stop or redirect workers.
+    remote_control: Literal["inspect", "all"] = "inspect"
+    #: Refused messages that are kept to be looked at; the oldest one goes for the newest.
+    dead_letters: int = Field(default=1_000, ge=1)
+    #: Of a larger one only the beginning is kept, and it cannot be sent again.
+    dead_letter_max_bytes: int = Field(default=65_536, ge=1_024)
 
 
 class DatabaseSettings(BaseSettings):
@@ -63,12 +74,17 @@ class SecuritySettings(BaseSettings):
 
     model_config = _config("LEOFLOW_")
 
-    #: Signs agent tokens (HS256, at least 32 bytes).
+    #: Secrets of agent tokens (HS256, at least 32 bytes each), comma separated, newest first: the first signs, each of
+    #: them verifies (rotation).
     jwt_secret: SecretStr = SecretStr("")
-    #: Fernet keys, comma separated, newest first: the first seals, all of them open (rotation).
+    #: Fernet keys, comma separated, newest first: the first seals, all of them open (rotation). A launch worker has
+    #: those of its queue only, as ``leoflow keys --for docker`` prints them: ``docker:KEY``.
     seal_keys: SecretStr = SecretStr("")
-    #: Lifetime of an agent token. Longer than any task may wait and run; the claim, not the token, ends access.
+    #: Lifetime of the token an agent is launched with. Longer than any task may wait and run; the claim, not the token,
+    #: ends access, and an agent that renews can use it for Register only.
     agent_token_ttl_seconds: int = 7 * 24 * 3600
+    #: Lifetime of the tokens that such an agent gets from then on; heartbeats bring the next one after a third of it.
+    agent_token_renewed_ttl_seconds: Annotated[float, Field(gt=0)] = 15 * 60
 
 
 def _parse_names(value: Any) -> Any:
@@ -115,6 +131,8 @@ class GatewaySettings(BaseSettings):
     secret_timeout_seconds: Annotated[float, Field(gt=0)] = 15
     #: A holder silent for longer can be replaced. Six heartbeats.
     lease_seconds: float = 90
+    #: For how long after its end a holder may repeat its report and send its last log lines.
+    ended_access_seconds: Annotated[float, Field(ge=0)] = 300
     #: Heartbeats are written to SQL together, this often.
     heartbeat_flush_seconds: float = 1.0
     #: Threads that talk to SQL.
@@ -218,6 +236,10 @@ class KubernetesSettings(BaseSettings):
     #: How the agent's token and environment reach the pod: a Secret that the pod owns, or plain values in the pod's
     #: specification (one API call less, and readable for everyone who may read pods).
     agent_environment: Literal["secret", "plain"] = "secret"
+    #: Where the agent has its token from. ``secret``: it comes with its environment, as above. ``exchange``: the pod
+    #: has none; its agent shows the gateway a token of the pod's service account and gets the attempt's token for it.
+    #: The gateway needs the same setting: it asks the cluster which pod that is.
+    agent_token: Literal["secret", "exchange"] = "secret"  # noqa: S105 - a place
     #: YAML or JSON of a Pod, merged over our defaults for all pods of this queue (strategic merge); requests go on top.
     pod_template: Path | None = None
     #: Containers cannot write but to /tmp, /staging and other volumes.
@@ -246,6 +268,11 @@ class KubernetesSettings(BaseSettings):
     page_size: int = 500
     #: Last lines of a pod that died without its agent reporting.
     log_tail_lines: int = 50
+
+    @property
+    def exchanges_tokens(self) -> bool:
+        """Whether pods hold no token."""
+        return self.agent_token == "exchange"  # noqa: S105 - a place
 
 
 class DockerSettings(BaseSettings):

@@ -76,6 +76,20 @@ ROWS: dict[str, list[Panel]] = {
                 "{{reason}}": rate("leoflow_tasks_undispatchable_total", "reason"),
             },
         ),
+        Panel(
+            "Messages refused",
+            "ops",
+            {"{{queue}}: {{kind}}": rate("leoflow_messages_refused_total", "queue, kind")},
+            text="Each is a dead letter: leoflow dead-letters list.",
+        ),
+        Panel(
+            "Dead letters",
+            "short",
+            {
+                "kept": "max(leoflow_dead_letters)",
+                "dropped in an hour": "sum(increase(leoflow_dead_letters_dropped_total[1h]))",
+            },
+        ),
     ],
     "Agents and gateway": [
         Panel("Claims", "ops", {"{{result}}": rate("leoflow_claims_total", "result")}),

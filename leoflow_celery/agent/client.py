@@ -26,13 +26,25 @@ from leoflow_celery.errors import (
     LeoflowError,
     NotFound,
 )
-from leoflow_celery.protocol.service import AUTHORIZATION_KEY, METHODS, REFUSED_KEY, SESSION_KEY, serialize
+from leoflow_celery.protocol import agent_pb2 as pb
+from leoflow_celery.protocol.service import (
+    AUTHORIZATION_KEY,
+    CAPABILITIES_KEY,
+    METHODS,
+    REFUSED_KEY,
+    RENEWS_TOKEN,
+    SESSION_KEY,
+    TOKEN_KEY,
+    serialize,
+)
 
 T = TypeVar("T")
 
 #: One call may take this long before it counts as unanswered.
 CALL_TIMEOUT_SECONDS = 20.0
 _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 2.0
+#: A token that is refused sooner after its exchange will not be better after the next one.
+_EXCHANGE_AGAIN_SECONDS = 10.0
 _OPTIONS: list[tuple[str, Any]] = [
     # A restarted gateway is found again within a second or two.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -109,13 +121,75 @@ def open_channel(config: AgentConfig) -> grpc.aio.Channel:
 
 
 class ControlPlane:
-    """The nine methods of AgentService, as one holder."""
+    """The methods of AgentService, as one holder.
+
+    An agent without a token first exchanges what its pod's file holds for the token of the launch, and again when that
+    was refused (it has expired). No token is ever written down.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, config: AgentConfig) -> None:
         self._channel = channel
         #: When a unary call was last answered (monotonic): the control plane was there.
         self.answered_at = 0.0
-        self._metadata = ((AUTHORIZATION_KEY, f"Bearer {config.token}"), (SESSION_KEY, config.session))
+        self._session = config.session
+        self._launch_token = self._token = config.token
+        self._token_path, self._exchanged_at = config.token_path, float("-inf")
+        self._registration = pb.RegisterRequest()
+        self._registering = asyncio.Lock()
+
+    async def register(self, request: pb.RegisterRequest) -> None:
+        """Claim the attempt. Answered with a token, all later calls use that.
+
+        Raises:
+            What ``call`` raises.
+        """
+        self._registration = request
+        if not self._launch_token:
+            await self._exchange()
+        try:
+            _, trailing = await self._unary("Register", request, self._launch_token)
+        except InvalidToken:
+            if not self._may_exchange:
+                raise
+            await self._exchange()
+            _, trailing = await self._unary("Register", request, self._launch_token)
+        self.use_token(str(trailing.get(TOKEN_KEY, "")))
+
+    def use_token(self, token: str) -> None:
+        """The token of every call from now on; empty: keep the one there is."""
+        self._token = token or self._token
+
+    async def token_again(self, refused: str) -> bool:
+        """Another token than the one that was refused, by registering or exchanging once more; False without one.
+
+        A renewed token lives for minutes: after a longer absence of the control plane it has expired, and the token of
+        the launch still says who we are.
+
+        Raises:
+            What ``call`` raises.
+        """
+        async with self._registering:
+            if self._token == refused != self._launch_token:
+                await self.register(self._registration)
+            elif self._token == refused and self._may_exchange:
+                await self._exchange()
+            return self._token != refused
+
+    @property
+    def _may_exchange(self) -> bool:
+        return bool(self._token_path) and time.monotonic() - self._exchanged_at >= _EXCHANGE_AGAIN_SECONDS
+
+    async def _exchange(self) -> None:
+        """Show what the pod's file holds for the token of the launch."""
+        proof = _read_proof(self._token_path)
+        try:
+            answer, _ = await self._unary("ExchangeToken", pb.ExchangeTokenRequest(), proof)
+        except CallRefused as error:
+            raise InvalidToken("refused", f"the control plane gives this pod no token: {error}") from error
+        if not answer.agent_token:
+            raise InvalidToken("refused", "the control plane answered the exchange without a token")
+        self._launch_token = self._token = answer.agent_token
+        self._exchanged_at = time.monotonic()
 
     async def call(self, name: str, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         """One unary call, with further metadata beside ours.
@@ -123,27 +197,54 @@ class ControlPlane:
         Raises:
             GatewayUnavailable, InvalidToken, ClaimRefused, Fenced, NotFound, CallRefused: see ``map_error``.
         """
+        token = self._token
+        try:
+            answer, _ = await self._unary(name, request, token, metadata)
+        except InvalidToken:
+            if not await self.token_again(token):
+                raise
+            answer, _ = await self._unary(name, request, self._token, metadata)
+        return answer
+
+    async def _unary(
+        self, name: str, request: Any, token: str, metadata: Sequence[tuple[str, str]] = ()
+    ) -> tuple[Any, dict[str, Any]]:
         method = METHODS[name]
         stub = self._channel.unary_unary(method.path, serialize, method.response.FromString)
+        sent: Any = stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=(*self._metadata(token), *metadata))
         try:
-            answer = await stub(request, timeout=CALL_TIMEOUT_SECONDS, metadata=(*self._metadata, *metadata))
+            answer = await sent
+            trailing = dict(await sent.trailing_metadata() or ())
         except grpc.aio.AioRpcError as error:
             raise _mapped(error) from error
         self.answered_at = time.monotonic()
-        return answer
+        return answer, trailing
+
+    def _metadata(self, token: str) -> Sequence[tuple[str, str]]:
+        own = ((SESSION_KEY, self._session), (CAPABILITIES_KEY, RENEWS_TOKEN))
+        return ((AUTHORIZATION_KEY, f"Bearer {token}"), *own)
 
     def open_log_stream(self) -> LogStream:
         """A new StreamLogs call."""
         method = METHODS["StreamLogs"]
         stub: Any = self._channel.stream_stream(method.path, None, method.response.FromString)
-        return LogStream(stub(metadata=self._metadata))
+        return LogStream(stub(metadata=self._metadata(self._token)), self._token)
+
+
+def _read_proof(path: str) -> str:
+    """The service account's token, as it is now: the kubelet replaces it."""
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"LEOFLOW_AGENT_TOKEN_PATH={path} cannot be read: {error}") from error
 
 
 class LogStream:
     """One StreamLogs call; lines go in serialized, acknowledged line numbers come out."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, call: Any, token: str) -> None:
+        """``token`` is the one that it was opened with."""
+        self._call, self.token = call, token
 
     async def send(self, line: bytes) -> bool:
         """Send one line; False when the stream is over (``acks`` says why)."""

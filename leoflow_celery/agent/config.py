@@ -19,8 +19,11 @@ class AgentConfig:
     """Where the control plane is, who we are, and the agent's limits."""
 
     address: str
+    #: Empty: it is exchanged for what ``token_path`` holds.
     token: str = field(repr=False)
     task_instance_id: str
+    #: A file with a token of the pod's service account, which the kubelet replaces from time to time.
+    token_path: str = ""
     insecure: bool = True
     tls_ca: str = ""
     #: Interpreter of python tasks.
@@ -41,7 +44,7 @@ class AgentConfig:
     #: Whether an interruption that is no cancellation is left to the executor to report: it sees why (an eviction, …).
     leave_interruption: bool = False
     #: The holder of the claim: one per agent process, the same in every call.
-    session: str = field(default_factory=lambda: uuid.uuid4().hex)
+    session: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> AgentConfig:
@@ -50,10 +53,12 @@ class AgentConfig:
         Raises:
             ConfigurationError: a variable is missing, no number or neither true nor false; the text names it.
         """
+        path = environ.get("LEOFLOW_AGENT_TOKEN_PATH", "").strip()
         return cls(
             address=_required(environ, "LEOFLOW_CONTROL_PLANE_ADDR"),
-            token=_required(environ, "LEOFLOW_AGENT_TOKEN"),
+            token=environ.get("LEOFLOW_AGENT_TOKEN", "").strip() if path else _required(environ, "LEOFLOW_AGENT_TOKEN"),
             task_instance_id=_required(environ, "LEOFLOW_TASK_INSTANCE_ID"),
+            token_path=path,
             insecure=environ.get("LEOFLOW_AGENT_INSECURE", "").strip().lower() != "false",
             tls_ca=environ.get("LEOFLOW_AGENT_TLS_CA", ""),
             python=environ.get("LEOFLOW_PYTHON") or sys.executable,

@@ -58,5 +58,6 @@ class Heartbeat:
         except LeoflowError as error:
             log.warning("heartbeat refused: %s", error)
         else:
+            self._plane.use_token(answer.renewed_token)
             if answer.should_terminate:
                 self._stop.ask(FailureReason.CANCELLED, CANCELLED)

@@ -85,7 +85,7 @@ class Agent:
 
     async def _register(self) -> None:
         request = pb.RegisterRequest(agent_version=AGENT_VERSION, hostname=socket.gethostname())
-        await retried(lambda: self._plane.call("Register", request), self._patience())
+        await retried(lambda: self._plane.register(request), self._patience())
 
     def _never_started(self, error: LeoflowError) -> int:
         log.error("not running: %s", error)

@@ -107,6 +107,14 @@ class LogShipper:
 
     async def _stream_once(self) -> None:
         stream = self._plane.open_log_stream()
+        try:
+            await self._ship(stream)
+        except InvalidToken as error:
+            if not await self._plane.token_again(stream.token):
+                raise
+            raise GatewayUnavailable("the token of the log stream has expired") from error
+
+    async def _ship(self, stream: LogStream) -> None:
         self._cursor = self._spool.first
         sender = asyncio.create_task(self._send(stream))
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from celery import Celery
 
+from leoflow_celery.app import transport
 from leoflow_celery.app.config import INCLUDE_OF_QUEUE, celery_config
 from leoflow_celery.app.extras import steps_of
 from leoflow_celery.services import Services
@@ -60,6 +61,7 @@ def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
         ConfigurationError: a setting is wrong.
     """
     settings = settings or Settings.load()
+    transport.register()
     include = sorted({module for queue in queues for module in INCLUDE_OF_QUEUE[queue]})
     app = LeoflowCelery("leoflow_celery", include=include, set_as_current=bool(queues))
     app.settings = settings

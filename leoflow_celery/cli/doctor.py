@@ -25,7 +25,7 @@ class Finding:
         return asdict(self)
 
 
-CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends")
+CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "exchange")
 
 
 def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CHECKS) -> list[Finding]:
@@ -49,6 +49,8 @@ def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CH
         findings.append(_workers(settings, findings))
     if "backends" in only:
         findings.append(_back_ends(settings, findings))
+    if "exchange" in only and (settings.kubernetes.exchanges_tokens or len(only) < len(CHECKS)):
+        findings.append(_guarded("exchange", lambda: check_exchange(settings)))
     return findings
 
 
@@ -141,7 +143,7 @@ def check_database(settings: Settings) -> Finding:
 
 
 def check_broker(settings: Settings) -> Finding:
-    """The broker takes a connection."""
+    """The broker takes a connection, and whether there are dead letters."""
     from kombu.exceptions import OperationalError
 
     from leoflow_celery.app import create_app
@@ -157,7 +159,19 @@ def check_broker(settings: Settings) -> Finding:
         return Finding("broker", False, text)
     finally:
         app.close()
-    return Finding("broker", True, f"{address} answers")
+    return Finding("broker", True, f"{address} answers{_dead_letters(settings)}")
+
+
+def _dead_letters(settings: Settings) -> str:
+    """What a system that works may still have left behind."""
+    from leoflow_celery.queueing.dead_letters import DeadLetters
+
+    letters = DeadLetters(settings)
+    try:
+        number = letters.count()
+    finally:
+        letters.close()
+    return f"; dead letters: {number}, look at 'leoflow dead-letters list'" if number else "; there are no dead letters"
 
 
 def check_gateway(settings: Settings, ca: Path | None = None) -> Finding:
@@ -244,6 +258,27 @@ def check_back_ends(settings: Settings) -> Finding:
         return Finding("backends", True, f"none is needed: the {standard} executor runs tasks in its own worker")
     names = ", ".join(map(str, back_ends))
     return Finding("backends", True, f"{names} announced within the last {seconds} s")
+
+
+def check_exchange(settings: Settings) -> Finding:
+    """The cluster lets us ask whose tokens agents present, when their pods hold none."""
+    from leoflow_celery.gateway.exchange import open_reviewer
+
+    try:
+        reviewer = open_reviewer(settings)
+    except ConfigurationError as error:
+        text = f"not asked: this process does not reach the cluster ({error}); ask where the gateway runs"
+        return Finding("exchange", True, text)
+    if reviewer is None:
+        return Finding("exchange", True, "not needed: LEOFLOW_KUBERNETES_AGENT_TOKEN is not 'exchange'")
+    try:
+        missing = reviewer.missing_rights()
+    finally:
+        reviewer.close()
+    if missing:
+        text = f"the API server does not let this process {' or '.join(missing)}, as the gateway has to; grant it"
+        return Finding("exchange", False, text)
+    return Finding("exchange", True, f"tokens of pods in namespace {reviewer.namespace} can be exchanged from here")
 
 
 #: What a worker of these executors talks to.

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leoflow_celery.cli import inspect, runs, serve, setup, staging
+from leoflow_celery.cli import dead_letters, inspect, runs, serve, setup, staging
 from leoflow_celery.cli.lite import commands as lite
 from leoflow_celery.errors import LeoflowError
 
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(lite.app, name="lite")
 app.add_typer(serve.db_app, name="db")
+app.add_typer(dead_letters.app, name="dead-letters")
 _COMMANDS: tuple[Callable[..., None], ...] = (
     runs.run,
     runs.submit,

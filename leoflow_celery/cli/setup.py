@@ -77,7 +77,7 @@ def doctor(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="CHECK", help="Only this check: keys, database, broker, gateway or workers."),
+        typer.Option("--only", metavar="CHECK", help="Only this check: keys, database, broker, gateway, workers, …"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -113,6 +113,19 @@ CLASS_OF: dict[FailureReason, FailureClass] = {
 }
 
 
+#: The system's failures after which no code of the user ever ran: the same request can be sent again.
+NOT_LAUNCHED = frozenset(
+    {
+        _R.LAUNCH_FAILED,
+        _R.LAUNCH_LOST,
+        _R.QUEUED_TIMEOUT,
+        _R.UNSCHEDULABLE,
+        _R.IMAGE_PULL_FAILED,
+        _R.CONTAINER_CREATE_FAILED,
+    }
+)
+
+
 def parse_reason(text: str | None, default: FailureReason = FailureReason.NON_ZERO_EXIT) -> FailureReason:
     """The reason a writer named, or ``default`` for one that names none or one we do not know."""
     try:

@@ -30,7 +30,7 @@ def check(data: Any) -> None:
     Raises:
         ValueError: says what is wrong with it, and never repeats it.
     """
-    if _is_deeper(data, MAX_DEPTH):
+    if is_deeper(data, MAX_DEPTH):
         raise ValueError(_TOO_DEEP)
     try:
         json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
@@ -50,7 +50,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number that JSON knows; send text or null instead")
 
 
-def _is_deeper(data: Any, levels: int) -> bool:
+def is_deeper(data: Any, levels: int) -> bool:
     """Whether lists and objects are nested more than so many levels; level by level, so depth costs no stack."""
     level = [data]
     for _ in range(levels):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.expectation import Expectation
@@ -20,12 +20,24 @@ def kill_grace_seconds(termination_grace_seconds: float) -> float:
     return max(termination_grace_seconds - _LAST_WORDS_SECONDS, termination_grace_seconds / 2)
 
 
+class Sealing(Protocol):
+    """Makes text that only holders of a key can make and read (``security.Sealer``)."""
+
+    def seal(self, value: dict[str, Any]) -> str: ...
+
+    def open(self, sealed: str) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchSpec:
-    """One attempt to start: its identity and the request with ``agent_token`` and ``control_plane_addr`` filled in."""
+    """One attempt to start: its identity and the request with ``agent_token`` and ``control_plane_addr`` filled in.
+
+    ``sealing`` is for an executor that vouches for what it started.
+    """
 
     request: TaskRequest
     attempt: AttemptId
+    sealing: Sealing | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:

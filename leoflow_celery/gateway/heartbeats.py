@@ -1,8 +1,8 @@
 """Heartbeats: answered from memory, written to SQL together, and the look for holders that must stop.
 
-A call costs no SQL. Once per interval one thread renews the claims of everybody who called, looks at the holders whose
-log streams are open, and the findings are what the next calls answer. A database that is away loses no beat: they are
-written when it is back.
+A call of a holder that is known here costs no SQL; the first one of another holder asks once whether it is one. Once
+per interval one thread renews the claims of everybody who called, looks at the holders whose log streams are open, and
+the findings are what the next calls answer. A database that is away loses no beat: they are written when it is back.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 
 from leoflow_celery import metrics
 from leoflow_celery.errors import Unavailable
-from leoflow_celery.gateway.callers import Caller
-from leoflow_celery.gateway.claims import Claims
-from leoflow_celery.gateway.registry import HolderRegistry, Stop
+from leoflow_celery.gateway.sessions import Caller, Claims, HolderRegistry, Standing, Stop
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
+from leoflow_celery.security import TokenIssuer
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat, BeatVerdicts
 from leoflow_celery.store.presence import Kind
@@ -39,17 +38,22 @@ class Heartbeats:
     def __init__(
         self,
         store: Store,
+        tokens: TokenIssuer,
         registry: HolderRegistry,
         claims: Claims,
         threads: Threads,
         *,
+        gateway: str,
         lease_seconds: float,
         flush_seconds: float,
+        ended_access_seconds: float,
         on_database: Callable[[bool], object] = lambda _: None,
     ) -> None:
-        """``on_database`` is told after every flush whether SQL answered."""
-        self._store, self._registry, self._claims, self._threads = store, registry, claims, threads
+        """``gateway`` is this process's id; ``on_database`` is told after every flush whether SQL answered."""
+        self._store, self._tokens, self._registry, self._claims = store, tokens, registry, claims
+        self._threads, self._gateway = threads, gateway
         self._lease_seconds, self._flush_seconds = lease_seconds, flush_seconds
+        self._ended_access_seconds = ended_access_seconds
         self._on_database = on_database
         self._pending: dict[str, Beat] = {}
         self._said_present = float("-inf")
@@ -58,16 +62,34 @@ class Heartbeats:
     async def heartbeat(self, caller: Caller, _request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Take a beat. Custom metrics are dropped: user code has better places for them."""
         try:
-            holder = caller.holder or (await self._claims.identify(caller)).holder
+            caller = caller if caller.holder else await self._claims.identify(caller)
+            why = await self._why_stopped(caller)
         except Unavailable:
-            return _answer(False)
-        # Nobody without a session holds the attempt: the caller lost it to somebody else.
-        why = self._registry.why_stopped(holder) if holder else Stop.FENCED
-        if why is None or why is Stop.CANCELLED:
-            self._pending[holder] = Beat(caller.attempt, holder)
+            why = None
+        if caller.holder and (why is None or why is Stop.CANCELLED):
+            self._pending[caller.holder] = Beat(caller.attempt, caller.holder)
         elif why is Stop.FENCED:
             metrics.record_fenced("heartbeat")
-        return _answer(why is not None)
+        answer = pb.HeartbeatResponse(should_terminate=why is not None)
+        answer.server_time.FromNanoseconds(time.time_ns())
+        if caller.renews and caller.identity.renew_at <= time.time() and self._registry.is_granted(caller.holder):
+            answer.renewed_token = self._tokens.renew(caller.identity, caller.holder)
+        return answer
+
+    async def _why_stopped(self, caller: Caller) -> Stop | None:
+        """Why the caller must stop, None when it need not.
+
+        Raises:
+            Fenced: the attempt ended long ago.
+        """
+        if self._registry.is_granted(caller.holder, self._lease_seconds):
+            return self._registry.why_stopped(caller.holder)
+        stopped = self._registry.why_stopped(caller.holder)
+        found = await self._claims.refuse_after_the_end(caller)
+        if found is not Standing.HOLDER:
+            return Stop.ENDED if found is Standing.ENDED else Stop.FENCED
+        self._registry.revive(caller.holder, stopped)
+        return self._registry.why_stopped(caller.holder)
 
     async def run(self) -> None:
         """Flush every interval, and once more after ``stop`` was called."""
@@ -75,6 +97,8 @@ class Heartbeats:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), self._flush_seconds)
             await self.flush()
+        with contextlib.suppress(Unavailable):  # else its absence says it
+            await self._threads.store(self._store.presence.leave, Kind.GATEWAY, self._gateway)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -82,6 +106,7 @@ class Heartbeats:
     async def flush(self) -> None:
         """Write the beats taken so far and act on what was found. Never raises."""
         beats, self._pending = self._pending, {}
+        self._registry.end_late_streams(time.monotonic() - self._ended_access_seconds)
         metrics.set_agents_connected(self._registry.stream_count)
         watched = [beat for beat in self._registry.watched() if beat.holder not in beats]
         loop = asyncio.get_running_loop()
@@ -96,8 +121,11 @@ class Heartbeats:
             log.exception("heartbeats could not be written", extra={"beats": len(beats)})
             self._keep(beats)
         else:
+            self._registry.database_is_away = False
             self._on_database(True)
             self._act(verdicts)
+            lost = frozenset().union(*(verdict.fenced for verdict in verdicts))
+            self._registry.confirm(*(holder for holder in beats if holder not in lost))
 
     def _look(self, beats: Collection[Beat], watched: Collection[Beat]) -> tuple[BeatVerdicts, ...]:
         # After the beats: who finds a gateway present may trust that earlier beats are written.
@@ -107,16 +135,21 @@ class Heartbeats:
         if not found:
             self._store.claims.ping()
         if time.monotonic() - self._said_present > _PRESENCE_SECONDS:
+            if self._said_present < 0:
+                self._store.presence.leave(Kind.GATEWAY, self._gateway)
             self._store.presence.keep_present(Kind.GATEWAY)
+            self._store.presence.keep_present(Kind.GATEWAY, self._gateway)
             self._said_present = time.monotonic()
         return tuple(found)
 
     async def _report_when_stuck(self, work: asyncio.Future[Any]) -> None:
         done, _ = await asyncio.wait({work}, timeout=_STUCK_SECONDS)
         if not done:
+            self._registry.database_is_away = True
             self._on_database(False)
 
     def _keep(self, beats: dict[str, Beat]) -> None:
+        self._registry.database_is_away = True
         self._on_database(False)
         self._pending = beats | self._pending
 
@@ -126,9 +159,3 @@ class Heartbeats:
                 self._registry.stop(holder, Stop.FENCED)
             for holder in verdict.cancelled:
                 self._registry.stop(holder, Stop.CANCELLED)
-
-
-def _answer(should_terminate: bool) -> pb.HeartbeatResponse:
-    response = pb.HeartbeatResponse(should_terminate=should_terminate)
-    response.server_time.FromNanoseconds(time.time_ns())
-    return response

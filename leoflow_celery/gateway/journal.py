@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
+from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.gateway.log_lines import Replay, record_of
-from leoflow_celery.gateway.recent import Recent
+from leoflow_celery.gateway.sessions import Recent
 from leoflow_celery.gateway.threads import LOG_THREADS
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.store.logs import LogKey, LogStore, LogWriter
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 _GATHER_SECONDS = 0.05
 #: Above this much waiting for the disk, a stream is not read on.
 _MAX_WAITING_BYTES = 256 * 1024
+#: How long a report, or the next holder of a log, waits for a write that is under way.
+_SLOW_DISK_SECONDS = 5.0
 #: What a line costs in memory beside its text.
 _LINE_OVERHEAD_BYTES = 200
 
@@ -31,15 +35,15 @@ _LINE_OVERHEAD_BYTES = 200
 class HolderLog:
     """The lines of one holder between the wire and the disk; shared by its streams when it has several."""
 
-    def __init__(self, holder: str, key: LogKey, received: int, compare: bool) -> None:
+    def __init__(self, holder: str, key: LogKey, attempt: AttemptId, received: int, compare: bool) -> None:
         """``received``: the last line taken earlier. ``compare``: lines on disk may come again (see ``Replay``)."""
-        self.holder, self.key = holder, key
+        self.holder, self.key, self.attempt = holder, key, attempt
         self.received = self.written = received
         self.error: OSError | None = None
         self.listeners: set[asyncio.Event] = set()
         self.room = asyncio.Event()
         self.room.set()
-        self.busy = False
+        self.busy = self.fenced = False
         self.waiting: list[pb.LogLine] = []
         self._waiting_bytes = 0
         self._compare = compare
@@ -52,8 +56,8 @@ class HolderLog:
         return not self.busy and not self.waiting
 
     def take(self, line: pb.LogLine) -> bool:
-        """Keep a line for the next write; False for one that was taken before, or after a write that failed."""
-        if self.error is not None or 0 < line.line_number <= self.received:
+        """Keep a line for the next write; False for one that was taken before, after a write that failed or a fence."""
+        if self.fenced or self.error is not None or 0 < line.line_number <= self.received:
             return False
         self.received = max(self.received, line.line_number)
         self.waiting.append(line)
@@ -62,6 +66,12 @@ class HolderLog:
             self.room.clear()
         return True
 
+    def fence(self) -> None:
+        """Somebody else writes this log now: nothing is taken any more, and what waits is dropped."""
+        self.fenced = True
+        self.waiting, self._waiting_bytes = [], 0
+        self.room.set()
+
     def begin_write(self) -> list[pb.LogLine]:
         lines, self.waiting, self._waiting_bytes = self.waiting, [], 0
         self.busy = True
@@ -69,6 +79,8 @@ class HolderLog:
 
     def write(self, store: LogStore, lines: Sequence[pb.LogLine]) -> OSError | None:
         """Append lines to the file; called in a thread, by one at a time."""
+        if self.fenced:
+            return None
         try:
             if self._writer is None:
                 self._writer = store.writer(self.key)
@@ -83,7 +95,9 @@ class HolderLog:
 
     def end_write(self, lines: Sequence[pb.LogLine], error: OSError | None) -> None:
         self.busy = False
-        if error is None:
+        if self.fenced:
+            pass  # whoever sent them holds nothing any more, and hears nothing of them
+        elif error is None:
             self.written = max(self.written, *(line.line_number for line in lines))
         else:
             self.error = error
@@ -102,6 +116,10 @@ class HolderLog:
             self._writer = None
 
 
+def _try_of(attempt: AttemptId) -> tuple[str, int]:
+    return attempt.task_instance_id, attempt.try_number
+
+
 class Journal:
     """All logs that are being written. Used on the event loop; the writing happens in ``pool``."""
 
@@ -110,21 +128,25 @@ class Journal:
         self._logs: dict[str, HolderLog] = {}
         #: Logs of streams whose numbers begin anew with each stream: nobody else may find them.
         self._unnumbered: set[HolderLog] = set()
+        self._of_try: defaultdict[tuple[str, int], set[HolderLog]] = defaultdict(set)
         self._dirty: set[HolderLog] = set()
         self._work = asyncio.Event()
         #: The last line of holders whose streams are closed; they may come back.
         self._received: Recent[str, int] = Recent()
 
-    def open(self, holder: str, key: LogKey, listener: asyncio.Event, *, numbered: bool) -> HolderLog:
+    def open(
+        self, holder: str, key: LogKey, attempt: AttemptId, listener: asyncio.Event, *, numbered: bool
+    ) -> HolderLog:
         """The log of a holder. ``numbered``: its line numbers go on counting when a stream is opened again."""
         entry = self._logs.get(holder) if numbered else None
-        if entry is None or entry.error is not None:
+        if entry is None or entry.error is not None or entry.fenced:
             received = self._received.get(holder) if numbered else None
-            entry = HolderLog(holder, key, received or 0, compare=received is None)
+            entry = HolderLog(holder, key, attempt, received or 0, compare=received is None)
             if numbered:
                 self._logs[holder] = entry
             else:
                 self._unnumbered.add(entry)
+            self._of_try[_try_of(attempt)].add(entry)
         entry.listeners.add(listener)
         return entry
 
@@ -132,6 +154,27 @@ class Journal:
         """A stream is over; what it brought is still written."""
         entry.listeners.discard(listener)
         self._close_if_unused(entry)
+
+    async def fence(self, attempt: AttemptId, holder: str) -> None:
+        """``holder`` writes the log of the try from now on: after this, no line of whoever had it before lands."""
+        others = [entry for entry in self._of_try.get(_try_of(attempt), ()) if entry.holder != holder]
+        for entry in others:
+            entry.fence()
+        await self._until(lambda: not any(entry.busy for entry in others))
+
+    async def settle(self, attempt: AttemptId, holder: str) -> None:
+        """Until what was taken of a holder is on disk, or its disk was slow for too long."""
+        mine = [entry for entry in self._of_try.get(_try_of(attempt), ()) if entry.holder == holder]
+        await self._until(lambda: all(entry.idle for entry in mine))
+
+    @staticmethod
+    async def _until(condition: Callable[[], bool], patience_seconds: float = _SLOW_DISK_SECONDS) -> bool:
+        deadline = asyncio.get_running_loop().time() + patience_seconds
+        while not condition():
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(_GATHER_SECONDS / 5)
+        return True
 
     def take(self, entry: HolderLog, line: pb.LogLine) -> None:
         """Keep a line until the next write."""
@@ -177,6 +220,10 @@ class Journal:
         entry.close()
         self._dirty.discard(entry)
         self._unnumbered.discard(entry)
+        of_try = self._of_try[_try_of(entry.attempt)]
+        of_try.discard(entry)
+        if not of_try:
+            del self._of_try[_try_of(entry.attempt)]
         if self._logs.get(entry.holder) is not entry:
             return
         del self._logs[entry.holder]
@@ -188,12 +235,9 @@ class Journal:
 
     async def drain(self, patience_seconds: float) -> None:
         """Until everything taken is on disk, or the patience is over."""
-        deadline = asyncio.get_running_loop().time() + patience_seconds
-        while not all(entry.idle for entry in (*self._logs.values(), *self._unnumbered)):
-            if asyncio.get_running_loop().time() > deadline:
-                log.warning("log lines that were not acknowledged are left unwritten")
-                return
-            await asyncio.sleep(_GATHER_SECONDS / 5)
+        entries = (*self._logs.values(), *self._unnumbered)
+        if not await self._until(lambda: all(entry.idle for entry in entries), patience_seconds):
+            log.warning("log lines that were not acknowledged are left unwritten")
 
     def close(self) -> None:
         for entry in (*self._logs.values(), *self._unnumbered):

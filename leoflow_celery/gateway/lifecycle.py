@@ -9,15 +9,16 @@ from leoflow_celery.domain.outcome import MAX_MESSAGE_CHARACTERS, Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, Fenced
-from leoflow_celery.gateway.callers import Caller, ForeignHolders
+from leoflow_celery.gateway.journal import Journal
 from leoflow_celery.gateway.notify import Notifier
-from leoflow_celery.gateway.refusals import InvalidArgument
-from leoflow_celery.gateway.registry import HolderRegistry, Stop
+from leoflow_celery.gateway.rpc import Answer, InvalidArgument
+from leoflow_celery.gateway.sessions import Caller, Claims, ForeignHolders, HolderRegistry, Standing, Stop
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
+from leoflow_celery.protocol.service import TOKEN_KEY
+from leoflow_celery.security import TokenIssuer
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import FinishCondition
-from leoflow_celery.store.logs import LogKey
 from leoflow_celery.store.views import Finished, TaskInstanceView
 
 _MAX_HOSTNAME_CHARACTERS = 255
@@ -45,28 +46,27 @@ def outcome_of(request: pb.ReportStateRequest, reason: str) -> Outcome:
     return Outcome.failed(found, message, request.exit_code)
 
 
-def _log_key(caller: Caller) -> LogKey:
-    one = caller.identity
-    return LogKey(one.tenant_id, one.dag_id, one.run_id, one.task_id, one.attempt.try_number)
-
-
 class Lifecycle:
     """The two methods."""
 
     def __init__(
         self,
         store: Store,
+        tokens: TokenIssuer,
         registry: HolderRegistry,
         foreign: ForeignHolders,
+        claims: Claims,
+        journal: Journal,
         notifier: Notifier,
         threads: Threads,
         lease_seconds: float,
     ) -> None:
-        self._store, self._registry, self._foreign = store, registry, foreign
-        self._notifier, self._threads, self._lease_seconds = notifier, threads, lease_seconds
+        self._store, self._tokens, self._registry, self._foreign = store, tokens, registry, foreign
+        self._claims, self._journal, self._notifier = claims, journal, notifier
+        self._threads, self._lease_seconds = threads, lease_seconds
 
-    async def register(self, caller: Caller, request: pb.RegisterRequest) -> pb.RegisterResponse:
-        """Claim the attempt for the caller."""
+    async def register(self, caller: Caller, request: pb.RegisterRequest) -> Answer:
+        """Claim the attempt for the caller. One that renews is given its first token, which a repeat gives again."""
         holder = caller.holder or self._foreign.register(caller)
         hostname = clean(request.hostname, _MAX_HOSTNAME_CHARACTERS)
         try:
@@ -80,10 +80,11 @@ class Lifecycle:
             raise
         metrics.record_claim("granted")
         self._registry.grant(holder, caller.attempt)
-        response = pb.RegisterResponse(session_id=holder)
+        await self._journal.fence(caller.attempt, holder)
+        response = pb.RegisterResponse(session_id=caller.session or holder)
         response.server_time.FromNanoseconds(time.time_ns())
         self._measure_start(view)
-        return response
+        return Answer(response, ((TOKEN_KEY, self._tokens.renew(caller.identity, holder)),) if caller.renews else ())
 
     @staticmethod
     def _measure_start(view: TaskInstanceView) -> None:
@@ -92,35 +93,52 @@ class Lifecycle:
 
     async def report_state(self, caller: Caller, request: pb.ReportStateRequest) -> pb.ReportStateResponse:
         """Record that the task runs, or how it ended."""
+        if request.state != pb.TASK_STATE_RUNNING and request.state not in _ENDS:
+            raise InvalidArgument(f"state {request.state} is not RUNNING, SUCCESS, FAILED or SKIPPED")
+        if not await self._may_report(caller):
+            return await self._refuse(caller)
         if request.state == pb.TASK_STATE_RUNNING:
             return await self._start(caller)
-        if request.state not in _ENDS:
-            raise InvalidArgument(f"state {request.state} is not RUNNING, SUCCESS, FAILED or SKIPPED")
         outcome = outcome_of(request, caller.reason)
-        if not caller.holder:
-            return pb.ReportStateResponse(acknowledged=False, should_terminate=True)
+        await self._journal.settle(caller.attempt, caller.holder)
         finished = await self._threads.store(self._finish, caller, outcome)
         if not finished.recorded:
-            metrics.record_fenced("state")
-            return pb.ReportStateResponse(acknowledged=False, should_terminate=True)
-        self._registry.stop(caller.holder, Stop.ENDED)
+            return await self._refuse(caller)
+        # The next launch writes the same log.
+        self._registry.stop(caller.holder, Stop.ENDED if finished.relaunch is None else Stop.FENCED)
         self._count(finished, outcome)
         self._notifier.finished(caller.attempt)
         return pb.ReportStateResponse(acknowledged=True)
+
+    async def _may_report(self, caller: Caller) -> bool:
+        """Whether a report is the holder's, as far as is known: the write itself decides.
+
+        One that held the attempt once may be late, and that becomes an event; of strangers nothing is kept.
+        """
+        if self._registry.is_granted(caller.holder):
+            return True
+        found = await self._claims.refuse_after_the_end(caller)
+        return bool(caller.holder) and (
+            found in (Standing.HOLDER, Standing.ENDED) or self._registry.why_stopped(caller.holder) is not None
+        )
+
+    async def _refuse(self, caller: Caller) -> pb.ReportStateResponse:
+        metrics.record_fenced("state")
+        await self._claims.refuse_after_the_end(caller)
+        return pb.ReportStateResponse(acknowledged=False, should_terminate=True)
 
     async def _start(self, caller: Caller) -> pb.ReportStateResponse:
         try:
             await self._threads.store(self._store.attempts.start, caller.attempt, caller.holder)
         except Fenced:
-            metrics.record_fenced("state")
-            return pb.ReportStateResponse(acknowledged=False, should_terminate=True)
+            return await self._refuse(caller)
         metrics.record_transition(TaskState.QUEUED, TaskState.RUNNING, caller.identity.dag_id)
         stopped = self._registry.why_stopped(caller.holder) is not None
         return pb.ReportStateResponse(acknowledged=True, should_terminate=stopped)
 
     def _finish(self, caller: Caller, outcome: Outcome) -> Finished:
         if outcome.state is TaskState.FAILED:
-            outcome = outcome.evolve(log_tail=self._store.logs.last_lines(_log_key(caller)))
+            outcome = outcome.evolve(log_tail=self._store.logs.last_lines(caller.log_key))
         return self._store.attempts.finish(caller.attempt, outcome, FinishCondition(holder=caller.holder))
 
     @staticmethod

@@ -7,11 +7,13 @@ import logging
 import resource
 import signal
 import sys
+from typing import Any
 
 import uvloop
 
 from leoflow_celery import metrics
 from leoflow_celery.app.logging import log_to_stderr
+from leoflow_celery.gateway.rpc import bound_logs
 from leoflow_celery.gateway.server import GatewayServer
 from leoflow_celery.settings import Settings
 
@@ -25,6 +27,7 @@ def run(settings: Settings) -> int:
         ConfigurationError: a setting is missing or cannot work, or the address cannot be listened on.
     """
     log_to_stderr()
+    bound_logs()
     raise_open_files_limit()
     end_metrics = metrics.serve(settings.gateway.metrics_port)
     try:
@@ -38,6 +41,7 @@ async def _serve(settings: Settings) -> int:
     server = GatewayServer(settings)
     signals: asyncio.Queue[str] = asyncio.Queue()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_unhandled)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, signal.Signals(number).name)
     await server.start()
@@ -53,6 +57,12 @@ async def _serve(settings: Settings) -> int:
     impatient.cancel()
     await stopping
     return 0
+
+
+def _unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a task of nobody raised. What grpc could not decode holds a stranger's bytes, and has had its line."""
+    if not isinstance(context.get("exception"), UnicodeDecodeError):
+        loop.default_exception_handler(context)
 
 
 def raise_open_files_limit() -> None:

@@ -21,10 +21,9 @@ from weakref import WeakValueDictionary
 from leoflow_celery import metrics
 from leoflow_celery.domain.fields import is_storable, is_variable_name
 from leoflow_celery.errors import ConfigurationError, Unavailable
-from leoflow_celery.gateway.callers import Caller
-from leoflow_celery.gateway.claims import Claims
-from leoflow_celery.gateway.refusals import NotPossible
+from leoflow_celery.gateway.rpc import NotPossible
 from leoflow_celery.gateway.secret_command import CommandBackend
+from leoflow_celery.gateway.sessions import Caller, Claims
 from leoflow_celery.gateway.values import (
     BackendFailed,
     EnvironmentBackend,

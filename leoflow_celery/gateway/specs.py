@@ -13,11 +13,10 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import Fenced, LeoflowError
-from leoflow_celery.gateway.callers import Caller
 from leoflow_celery.gateway.notify import Notifier
-from leoflow_celery.gateway.recent import Recent
-from leoflow_celery.gateway.refusals import NotPossible
+from leoflow_celery.gateway.rpc import NotPossible
 from leoflow_celery.gateway.secrets import ChannelPolicy, SecretReader, query_of
+from leoflow_celery.gateway.sessions import Caller, Recent
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.gateway.values import Kind
 from leoflow_celery.protocol import agent_pb2 as pb

@@ -8,9 +8,8 @@ from typing import Any
 from leoflow_celery import metrics
 from leoflow_celery.domain.xcom import JSON_CONTENT_TYPE, RETURN_VALUE, XComKey, XComValue, check_value, is_json
 from leoflow_celery.errors import Fenced, NotFound, XComRejected
-from leoflow_celery.gateway.callers import Caller
-from leoflow_celery.gateway.claims import Claims
-from leoflow_celery.gateway.refusals import InvalidArgument, NotPermitted
+from leoflow_celery.gateway.rpc import InvalidArgument, NotPermitted
+from leoflow_celery.gateway.sessions import Caller, Claims
 from leoflow_celery.gateway.specs import Specs
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
@@ -53,6 +52,7 @@ class XComMethods:
         try:
             await self._threads.store(self._put, caller, key, request.value, content_type, schema)
         except XComRejected as rejected:
+            await self._claims.require(caller)
             metrics.record_xcom_rejected(rejected.reason)
             return pb.PushXComResponse(accepted=False, rejection_reason=rejected.reason)
         except Fenced:

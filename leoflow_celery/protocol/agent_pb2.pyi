@@ -206,12 +206,14 @@ class HeartbeatRequest(_message.Message):
     def __init__(self, sent_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., custom_metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
-    __slots__ = ("should_terminate", "server_time")
+    __slots__ = ("should_terminate", "server_time", "renewed_token")
     SHOULD_TERMINATE_FIELD_NUMBER: _ClassVar[int]
     SERVER_TIME_FIELD_NUMBER: _ClassVar[int]
+    RENEWED_TOKEN_FIELD_NUMBER: _ClassVar[int]
     should_terminate: bool
     server_time: _timestamp_pb2.Timestamp
-    def __init__(self, should_terminate: _Optional[bool] = ..., server_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    renewed_token: str
+    def __init__(self, should_terminate: _Optional[bool] = ..., server_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., renewed_token: _Optional[str] = ...) -> None: ...
 
 class GetVariablesRequest(_message.Message):
     __slots__ = ()
@@ -246,3 +248,13 @@ class GetConnectionsResponse(_message.Message):
     CONNECTION_URIS_FIELD_NUMBER: _ClassVar[int]
     connection_uris: _containers.ScalarMap[str, str]
     def __init__(self, connection_uris: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ExchangeTokenRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ExchangeTokenResponse(_message.Message):
+    __slots__ = ("agent_token",)
+    AGENT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    agent_token: str
+    def __init__(self, agent_token: _Optional[str] = ...) -> None: ...

@@ -1,6 +1,6 @@
 """The AgentService as a typed table: one row per method, shared by the gateway and the agent.
 
-Generated stubs would say the same nine times over in 450 lines; grpc's generic handlers and channel methods take
+Generated stubs would say the same ten times over in 450 lines; grpc's generic handlers and channel methods take
 exactly what this table holds.
 """
 
@@ -21,6 +21,12 @@ AUTHORIZATION_KEY = "authorization"
 #: Chosen by the agent at start, sent with every call: the holder of the claim, so that a repeated Register is the
 #: same holder and a second agent is not.
 SESSION_KEY = "x-leoflow-session"
+#: What an agent can do, comma separated.
+CAPABILITIES_KEY = "x-leoflow-capabilities"
+#: It uses the token that an answer brings from its next call on.
+RENEWS_TOKEN = "renewed-token"  # noqa: S105 - a name
+#: Trailing metadata beside RegisterResponse, for an agent that renews: its first renewed token.
+TOKEN_KEY = "x-leoflow-token"  # noqa: S105 - a name
 #: A FailureReason value beside ReportState(FAILED).
 REASON_KEY = "x-leoflow-reason"
 #: Trailing metadata beside an error: why a Register was refused (a ClaimRefused.why).
@@ -62,5 +68,6 @@ METHODS: dict[str, Method] = {
         Method("Heartbeat", pb.HeartbeatRequest, pb.HeartbeatResponse),
         Method("GetVariables", pb.GetVariablesRequest, pb.GetVariablesResponse),
         Method("GetConnections", pb.GetConnectionsRequest, pb.GetConnectionsResponse),
+        Method("ExchangeToken", pb.ExchangeTokenRequest, pb.ExchangeTokenResponse),
     )
 }

@@ -199,7 +199,7 @@ class AttemptStore:
         if replaces or view.try_number > 1 or view.launch > 1:
             # A consumer must never see a value of a try, launch or holder that did not succeed.
             self._xcom.delete_task(view.tenant_id, view.dag_id, view.run_id, view.task_id, connection)
-        append_event(connection, view.attempt, "claimed", {"holder": view.holder, "hostname": view.hostname}, now)
+        append_event(connection, view.attempt, "claimed", {"hostname": view.hostname}, now)
 
     def _refusal(self, connection: sa.Connection, attempt: AttemptId) -> ClaimRefused:
         try:
@@ -213,7 +213,7 @@ class AttemptStore:
         if current.is_terminal or current.cancel_requested_at is not None:
             state = current.state if current.is_terminal else "cancelled"
             return ClaimRefused("terminal", f"attempt {attempt} is {state} already")
-        return ClaimRefused("held", f"attempt {attempt} is held by {current.holder} on {current.hostname}")
+        return ClaimRefused("held", f"attempt {attempt} is held by another agent, on {current.hostname}")
 
     def start(self, attempt: AttemptId, holder: str) -> None:
         """Record that user code runs.
@@ -224,7 +224,7 @@ class AttemptStore:
         parameters = {**attempt_parameters(attempt), "p_holder": holder, "p_now": time.time()}
         with self._database.transaction() as connection:
             if connection.execute(task_instance_sql.start(), parameters).rowcount == 0:
-                raise Fenced(f"attempt {attempt} is not held by {holder} any more")
+                raise Fenced(f"attempt {attempt} is not held by the writer any more")
 
     def heartbeat(self, beats: Collection[Beat], lease_seconds: float) -> BeatVerdicts:
         """Renew many claims in one transaction and say which holders must stop."""

@@ -18,20 +18,16 @@ from leoflow_celery.store.xcom.base import XComStore
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The claim on a try as it stands; ``attempt`` is the current launch."""
+    """The claim on a try as it stands; ``attempt`` is the current launch. Seconds are by the database's clock.
+
+    ``lease_left_seconds`` is negative when it ran out; ``ended_seconds`` is the time since the end.
+    """
 
     attempt: AttemptId
     state: TaskState
     holder: str | None
-    lease_until: float | None
-
-    def belongs_to(self, attempt: AttemptId, holder: str) -> bool:
-        """Whether this is the holder of this launch, ended or not."""
-        return self.attempt == attempt and self.holder == holder
-
-    def is_live_for(self, attempt: AttemptId, holder: str) -> bool:
-        """Whether the holder may still change something."""
-        return self.belongs_to(attempt, holder) and self.state not in TERMINAL
+    lease_left_seconds: float | None
+    ended_seconds: float | None = None
 
 
 class ClaimStore:
@@ -57,8 +53,16 @@ class ClaimStore:
             row = connection.execute(task_instance_sql.select_claim(), parameters).first()
         if row is None:
             return None
-        *attempt, holder, state, lease_until = row
-        return Claim(AttemptId(*attempt), TaskState(state), holder, lease_until)
+        *attempt, holder, state, lease_until, ended_at, now = row
+        left = None if lease_until is None else lease_until - now
+        ended = max(now - (ended_at or now), 0.0) if TaskState(state) in TERMINAL else None
+        return Claim(AttemptId(*attempt), TaskState(state), holder, left, ended)
+
+    def hand_over(self, attempt: AttemptId, before: str, after: str) -> bool:
+        """Rename the holder of a live attempt; False when it has another one by now. Its lease stays as it is."""
+        parameters = {**attempt_parameters(attempt), "p_holder": before, "p_after": after}
+        with self._database.transaction() as connection:
+            return bool(connection.execute(task_instance_sql.hand_over(), parameters).rowcount)
 
     def verdicts(self, beats: Collection[Beat]) -> BeatVerdicts:
         """What ``AttemptStore.heartbeat`` would find, without renewing anything."""
@@ -77,5 +81,5 @@ class ClaimStore:
         held = task_instance_sql.lock_claim(locking=not self._database.is_sqlite)
         with self._database.transaction() as connection:
             if connection.execute(held, {**attempt_parameters(attempt), "p_holder": holder}).first() is None:
-                raise Fenced(f"attempt {attempt} is not held by {holder} any more")
+                raise Fenced(f"attempt {attempt} is not held by the writer any more")
             self._xcom.put(items, connection)

@@ -127,7 +127,7 @@ class TaskInstance(Base):
     last_event: Mapped[str] = mapped_column(sa.Text, default="")
     log_tail: Mapped[Any] = mapped_column(sa.JSON, default=list)
 
-    #: Who may write: the session of the agent, or of the inline worker.
+    #: Who may write: an agent's holder name (``security.holder_name``, its session is not in it), or an inline worker.
     holder: Mapped[str | None] = mapped_column(_NAME)
     lease_until: Mapped[float | None] = mapped_column(Timestamp)
     last_heartbeat_at: Mapped[float | None] = mapped_column(Timestamp)

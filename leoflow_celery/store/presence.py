@@ -23,6 +23,7 @@ _TABLE = table_of(Presence)
 #: A back end that was not heard of for four announcements is away.
 BACK_END_GAP_SECONDS = 60.0
 _GATEWAY_GAP_SECONDS = 15.0
+_FORGOTTEN_SECONDS = 3_600.0
 #: Reaps missed in a row until the reaper counts as having been away (with it, perhaps, the database).
 _REAPER_GAPS = 4
 _SEEN = sa.select(_TABLE.c.kind, _TABLE.c.name, _TABLE.c.since, _TABLE.c.seen_at, DatabaseTime().label("now"))
@@ -33,7 +34,7 @@ class Kind(StrEnum):
 
     #: A worker holds the back end that ``name`` says.
     BACK_END = "back_end"
-    #: Any gateway hears heartbeats and can write them.
+    #: A gateway hears heartbeats and can write them: without a name any of them, else the one of this id.
     GATEWAY = "gateway"
     #: The reaper can look.
     REAPER = "reaper"
@@ -63,6 +64,17 @@ class PresenceStore:
         parameters = {"p_kind": kind.value, "p_name": name, "p_gap": -self._gaps[kind]}
         with self._database.transaction() as connection:
             connection.execute(self._keep, parameters)
+
+    def leave(self, kind: Kind, name: str) -> None:
+        """Say "gone", and forget whoever of the kind was not heard of for an hour."""
+        long_ago = _TABLE.c.seen_at < DatabaseTime(sa.literal(-_FORGOTTEN_SECONDS, sa.Double()))
+        gone = sa.and_(_TABLE.c.kind == kind.value, sa.or_(_TABLE.c.name == name, long_ago))
+        with self._database.transaction() as connection:
+            connection.execute(sa.delete(_TABLE).where(gone))
+
+    def gateways(self) -> dict[str, float]:
+        """The gateways that are present and for how many seconds; "" is any of them, without a gap between two."""
+        return {name: seconds for (_, name), seconds in self._present([Kind.GATEWAY], None).items()}
 
     def back_ends(self, executor: ExecutorType | None = None, connection: sa.Connection | None = None) -> list[BackEnd]:
         """The back ends that are present: of one executor, or all. ``connection`` is the caller's transaction."""

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TERMINAL, TaskState, sources_of
-from leoflow_celery.store.models import LIVE, TaskCompletion, TaskInstance, table_of
+from leoflow_celery.store.models import LIVE, DatabaseTime, TaskCompletion, TaskInstance, table_of
 from leoflow_celery.store.views import needs_host
 
 TABLE = table_of(TaskInstance)
@@ -265,7 +265,15 @@ _CLAIM = (_T.task_instance_id, _T.try_number, _T.launch, _T.holder)
 @cache
 def select_claim() -> Rows:
     """The claim on a try."""
-    return sa.select(*_CLAIM, _T.state, _T.lease_until).where(of_try(TABLE))
+    now = DatabaseTime().label("now")
+    return sa.select(*_CLAIM, _T.state, _T.lease_until, _T.ended_at, now).where(of_try(TABLE))
+
+
+@cache
+def hand_over() -> sa.Executable:
+    """The attempt of ``p_holder`` is ``p_after``'s."""
+    held = sa.and_(_is_attempt(), _T.holder == sa.bindparam("p_holder"), is_live())
+    return sa.update(TABLE).where(held).values(holder=sa.bindparam("p_after"))
 
 
 @cache

@@ -47,7 +47,7 @@ class TaskInstanceView:
     exit_code: int | None
     last_event: str
     log_tail: tuple[str, ...]
-    holder: str | None
+    holder: str | None = field(repr=False)
     lease_until: float | None
     last_heartbeat_at: float | None
     hostname: str

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import NOT_LAUNCHED
+from leoflow_celery.domain.routing import ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
+from leoflow_celery.errors import BrokerUnavailable
+from leoflow_celery.queueing.dead_letters import DeadLetters, given_up_letter
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.completion import Ended, complete_try
 from leoflow_celery.tasks.context import LeoflowTask
+
+log = logging.getLogger(__name__)
+
+
+def keep_given_up(task: LeoflowTask, view: TaskInstanceView, outcome: Outcome) -> None:
+    """A dead letter for a try that ended without having been launched, which an operator can send again."""
+    if outcome.reason not in NOT_LAUNCHED:
+        return
+    name, cause = TaskName.of("execute", ExecutorType(view.executor)), f"{outcome.reason}: {outcome.message}"
+    letter = given_up_letter(view.attempt, view.queue, name, view.celery_task_id, cause)
+    try:
+        DeadLetters(task.services.settings, task.services.queues.client).keep(letter)
+    except BrokerUnavailable as error:  # the try says what became of it
+        log.warning("dead_letter.not_kept", extra={"attempt": str(view.attempt), "error": str(error)})
 
 
 def advance_try(task: LeoflowTask, task_instance_id: str, try_number: int) -> None:

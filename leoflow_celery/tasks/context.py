@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, Task, shared_task
 from celery.exceptions import Reject
 
-from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
 from leoflow_celery.errors import ConfigurationError, DecryptionFailed
+from leoflow_celery.queueing.dead_letters import DeadLetters, envelope_of, keep_not_believed
 from leoflow_celery.queueing.messages import EXECUTOR_OF, M, open_message
 from leoflow_celery.queueing.publisher import Publisher
 from leoflow_celery.services import Services
-
-log = logging.getLogger(__name__)
 
 
 def our_app(app: Celery) -> LeoflowCelery:
@@ -71,7 +68,7 @@ class LeoflowTask(Task[Any, Any]):
         """The content of this task's message, sealed with the key of ``scope``.
 
         Raises:
-            Reject: it cannot be opened; that was counted and logged.
+            Reject: it cannot be opened; that is a dead letter now.
         """
         try:
             return open_message(self.services.keys, scope, kind, sealed)
@@ -82,7 +79,7 @@ class LeoflowTask(Task[Any, Any]):
         """What the launch workers of an executor say; ``speaker`` names the key that it is sealed with.
 
         Raises:
-            Reject: no launch worker said it; that was counted and logged.
+            Reject: no launch worker said it; that is a dead letter now.
         """
         executor = EXECUTOR_OF.get(speaker)
         if executor is None:
@@ -91,8 +88,10 @@ class LeoflowTask(Task[Any, Any]):
 
     def refused(self, why: str) -> Reject:
         """The error to leave with when this task's message is believed by nobody."""
-        metrics.record_refused(TaskName(self.name).queue, "not_believed")
-        log.warning("message.refused", extra={"task": self.name, "celery_task_id": self.request.id, "why": why})
+        queue = str((self.request.delivery_info or {}).get("routing_key") or TaskName(self.name).queue)
+        letters = DeadLetters(self.services.settings, self.services.queues.client)
+        raw = envelope_of(self.name, queue, self.request)
+        keep_not_believed(letters, queue, why, raw=raw, task=self.name, celery_id=str(self.request.id))
         return Reject(why, requeue=False)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from leoflow_celery.domain.canvas import (
 )
 from leoflow_celery.domain.request import TaskRequest, check_celery_id, parse_request
 from leoflow_celery.domain.routing import DISPATCH_QUEUE, TaskName
-from leoflow_celery.errors import AtCapacity, BrokerUnavailable, InvalidRequest, Unavailable
+from leoflow_celery.errors import AtCapacity, BrokerUnavailable, DecryptionFailed, InvalidRequest, Unavailable
 from leoflow_celery.security import Scope
 from leoflow_celery.tasks.advance_try import advance_try
 from leoflow_celery.tasks.completion import CONTEXT_KEYS, saved_context, store_result
@@ -104,12 +104,14 @@ class GuardedBackend:
 class QuietRequest(CeleryRequest):
     """A worker's view of a dispatch message that shows no argument, whoever sent it and whoever asks."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._argsrepr, self._kwargsrepr = _QUIET["argsrepr"], _QUIET["kwargsrepr"]
+    argsrepr = _QUIET["argsrepr"]
+    kwargsrepr = _QUIET["kwargsrepr"]
 
     def info(self, safe: bool = False) -> Any:  # noqa: ARG002 - ``celery inspect`` asks for the unsafe one
-        return super().info(safe=True)
+        return {**super().info(safe=True), "args": self.argsrepr, "kwargs": self.kwargsrepr}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.humaninfo()}>"
 
 
 class DispatchTask(LeoflowTask):
@@ -117,6 +119,8 @@ class DispatchTask(LeoflowTask):
 
     abstract = True
     ignore_result = False
+    #: The sender's errors: he hears them, and the log need not tell where in our code they were found.
+    throws = (InvalidRequest, DecryptionFailed)
     #: Where the message says that it came from is its sender's word; it is sent again to the queue it belongs to.
     retry_kwargs: ClassVar[dict[str, Any]] = {**_QUIET, "queue": DISPATCH_QUEUE}
     Request = f"{__name__}:QuietRequest"

@@ -15,6 +15,7 @@ from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.background import Periodic
 from leoflow_celery.domain.routing import ALL_QUEUES, LAUNCH_QUEUES, MAINTENANCE_QUEUE
+from leoflow_celery.queueing.dead_letters import DeadLetters
 from leoflow_celery.services import Services
 
 
@@ -74,6 +75,7 @@ class Looks:
         services = self._app.services
         self._measure_queues(services)
         measure_staging(services)
+        metrics.set_dead_letters(DeadLetters(services.settings, services.queues.client).count())
 
     def _measure_queues(self, services: Services) -> None:
         oldest = services.store.reaper_queries.oldest_waiting()

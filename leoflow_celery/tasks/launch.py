@@ -110,7 +110,8 @@ def _report_failure(task: LeoflowTask, attempt: AttemptId, outcome: Outcome) -> 
 
 def _start(task: LeoflowTask, order: Launch) -> Launched:
     try:
-        return _execute(task, LaunchSpec(order.request, order.attempt))
+        sealing = task.services.keys.sealer(SCOPE_OF[executor_of_task(task.name)])
+        return _execute(task, LaunchSpec(order.request, order.attempt, sealing))
     except (TransientLaunchError, PermanentLaunchError):
         raise
     except LeoflowError as error:

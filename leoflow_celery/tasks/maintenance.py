@@ -29,7 +29,7 @@ from leoflow_celery.queueing.publisher import requested_grace
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_view
+from leoflow_celery.tasks.advance_try import advance_view, keep_given_up
 from leoflow_celery.tasks.completion import complete_due
 from leoflow_celery.tasks.context import LeoflowTask
 from leoflow_celery.tasks.single_flight import maintenance_task
@@ -207,6 +207,8 @@ def _give_up(
     log.warning("attempt.given_up", extra={"attempt": str(view.attempt), "reason": verdict.reason.value})
     if finished.relaunch:
         metrics.record_relaunch(verdict.reason)
+    else:
+        keep_given_up(task, view, outcome)
     advance_view(task, finished.view)
     return True
 

@@ -22,6 +22,7 @@ from leoflow_celery.domain.routing import RESULTS_QUEUE, ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
 from leoflow_celery.errors import DecryptionFailed, NotFound, Unavailable, XComRejected
+from leoflow_celery.queueing.dead_letters import DeadLetters, keep_not_believed
 from leoflow_celery.queueing.launch_notes import LaunchNote
 from leoflow_celery.queueing.messages import (
     EXECUTOR_OF,
@@ -36,7 +37,7 @@ from leoflow_celery.services import Services
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_try, advance_view
+from leoflow_celery.tasks.advance_try import advance_try, advance_view, keep_given_up
 from leoflow_celery.tasks.completion import store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, services_of
 
@@ -92,8 +93,8 @@ def _report_of(services: Services, note: LaunchNote) -> LaunchReport | None:
     except (DecryptionFailed, ValueError) as error:
         why = str(error)
     if why:
-        metrics.record_refused(RESULTS_QUEUE, "not_believed")
-        log.warning("launch_note.refused", extra={"note": note.field[:200], "error": why})
+        letters = DeadLetters(services.settings, services.queues.client)
+        keep_not_believed(letters, RESULTS_QUEUE, why, task="launched", size_bytes=len(note.content))
         return None
     return report
 
@@ -133,6 +134,8 @@ def record_end(self: LeoflowTask, speaker: str, sealed: str) -> None:
     finished = services.store.attempts.finish(identity, outcome, condition, xcoms, seen=view)
     if finished.relaunch and outcome.reason:
         metrics.record_relaunch(outcome.reason)
+    elif finished.recorded:
+        keep_given_up(self, view, outcome)
     advance_view(self, finished.view or view)
 
 

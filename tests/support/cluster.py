@@ -27,9 +27,10 @@ from tests.support.waiting import wait_until
 Manifest = dict[str, Any]
 
 TASKS_DIRECTORY = ROOT / "deploy" / "kubernetes" / "tasks"
+EXCHANGE_DIRECTORY = ROOT / "deploy" / "kubernetes" / "components" / "token-exchange"
 #: On every namespace of a test run, with the run's name.
 _SESSION_LABEL = "leoflow-test/session"
-_WORKER = "leoflow-worker-k8s"
+_WORKER, _GATEWAY = "leoflow-worker-k8s", "leoflow-gateway"
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 _WAIT_SECONDS = 120.0
 #: What our code makes: pods and Secrets of attempts, claims of staging volumes.
@@ -149,6 +150,7 @@ class Namespace:
 
     def __init__(self, cluster: Cluster, name: str, directory: Path) -> None:
         self.cluster, self.api, self.name, self._directory = cluster, cluster.api, name, directory
+        self._clustered: list[str] = []
 
     # -- credentials --------------------------------------------------------------------------------------------
 
@@ -159,8 +161,31 @@ class Namespace:
     def worker_kubeconfig(self) -> Path:
         """The file of a service account bound to exactly the Role that ``deploy/kubernetes`` gives the k8s worker."""
         if not self._exists(f"{_RBAC}/namespaces/{self.name}/rolebindings/{_WORKER}"):
-            self._bind_worker()
+            self._bind_worker(worker_role())
         return self._write_kubeconfig("worker", self.token_of(_WORKER))
+
+    def exchanging_worker_kubeconfig(self) -> Path:
+        """The same with what the component ``token-exchange`` adds; in a namespace whose worker is not bound yet."""
+        self._bind_worker(exchanging_worker_role())
+        return self._write_kubeconfig("worker", self.token_of(_WORKER))
+
+    def gateway_kubeconfig(self) -> Path:
+        """The file of a service account with exactly what the component ``token-exchange`` gives the gateway."""
+        self._create_service_account(_GATEWAY)
+        for one in gateway_rights():
+            clustered = one["kind"].startswith("Cluster")
+            place = _RBAC if clustered else f"{_RBAC}/namespaces/{self.name}"
+            if clustered:  # several tests share the cluster
+                one["metadata"]["name"] += f"-{self.name}"
+                one.get("roleRef", one["metadata"])["name"] = one["metadata"]["name"]
+            one["metadata"].pop("namespace", None)
+            for subject in one.get("subjects", ()):
+                subject["namespace"] = self.name
+            path = f"{place}/{one['kind'].lower()}s"
+            self.api.call("POST", path, one)
+            if clustered:
+                self._clustered.append(f"{path}/{one['metadata']['name']}")
+        return self._write_kubeconfig("gateway", self.token_of(_GATEWAY))
 
     def powerless_kubeconfig(self) -> Path:
         """The file of a service account that may do nothing at all."""
@@ -178,9 +203,9 @@ class Namespace:
         path = self.path("serviceaccounts", service_account, "token")
         return str(self.api.call("POST", path, body)["status"]["token"])
 
-    def _bind_worker(self) -> None:
+    def _bind_worker(self, role: Manifest) -> None:
         self._create_service_account(_WORKER)
-        role, binding = worker_role(), _manifest("role-binding.yaml")
+        binding = _manifest("role-binding.yaml")
         for subject in binding["subjects"]:
             subject["namespace"] = self.name
         self.api.call("POST", f"{_RBAC}/namespaces/{self.name}/roles", role)
@@ -312,6 +337,9 @@ class Namespace:
 
     def close(self) -> None:
         """Delete it with all it holds and wait for its pods to be gone; the rest goes in its own time (5 s)."""
+        for path in self._clustered:
+            with contextlib.suppress(ApiRefused):
+                self.api.call("DELETE", path)
         with contextlib.suppress(ApiRefused):
             self.api.call("DELETE", self.path("pods"), gracePeriodSeconds=0)
         with contextlib.suppress(ApiRefused):
@@ -339,6 +367,22 @@ class Namespace:
 def worker_role() -> Manifest:
     """The Role of the k8s worker, as deployed."""
     return _manifest("role.yaml")
+
+
+def exchanging_worker_role() -> Manifest:
+    """The same where tokens are exchanged: with the verbs that the component's patch adds."""
+    role, component = worker_role(), yaml.safe_load((EXCHANGE_DIRECTORY / "kustomization.yaml").read_text())
+    (patch,) = [yaml.safe_load(one["patch"]) for one in component["patches"] if one["target"]["kind"] == "Role"]
+    for added in patch:
+        assert (added["op"], added["path"]) == ("add", "/rules/0/verbs/-")
+        role["rules"][0]["verbs"].append(added["value"])
+    return role
+
+
+def gateway_rights() -> list[Manifest]:
+    """The roles of the gateway, and their bindings, where tokens are exchanged."""
+    documents = yaml.safe_load_all((EXCHANGE_DIRECTORY / "gateway.yaml").read_text())
+    return [one for one in documents if one["kind"].removeprefix("Cluster") in ("Role", "RoleBinding")]
 
 
 def _manifest(name: str) -> Manifest:

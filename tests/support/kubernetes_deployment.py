@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import yaml
 from cryptography.fernet import Fernet
 
+from leoflow_celery.security import KeyRing
 from tests.support.cluster import ApiRefused, Cluster, Manifest, Namespace
 from tests.support.host import host_address
 from tests.support.kustomize import overlay, relative
@@ -66,7 +67,9 @@ class Deployment:
         self, directory: Path, system: Namespace, tasks: Namespace, broker_url: str, database_url: str
     ) -> None:
         self.directory, self.system, self.tasks, self.cluster = directory, system, tasks, system.cluster
-        self.keys = {"jwt-secret": secrets.token_hex(32), "seal-keys": Fernet.generate_key().decode()}
+        master = Fernet.generate_key().decode()
+        launch = ",".join(f"k8s:{key}" for key in KeyRing(master).keys("k8s"))
+        self.keys = {"jwt-secret": secrets.token_hex(32), "seal-keys": master, "seal-keys-k8s": launch}
         self.password = secrets.token_hex(8)
         self._proxies: list[TcpProxy] = []
         self.broker_url, self.database_url = self._proxied(broker_url), self._proxied(database_url)

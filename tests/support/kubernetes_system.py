@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,21 +33,29 @@ QUICK: dict[str, object] = {
 
 
 class KubernetesSystem(System):
-    """Its k8s worker has the deployed Role's rights, and reaches the API server through ``api_proxy``."""
+    """Its k8s worker has the deployed Role's rights, and reaches the API server through ``api_proxy``.
+
+    With ``exchanges`` pods hold no token; the gateway then has its own rights, and its own way, ``gateway_proxy``.
+    """
 
     def __init__(
-        self, directory: Path, broker_url: str, database_url: str, namespace: Namespace, **overrides: object
+        self,
+        directory: Path,
+        broker_url: str,
+        database_url: str,
+        namespace: Namespace,
+        exchanges: bool = False,
+        **overrides: object,
     ) -> None:
         self.namespace = namespace
-        worker_config = yaml.safe_load(namespace.worker_kubeconfig().read_text())
-        server = urlsplit(worker_config["clusters"][0]["cluster"]["server"])
-        self.api_proxy = TcpProxy((str(server.hostname), server.port or 443), is_tls=server.scheme == "https")
-        config = kubeconfig(
-            namespace.worker_kubeconfig(), namespace.name, server=f"{server.scheme}://127.0.0.1:{self.api_proxy.port}"
-        )
-        config["clusters"][0]["cluster"].setdefault("tls-server-name", str(server.hostname))
-        path = directory / "kubeconfig"
-        path.write_text(yaml.safe_dump(config))
+        worker = namespace.exchanging_worker_kubeconfig() if exchanges else namespace.worker_kubeconfig()
+        self.api_proxy, path = self._proxied(worker, directory / "kubeconfig")
+        self.gateway_proxy: TcpProxy | None = None
+        self._gateway_env: dict[str, str] = {}
+        if exchanges:
+            self.gateway_proxy, own = self._proxied(namespace.gateway_kubeconfig(), directory / "gateway.kubeconfig")
+            self._gateway_env["LEOFLOW_KUBERNETES_KUBECONFIG"] = str(own)
+            overrides["KUBERNETES_AGENT_TOKEN"] = "exchange"
         address = f"{host_address()}:{free_port(host_address())}"
         values = {
             "EXECUTOR_TYPE": "kubernetes",
@@ -58,6 +66,19 @@ class KubernetesSystem(System):
             **overrides,
         }
         super().__init__(directory, broker_url, database_url, **values)
+
+    def _proxied(self, source: Path, path: Path) -> tuple[TcpProxy, Path]:
+        """A way to the API server that a test can cut, and ``path``, a kubeconfig like ``source`` that takes it."""
+        server = urlsplit(yaml.safe_load(source.read_text())["clusters"][0]["cluster"]["server"])
+        proxy = TcpProxy((str(server.hostname), server.port or 443), is_tls=server.scheme == "https")
+        config = kubeconfig(source, self.namespace.name, server=f"{server.scheme}://127.0.0.1:{proxy.port}")
+        config["clusters"][0]["cluster"].setdefault("tls-server-name", str(server.hostname))
+        path.write_text(yaml.safe_dump(config))
+        return proxy, path
+
+    def start(self, name: str, *command: str | Path, env: Mapping[str, str] | None = None) -> ManagedProcess:
+        """See ``System``; the gateway has credentials of its own where it needs some."""
+        return super().start(name, *command, env={**(self._gateway_env if name == "gateway" else {}), **(env or {})})
 
     def start_all(self) -> None:
         """Gateway, the two workers and beat."""
@@ -76,9 +97,12 @@ class KubernetesSystem(System):
         )
 
     def close(self) -> None:
-        self.api_proxy.resume_if_stopped()
+        proxies = [one for one in (self.api_proxy, self.gateway_proxy) if one is not None]
+        for proxy in proxies:
+            proxy.resume_if_stopped()
         super().close()
-        self.api_proxy.close()
+        for proxy in proxies:
+            proxy.close()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("leoflow_celery", "leoflow_runtime", "workers")
-MAX_LINES = 400
 
 #: The only places that may import each foreign client; a folder stands for everything in it.
 OWNERS = {
@@ -75,12 +74,6 @@ def test_a_foreign_client_is_imported_only_by_its_owners(client: str) -> None:
         if client in imported_packages(path) and not (name := str(path.relative_to(ROOT))).startswith(OWNERS[client])
     ]
     assert strangers == []
-
-
-def test_no_file_is_longer_than_anybody_reads() -> None:
-    files = [*sources(*PACKAGES, "tests", "bench", "examples"), *ROOT.glob("*.py")]
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
-    assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
 def test_the_agent_loads_none_of_the_servers_libraries() -> None:

@@ -34,6 +34,9 @@ NAMES = {
     "leoflow_dispatch_latency_seconds": set(),
     "leoflow_tasks_undispatchable_total": {"reason"},
     "leoflow_auth_failures_total": {"reason"},
+    "leoflow_messages_refused_total": {"queue", "kind"},
+    "leoflow_dead_letters": set(),
+    "leoflow_dead_letters_dropped_total": set(),
     "leoflow_queue_depth": {"queue"},
     "leoflow_queue_oldest_age_seconds": {"queue"},
     "leoflow_claims_total": {"result"},
@@ -69,6 +72,9 @@ def record_everything():
     metrics.record_dispatch(0.02)
     metrics.record_at_capacity()
     metrics.record_undispatchable("invalid_spec")
+    metrics.record_refused("dispatch", "body")
+    metrics.set_dead_letters(3)
+    metrics.record_dead_letters_dropped(2)
     metrics.set_queue_depths({"k8s": 3, "inline": 4, "results": 5}, ["k8s", "inline"])
     metrics.set_queue_oldest_age("k8s", 12)
     metrics.record_pod_created("sales", "created", 0.2)

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 _ANY_ANSWER = "application/json, */*"
 #: Of what was just sent only the server's part is news; an old server answers with the whole object.
 _METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json"
+#: A patch replaces the fields that it names, and leaves the others.
+_CONTENT_TYPES = {"PATCH": "application/merge-patch+json"}
 #: At most so often is the configuration read again because the server did not know us.
 _RELOAD_SECONDS = 10.0
 
@@ -86,15 +88,32 @@ class KubernetesApi:
             raise Unreachable("garbled", f"the answer is no object of the API: {answer[:100]!r}")
         return metadata
 
-    def delete(self, path: str, uid: str = "", *, operation: str, grace_seconds: int | None = None) -> dict[str, Any]:
+    def ask(self, path: str, body: dict[str, Any], *, operation: str) -> dict[str, Any]:
+        """Post a review, which is a question and creates nothing; the whole answer."""
+        return _decoded(self._call("POST", path, operation, body=body))
+
+    def patch(self, path: str, body: dict[str, Any], *, operation: str) -> None:
+        """Set the fields of an object that ``body`` names."""
+        self._call("PATCH", path, operation, body=body, accept=_METADATA_ONLY)
+
+    def delete(
+        self,
+        path: str,
+        uid: str = "",
+        *,
+        operation: str,
+        grace_seconds: int | None = None,
+        resource_version: str = "",
+    ) -> dict[str, Any]:
         """Delete an object; raises NotFound when there is none.
 
-        With ``uid`` this very object: one of the same name that was created meanwhile is another (409 Conflict).
+        With ``uid`` this very object: one of the same name that was created meanwhile is another (409 Conflict). With
+        ``resource_version`` only as long as nobody changed it.
         ``grace_seconds`` is a pod's own unless given.
         """
         options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions"}
-        if uid:
-            options["preconditions"] = {"uid": uid}
+        if preconditions := _set(uid=uid, resourceVersion=resource_version):
+            options["preconditions"] = preconditions
         if grace_seconds is not None:
             options["gracePeriodSeconds"] = grace_seconds
         return _decoded(self._call("DELETE", path, operation, body=options))
@@ -162,7 +181,7 @@ class KubernetesApi:
         connection = self._connection
         headers = {"Accept": accept, "User-Agent": "leoflow-celery", **connection.credentials()}
         if content is not None:
-            headers["Content-Type"] = "application/json"
+            headers["Content-Type"] = _CONTENT_TYPES.get(method, "application/json")
         response = self._exchange(connection, method, target, headers, content)
         if response.status >= 300:
             raise api_error(response.status, response.data, response.headers.get("Retry-After"))
@@ -210,6 +229,10 @@ class KubernetesApi:
 
 def _query(values: dict[str, Any] | None) -> str:
     return urlencode({name: value for name, value in (values or {}).items() if value not in ("", None)})
+
+
+def _set(**values: str) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value}
 
 
 def _decoded(body: bytes) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The environment of the container ``task``: what every agent is told, then the request's own variables.
 
 The token and the request's variables are in a Secret that the pod owns, and the pod refers to it by name. Where no name
-is given they are in the pod.
+is given they are in the pod. A pod whose token is exchanged has none; its agent is told where to find what proves which
+pod it is.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ _VARIABLE_BYTES = 131_072
 #: The API's own default.
 _GRACE_SECONDS = 30.0
 _TOKEN = "LEOFLOW_AGENT_TOKEN"  # noqa: S105 - a variable's name
+_TOKEN_PATH = "LEOFLOW_AGENT_TOKEN_PATH"  # noqa: S105 - as above
+#: Where a pod's agent has its token from is for us to say, also when it has none.
+RESERVED = frozenset({_TOKEN, _TOKEN_PATH})
+#: Where the kubelet puts the service account's token that the agent exchanges.
+IDENTITY_DIR, IDENTITY_FILE = "/var/run/secrets/leoflow", "token"
 
 
-def agent_variables(launch: LaunchSpec, termination_grace_seconds: float = _GRACE_SECONDS) -> dict[str, str]:
+def agent_variables(
+    launch: LaunchSpec, termination_grace_seconds: float = _GRACE_SECONDS, exchanged: bool = False
+) -> dict[str, str]:
     """What only we decide, whatever a template, a request or an override says."""
     env = launch.agent_environment(termination_grace_seconds) | {
         "LEOFLOW_ATTEMPT_NAME": launch.name,
@@ -36,6 +44,9 @@ def agent_variables(launch: LaunchSpec, termination_grace_seconds: float = _GRAC
         "LEOFLOW_AGENT_ECHO": "true",
         "LEOFLOW_AGENT_LEAVE_INTERRUPTION": "true",
     }
+    if exchanged:
+        del env[_TOKEN]
+        env[_TOKEN_PATH] = f"{IDENTITY_DIR}/{IDENTITY_FILE}"
     if launch.request.agent_tls_ca_config_map:
         env |= {"LEOFLOW_AGENT_INSECURE": "false", "LEOFLOW_AGENT_TLS_CA": f"{CA_DIR}/ca.crt"}
     if launch.request.staging_claim:
@@ -43,21 +54,24 @@ def agent_variables(launch: LaunchSpec, termination_grace_seconds: float = _GRAC
     return env
 
 
-def secret_variables(launch: LaunchSpec) -> dict[str, str]:
-    """The part that others may not read: the token and the request's variables."""
+def secret_variables(launch: LaunchSpec, exchanged: bool = False) -> dict[str, str]:
+    """The part that others may not read: the token, unless it is exchanged, and the request's variables."""
     ours = agent_variables(launch)
-    theirs = {name: value for name, value in launch.request.env.items() if _fits(name, value) and name not in ours}
-    return {_TOKEN: ours[_TOKEN], **theirs}
+    reserved = ours.keys() | RESERVED
+    theirs = {name: value for name, value in launch.request.env.items() if _fits(name, value) and name not in reserved}
+    return theirs if exchanged else {_TOKEN: ours[_TOKEN], **theirs}
 
 
 def _fits(name: str, value: str) -> bool:
     return _NAME.fullmatch(name) is not None and len(f"{name}={value}".encode()) < _VARIABLE_BYTES
 
 
-def agent_entries(launch: LaunchSpec, spec: dict[str, Any], secret: str) -> list[dict[str, Any]]:
+def agent_entries(
+    launch: LaunchSpec, spec: dict[str, Any], secret: str, exchanged: bool = False
+) -> list[dict[str, Any]]:
     """``agent_variables`` as the API has them, for a pod with this ``spec``."""
     grace = spec.get("terminationGracePeriodSeconds")
-    variables = agent_variables(launch, _GRACE_SECONDS if grace is None else float(grace))
+    variables = agent_variables(launch, _GRACE_SECONDS if grace is None else float(grace), exchanged)
     return [
         _reference(name, secret, name) if secret and name == _TOKEN else _plain(name, value)
         for name, value in variables.items()
@@ -66,7 +80,7 @@ def agent_entries(launch: LaunchSpec, spec: dict[str, Any], secret: str) -> list
 
 def request_entries(launch: LaunchSpec, secret: str) -> list[dict[str, Any]]:
     """The request's variables, and those that it takes from Secrets of its own."""
-    values = {name: value for name, value in secret_variables(launch).items() if name != _TOKEN}
+    values = secret_variables(launch, exchanged=True)
     own = [_reference(name, secret, name) if secret else _plain(name, value) for name, value in values.items()]
     return own + secret_entries(launch.request)
 

@@ -2,6 +2,9 @@
 
 The pod comes first: its uid makes it the owner of its Secret, so that nothing is left over whenever the worker dies.
 The kubelet needs longer to start a container than the second call takes, and waits when it does not.
+
+Where the agent exchanges its token there is none to keep in a Secret. The second call then writes our word for the pod,
+with its uid, into its annotations (ADR 15).
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from secrets import token_hex
 
 from leoflow_celery.domain.attempt import TASK_CONTAINER
@@ -17,11 +20,12 @@ from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
-from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Observer, Reconciled
+from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Observer, Reconciled, Sealing
+from leoflow_celery.executors.identity import SEAL, Voucher
 from leoflow_celery.executors.kubernetes.claims import StagingClaims
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.collect import StagingCollector
-from leoflow_celery.executors.kubernetes.environment import secret_of
+from leoflow_celery.executors.kubernetes.environment import secret_of, secret_variables
 from leoflow_celery.executors.kubernetes.errors import (
     AlreadyExists,
     ApiError,
@@ -58,20 +62,24 @@ class KubernetesExecutor:
         self._collector = StagingCollector(self._api, self._settings)
 
     def execute(self, launch: LaunchSpec) -> Launched:
-        """Create the staging claim, the pod and its Secret, as far as they are not there.
+        """Create the staging claim, the pod and its Secret or voucher, as far as they are not there.
 
         Raises:
             TransientLaunchError: the API server is busy or away, or a quota is used up.
             PermanentLaunchError: it refused the pod; the message is its own.
         """
-        pod = build_pod(launch, self._settings, self._base, self._secret_name(launch))
+        secret = self._secret_name(launch)
+        pod = build_pod(launch, self._settings, self._base, secret)
         with _launch_errors():
             if launch.request.staging_claim:
                 self._claims.ensure(launch.request)
             self._claims.check_named(launch.request)
-            found, already = self._create(launch, pod)
-            if secret := _awaited_secret(found):
-                self._create_secret(launch, secret, found["metadata"]["uid"])
+            if self._settings.exchanges_tokens:
+                found, already = self._create_vouched(launch, pod, secret)
+            else:
+                found, already = self._create(launch, pod)
+                if awaited := _awaited_secret(found):
+                    self._create_secret(launch, awaited, found["metadata"]["uid"])
         return Launched(launch.name, already, details={"uid": found["metadata"]["uid"]})
 
     def cancel(self, name: str, grace_seconds: float) -> None:
@@ -101,7 +109,61 @@ class KubernetesExecutor:
 
     def _secret_name(self, launch: LaunchSpec) -> str:
         """Of the Secret, should this call create the pod: never that of an earlier pod of the same name."""
-        return f"{launch.name}-{token_hex(4)}" if self._settings.agent_environment == "secret" else ""
+        needed = not self._settings.exchanges_tokens or secret_variables(launch, exchanged=True)
+        return f"{launch.name}-{token_hex(4)}" if needed and self._settings.agent_environment == "secret" else ""
+
+    def _create_vouched(self, launch: LaunchSpec, pod: Json, secret: str) -> tuple[Json, bool]:
+        """The pod with our word for it, and whether an earlier delivery had given that.
+
+        A pod of this name that nobody vouches for is what a worker left that died between its two calls, or what a
+        stranger made to be taken for ours. Nothing tells them apart, and neither has ever had a token: it is replaced.
+        """
+        sealing = launch.sealing
+        if sealing is None:
+            raise PermanentLaunchError(FailureReason.INVALID_SPEC, "nobody gave this launch a key to vouch for its pod")
+        found, already = self._create(launch, pod)
+        if already:
+            if self._is_vouched(found["metadata"], launch, sealing):
+                return found, True
+            self._replace(found["metadata"])
+            found, already = self._create(launch, pod)
+            if already:
+                message = f"pod {launch.name} was made by somebody else while we made it again"
+                raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message)
+        uid = found["metadata"]["uid"]
+        if secret:
+            self._create_secret(launch, secret, uid)
+        self._vouch(launch, uid, sealing)
+        return found, False
+
+    def _is_vouched(self, metadata: Json, launch: LaunchSpec, sealing: Sealing) -> bool:
+        sealed = (metadata.get("annotations") or {}).get(SEAL, "")
+        expected = Voucher(launch.attempt, self._api.namespace, launch.name, metadata["uid"])
+        return bool(sealed) and Voucher.opened(sealed, sealing) == expected
+
+    def _replace(self, metadata: Json) -> None:
+        """Delete a pod that nobody vouches for, unless somebody does meanwhile."""
+        name, uid, version = metadata["name"], metadata["uid"], metadata.get("resourceVersion", "")
+        log.warning("kubernetes.unvouched_pod_replaced", extra={"attempt_name": name, "uid": uid})
+        path = self._api.pods_path(name)
+        try:
+            self._api.delete(path, uid, operation="delete_pod", grace_seconds=0, resource_version=version)
+        except NotFound:
+            return
+
+    def _vouch(self, launch: LaunchSpec, uid: str, sealing: Sealing) -> None:
+        """Say under seal that we made this very pod for this attempt: what its agent's token is exchanged for."""
+        sealed = Voucher(launch.attempt, self._api.namespace, launch.name, uid).sealed(sealing)
+        body = {"metadata": {"uid": uid, "annotations": {SEAL: sealed}}}
+        with self._taken_back_when_refused(launch.name, uid):
+            try:
+                self._api.patch(self._api.pods_path(launch.name), body, operation="patch_pod")
+            except ApiError as error:
+                is_another = any(cause.get("field") == "metadata.uid" for cause in error.causes)
+                if not is_another and not isinstance(error, NotFound):
+                    raise
+                message = f"pod {launch.name} existed a moment ago and is gone, or another one has its name"
+                raise TransientLaunchError(FailureReason.LAUNCH_FAILED, message) from error
 
     def _create(self, launch: LaunchSpec, pod: Json) -> tuple[Json, bool]:
         """The pod, and whether an earlier delivery had created it.
@@ -145,15 +207,19 @@ class KubernetesExecutor:
 
     def _create_secret(self, launch: LaunchSpec, name: str, pod_uid: str) -> None:
         """Give the pod its Secret, unless another delivery did; a pod that can never get one is taken back."""
-        secret = build_secret(launch, name, pod_uid, self._settings.system)
-        try:
+        secret = build_secret(launch, name, pod_uid, self._settings.system, self._settings.exchanges_tokens)
+        with self._taken_back_when_refused(launch.name, pod_uid), suppress(AlreadyExists):
             self._api.post(self._api.path("secrets"), secret, operation="create_secret")
-        except AlreadyExists:
-            return
+
+    @contextmanager
+    def _taken_back_when_refused(self, name: str, uid: str) -> Iterator[None]:
+        """Delete the pod that waits for what is done here, when that is refused for good."""
+        try:
+            yield
         except ApiError as error:
             refusal = to_launch_error(error)
             if isinstance(refusal, PermanentLaunchError):
-                self._take_back(launch.name, pod_uid)
+                self._take_back(name, uid)
             raise refusal from error
 
     def _take_back(self, name: str, uid: str) -> None:

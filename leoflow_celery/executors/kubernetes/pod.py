@@ -13,8 +13,12 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import Resources, TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
+from leoflow_celery.executors.identity import AUDIENCE, SEAL
 from leoflow_celery.executors.kubernetes.environment import (
     CA_DIR,
+    IDENTITY_DIR,
+    IDENTITY_FILE,
+    RESERVED,
     STAGING_DIR,
     TERMINATION_LOG,
     agent_entries,
@@ -30,12 +34,17 @@ from leoflow_celery.settings import KubernetesSettings
 
 #: The group of the task image's user; a staging volume is made writable for it.
 _STAGING_GROUP = 10_001
+#: The volume with the service account's token that an agent exchanges, and how long one is good: the least that the API
+#: takes. The kubelet writes a new one at 80 % of that.
+_IDENTITY_VOLUME = "leoflow-identity"
+_IDENTITY_SECONDS = 600
 #: What we read of a pod that others may have written. The server checks the rest.
 _SHAPES: dict[tuple[str, str], tuple[type, str]] = {
     ("metadata", "labels"): (dict, "an object"),
     ("metadata", "annotations"): (dict, "an object"),
     ("spec", "securityContext"): (dict, "an object"),
     ("spec", "tolerations"): (list, "a list"),
+    ("spec", "volumes"): (list, "a list"),
     ("spec", "terminationGracePeriodSeconds"): (int, "a number"),
 }
 
@@ -64,7 +73,7 @@ def build_pod(launch: LaunchSpec, settings: KubernetesSettings, base: Json | Non
         raise PermanentLaunchError(FailureReason.INVALID_SPEC, f"the request does not fit the pod: {error}") from error
     if launch.request.pod_override:
         pod = _overridden(pod, launch.request)
-    return _identified(pod, launch, settings.system, secret)
+    return _identified(pod, launch, settings, secret)
 
 
 def _defaults(settings: KubernetesSettings) -> Json:
@@ -182,23 +191,27 @@ def shape_problem(pod: Json) -> str:
     return ""
 
 
-def _identified(pod: Json, launch: LaunchSpec, system: str, secret: str) -> Json:
+def _identified(pod: Json, launch: LaunchSpec, settings: KubernetesSettings, secret: str) -> Json:
     """The pod with what we know it by, whatever others wrote there."""
     metadata = {name: value for name, value in pod["metadata"].items() if name not in ("namespace", "generateName")}
     spec = {**pod["spec"], "restartPolicy": "Never"}
     spec.setdefault("automountServiceAccountToken", bool(spec.get("serviceAccountName")))
-    ours = agent_entries(launch, spec, secret)
+    exchanged = settings.exchanges_tokens
+    ours = agent_entries(launch, spec, secret, exchanged)
     spec["containers"] = [_task(one, ours) if one["name"] == TASK_CONTAINER else one for one in spec["containers"]]
+    if exchanged:
+        spec = _with_identity(spec)
     metadata["name"] = launch.name
     labels = {name: value for name, value in metadata.get("labels", {}).items() if name != SYSTEM_LABEL}
-    metadata["labels"] = {**labels, **attempt_labels(launch, system)}
-    metadata["annotations"] = {**metadata.get("annotations", {}), **attempt_annotations(launch)}
+    metadata["labels"] = {**labels, **attempt_labels(launch, settings.system)}
+    annotations = {name: value for name, value in metadata.get("annotations", {}).items() if name != SEAL}
+    metadata["annotations"] = {**annotations, **attempt_annotations(launch)}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
 def _task(container: Json, ours: list[dict[str, Any]]) -> Json:
     """The container of the user's code. Our variables come first, so that others may refer to them."""
-    names = {one["name"] for one in ours}
+    names = {one["name"] for one in ours} | RESERVED
     theirs = [one for one in container.get("env", []) if one["name"] not in names]
     return {
         **container,
@@ -206,3 +219,21 @@ def _task(container: Json, ours: list[dict[str, Any]]) -> Json:
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "File",
     }
+
+
+def _with_identity(spec: Json) -> Json:
+    """The spec with a token of the pod's service account for our gateway alone: it opens nothing at the API server."""
+    token = {"audience": AUDIENCE, "expirationSeconds": _IDENTITY_SECONDS, "path": IDENTITY_FILE}
+    volume = {"name": _IDENTITY_VOLUME, "projected": {"sources": [{"serviceAccountToken": token}]}}
+    mount = {"name": _IDENTITY_VOLUME, "mountPath": IDENTITY_DIR, "readOnly": True}
+    volumes = [one for one in spec.get("volumes", []) if one.get("name") != _IDENTITY_VOLUME]
+    containers = [
+        {**one, "volumeMounts": [*_other_mounts(one), mount]} if one["name"] == TASK_CONTAINER else one
+        for one in spec["containers"]
+    ]
+    return {**spec, "volumes": [*volumes, volume], "containers": containers}
+
+
+def _other_mounts(container: Json) -> list[Json]:
+    mounts: list[Json] = container.get("volumeMounts") or []
+    return [one for one in mounts if one.get("name") != _IDENTITY_VOLUME and one.get("mountPath") != IDENTITY_DIR]

@@ -8,8 +8,8 @@ from leoflow_celery.executors.kubernetes.identity import attempt_labels
 from leoflow_celery.executors.kubernetes.merge import Json
 
 
-def build_secret(launch: LaunchSpec, name: str, pod_uid: str, system: str = "") -> Json:
-    """The token and the request's variables. Immutable: a kubelet need not watch it."""
+def build_secret(launch: LaunchSpec, name: str, pod_uid: str, system: str = "", exchanged: bool = False) -> Json:
+    """The token, unless it is exchanged, and the request's variables. Immutable: a kubelet need not watch it."""
     owner = {"apiVersion": "v1", "kind": "Pod", "name": launch.name, "uid": pod_uid}
     return {
         "apiVersion": "v1",
@@ -17,5 +17,5 @@ def build_secret(launch: LaunchSpec, name: str, pod_uid: str, system: str = "") 
         "metadata": {"name": name, "labels": attempt_labels(launch, system), "ownerReferences": [owner]},
         "type": "Opaque",
         "immutable": True,
-        "stringData": secret_variables(launch),
+        "stringData": secret_variables(launch, exchanged),
     }

@@ -105,7 +105,7 @@ def test_a_silent_holder_is_replaced_and_fenced_everywhere(store: Store) -> None
     store.attempts.start(attempt, "old")
     claim(store, attempt, "new")
     assert event_names(store) == ["submitted", "claimed", "claimed"]
-    with pytest.raises(Fenced, match="old"):
+    with pytest.raises(Fenced, match="ti-1"):
         store.attempts.start(attempt, "old")
     verdicts = store.attempts.heartbeat([Beat(attempt, "old"), Beat(attempt, "new")], LEASE_SECONDS)
     assert verdicts.fenced == {"old"}

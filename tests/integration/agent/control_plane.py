@@ -190,3 +190,6 @@ class ControlPlane:
 
     def _GetConnections(self, call: Call) -> pb.GetConnectionsResponse:
         return pb.GetConnectionsResponse(connection_uris=self.connections)
+
+    def _ExchangeToken(self, call: Call) -> pb.ExchangeTokenResponse:
+        raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "this control plane exchanges no tokens")

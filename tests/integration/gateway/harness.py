@@ -15,7 +15,6 @@ import grpc
 from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
-from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.gateway import GatewayServer
@@ -277,12 +276,13 @@ class World:
     def log_key(request: TaskRequest) -> LogKey:
         return LogKey(request.tenant_id, request.dag_id, request.run_id, request.task_id, request.try_number)
 
-    def expire_lease(self, attempt: AttemptId, holder: str) -> None:
+    def expire_lease(self, request: TaskRequest) -> None:
         """The holder was silent for too long, and somebody listened."""
         from leoflow_celery.store.attempts import Beat
 
         listened(self.store)
-        self.store.attempts.heartbeat([Beat(attempt, holder)], lease_seconds=-1)
+        view = self.view(request)
+        self.store.attempts.heartbeat([Beat(view.attempt, view.holder or "")], lease_seconds=-1)
 
     def close(self) -> None:
         for agent in self._agents:

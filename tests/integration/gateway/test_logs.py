@@ -190,7 +190,7 @@ def test_a_replaced_holder_loses_its_stream_without_a_heartbeat(world: World) ->
     logs = silent.logs()
     logs.send(line(1))
     wait_until(lambda: logs.acked == 1)
-    world.expire_lease(request.attempt, silent.session or "")
+    world.expire_lease(request)
     fresh.run()
     logs.join()
     assert logs.code is grpc.StatusCode.ABORTED

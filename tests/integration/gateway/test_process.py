@@ -28,7 +28,9 @@ _GATEWAY = (
 class ProcessWorld(World):
     """A world whose gateway is a process. Its broker does not exist: nobody can be told of an end."""
 
-    def __init__(self, database_url: str, directory: Path, **gateway: str) -> None:
+    def __init__(
+        self, database_url: str, directory: Path, environment: dict[str, str] | None = None, **gateway: str
+    ) -> None:
         super().__init__(settings_for(database_url, directory))
         self.address = f"127.0.0.1:{free_port()}"
         self.directory = directory
@@ -42,6 +44,7 @@ class ProcessWorld(World):
             "LEOFLOW_GATEWAY_SHUTDOWN_GRACE_SECONDS": "60",
             "LEOFLOW_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0",
             **{f"LEOFLOW_GATEWAY_{name.upper()}": value for name, value in gateway.items()},
+            **(environment or {}),
         }
         command = [sys.executable, "-c", _GATEWAY]
         self.process = ManagedProcess(command, directory / "gateway.log", env, name="gateway")
@@ -55,12 +58,13 @@ class ProcessWorld(World):
         self._agents.append(agent)
         return agent
 
-    def agent_process(self, request: TaskRequest) -> ManagedProcess:
+    def agent_process(self, request: TaskRequest, **more_env: str) -> ManagedProcess:
         env = {
             "LEOFLOW_CONTROL_PLANE_ADDR": self.address,
             "LEOFLOW_AGENT_TOKEN": self.tokens.mint(request, request.attempt),
             "LEOFLOW_TASK_INSTANCE_ID": request.task_instance_id,
             "LEOFLOW_AGENT_KILL_GRACE_SECONDS": "1",
+            **more_env,
         }
         name = f"agent-{request.task_instance_id}"
         return ManagedProcess(
@@ -230,5 +234,37 @@ def test_a_database_without_tables_is_answered_and_not_fatal(tmp_path: Path) -> 
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "leoflow db upgrade" in error.details()
         assert world.process.terminate() == 0
+    finally:
+        world.close()
+
+
+def test_a_real_agent_renews_its_token_and_outlives_an_outage_longer_than_that(
+    migrated_database_url: str, tmp_path: Path
+) -> None:
+    world = ProcessWorld(migrated_database_url, tmp_path, environment={"LEOFLOW_AGENT_TOKEN_RENEWED_TTL_SECONDS": "2"})
+    marker = tmp_path / "go-on"
+    request = world.submit(entrypoint=f"echo begun; while [ ! -e {marker} ]; do sleep 0.05; done; echo end")
+    try:
+        with world.agent_process(request, LEOFLOW_AGENT_HEARTBEAT_SECONDS="0.3") as agent:
+            wait_until(lambda: "begun" in world.log(request), 20)
+            assert str(world.view(request).holder).startswith("renewing:")
+            began = time.monotonic()
+            wait_until(lambda: time.monotonic() - began > 5, 10, "two lives of a token")
+            world.process.kill()
+            down = time.monotonic()
+            wait_until(lambda: time.monotonic() - down > 3, 10, "its token expires")
+            world.process.restart()
+            world.wait_until_up()
+            beaten = time.time()
+            wait_until(lambda: (world.view(request).last_heartbeat_at or 0) > beaten, 20)
+            marker.touch()
+            assert agent.wait() == 0
+            output = agent.output()
+        assert world.view(request).state is TaskState.SUCCESS
+        assert "end" in world.log(request)
+        for text in (output, world.process.output()):
+            assert "Traceback" not in text
+        events = [event.event for event in world.store.events.of(request.task_instance_id)]
+        assert events.count("claimed") == 1, "to register again is no new claim"
     finally:
         world.close()

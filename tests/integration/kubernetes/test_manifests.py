@@ -69,7 +69,25 @@ def test_the_components_fit_the_base(everything: list[Manifest]) -> None:
     assert gateway["containers"][0]["readinessProbe"]["grpc"]["service"] == "leoflow.agent.v1.AgentService"
     assert "tls" in {volume["name"] for volume in gateway["volumes"]}
     roles = [one for one in everything if one["kind"] == "ClusterRole"]
-    assert [role["rules"][0]["resources"] for role in roles] == [["storageclasses"]]
+    assert sorted(role["rules"][0]["resources"] for role in roles) == [["storageclasses"], ["tokenreviews"]]
+
+
+def test_where_tokens_are_exchanged_the_gateway_has_an_account_and_a_way_of_its_own(
+    cluster: Cluster, namespace: Namespace, everything: list[Manifest]
+) -> None:
+    named = {(one["kind"], one["metadata"]["name"]): one for one in everything}
+    assert dict(templates(everything))["leoflow-gateway"]["spec"]["serviceAccountName"] == "leoflow-gateway"
+    assert named["ServiceAccount", "leoflow-gateway"]["automountServiceAccountToken"] is True
+    assert named["NetworkPolicy", "leoflow-gateway-to-api-server"]["spec"]["policyTypes"] == ["Egress"]
+    assert named["Role", "leoflow-gateway"]["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]}]
+    assert "patch" in named["Role", "leoflow-worker-k8s"]["rules"][0]["verbs"]
+    (settings,) = [one for one in everything if one["kind"] == "ConfigMap"]
+    assert settings["data"]["LEOFLOW_KUBERNETES_AGENT_TOKEN"] == "exchange"
+    assert settings["data"]["LEOFLOW_KUBERNETES_NAMESPACE"] == "leoflow-tasks", "what the base says stays"
+    for kind in ("ServiceAccount", "Role", "RoleBinding", "NetworkPolicy"):
+        for (one_kind, name), one in named.items():
+            if one_kind == kind and name.startswith("leoflow-gateway"):
+                assert not list(dropped(one, create(cluster, one, namespace.name, dryRun="All"))), name
 
 
 def test_every_pod_passes_the_restricted_standard(manifests: list[Manifest]) -> None:

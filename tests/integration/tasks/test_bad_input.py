@@ -80,9 +80,10 @@ def test_a_request_of_ten_megabytes_is_refused(client: Client) -> None:
     request = http_task(URL, env={"A": "x" * 10_000_000})
     with pytest.raises(RequestTooLarge, match="the limit is 1048576"):
         client.submit(request)
-    sent = client.app.send_task("leoflow.dispatch", (request,), queue="dispatch")
-    with pytest.raises(RequestTooLarge, match="the limit is 1048576"):
-        sent.get(timeout=30)
+    for size, limit in ((3_000_000, "1048576"), (10_000_000, "8388608")):  # of a request, and of any message
+        sent = client.app.send_task("leoflow.dispatch", (http_task(URL, env={"A": "x" * size}),), queue="dispatch")
+        with pytest.raises(RequestTooLarge, match=f"the limit is {limit}"):
+            sent.get(timeout=30)
 
 
 def test_a_sealed_request_is_opened_with_our_key_only(system: System, client: Client, target: HttpTarget) -> None:

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -15,7 +16,7 @@ from leoflow_celery.cli import doctor
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.security import KeyRing, TokenIssuer
-from leoflow_celery.settings import Settings
+from leoflow_celery.settings import KubernetesSettings, Settings
 from leoflow_celery.store import Store
 from leoflow_celery.store.presence import Kind
 from tests.unit.cli.conftest import Cli
@@ -192,3 +193,18 @@ def test_doctor_asks_the_gateway_for_its_health(settings: Settings, health_servi
 
 def test_doctor_wants_a_consumer_for_every_queue_of_a_standard_system(settings: Settings) -> None:
     assert doctor.needed_queues(settings) == ["k8s", "inline", "dispatch", "results", "maintenance"]
+
+
+def test_doctor_asks_for_the_rights_to_exchange_tokens_where_pods_hold_none(
+    cli: Cli, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "not needed" in cli("doctor", "--only", "exchange").out
+    exchanging = KubernetesSettings(agent_token="exchange", kubeconfig=tmp_path / "missing")
+    elsewhere = doctor.check_exchange(settings.model_copy(update={"kubernetes": exchanging}))
+    assert (elsewhere.ok, "ask where the gateway runs" in elsewhere.sentence) == (True, True)
+    reviewer = SimpleNamespace(namespace="tasks", missing_rights=lambda: ["create x", "get y"], close=lambda: None)
+    monkeypatch.setattr("leoflow_celery.gateway.exchange.open_reviewer", lambda _: reviewer)
+    text = "the API server does not let this process create x or get y, as the gateway has to; grant it"
+    assert doctor.check_exchange(settings) == doctor.Finding("exchange", False, text)
+    reviewer.missing_rights = list
+    assert doctor.check_exchange(settings).ok

@@ -12,7 +12,7 @@ import pytest
 
 from leoflow_celery.errors import ConfigurationError, Unavailable
 from leoflow_celery.gateway import secrets, values
-from leoflow_celery.gateway.refusals import NotPossible
+from leoflow_celery.gateway.rpc import NotPossible
 from leoflow_celery.gateway.secrets import MAX_QUESTIONS_OF_A_TENANT, Backends, SecretReader, open_backends
 from leoflow_celery.gateway.values import BackendFailed, Kind, Query
 from leoflow_celery.settings import GatewaySettings, Settings

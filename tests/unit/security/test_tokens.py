@@ -14,7 +14,7 @@ from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import Operator, TaskRequest
 from leoflow_celery.domain.xcom import XComKey
 from leoflow_celery.errors import ConfigurationError, InvalidToken
-from leoflow_celery.security import TokenIssuer
+from leoflow_celery.security import TokenIssuer, holder_name
 
 SECRET = "0123456789abcdef0123456789abcdef"
 ATTEMPT = AttemptId("ti-1", 2, 3)
@@ -163,3 +163,49 @@ def test_errors_never_repeat_the_token(issuer: TokenIssuer) -> None:
     token = signed("another-secret-of-32-bytes-at-least")
     assert token not in str(refused(issuer, token))
     assert token.split(".")[2] not in repr(refused(issuer, token))
+
+
+def test_keys_rotate_newest_first() -> None:
+    new, old = "n" * 40, "o" * 40
+    before, rotating, after = (TokenIssuer(text, 100) for text in (old, f"{new}, {old}", new))
+    token = rotating.mint(REQUEST, ATTEMPT)
+    assert after.verify(token) == rotating.verify(token)
+    assert rotating.verify(before.mint(REQUEST, ATTEMPT)).attempt == ATTEMPT
+    assert refused(after, before.mint(REQUEST, ATTEMPT)).reason == "forged"
+    assert refused(before, token).reason == "forged"
+
+
+def test_a_secret_may_hold_a_comma_as_it_could_before_there_were_several() -> None:
+    short, long = "a secret, thirty-two bytes or more", f"{'a' * 40},{'b' * 40}"
+    for text in (short, long):
+        token = jwt.encode(claims(), text, algorithm="HS256")
+        assert TokenIssuer(text, 100).verify(token).task_id == "load"
+    with pytest.raises(ConfigurationError, match="LEOFLOW_JWT_SECRET"):
+        TokenIssuer("short,er", 100)
+
+
+def test_a_renewed_token_is_short_and_names_its_holder(issuer: TokenIssuer) -> None:
+    launch = issuer.verify(issuer.mint(REQUEST, ATTEMPT))
+    assert (launch.holder, launch.renew_at) == ("", 0.0)
+    holder = holder_name(ATTEMPT, "session", renews=True)
+    renewed = issuer.verify(issuer.renew(launch, holder))
+    assert (renewed.attempt, renewed.tenant_id, renewed.holder) == (ATTEMPT, "acme", holder)
+    assert renewed.expires_at == pytest.approx(time.time() + 900, abs=30)
+    assert renewed.renew_at == pytest.approx(time.time() + 300, abs=30)
+
+
+def test_a_holder_is_another_one_for_each_attempt_launch_session_and_kind() -> None:
+    names = {
+        holder_name(ATTEMPT, "session"),
+        holder_name(ATTEMPT, "session", renews=True),
+        holder_name(ATTEMPT, "another"),
+        holder_name(ATTEMPT.evolve(launch=ATTEMPT.launch + 1), "session"),
+        holder_name(ATTEMPT.evolve(task_instance_id="other"), "session"),
+    }
+    assert len(names) == 5
+    assert not [name for name in names if "session" in name]
+
+
+@pytest.mark.parametrize("changes", [{"holder": 5}, {"exp": float("nan")}, {"exp": float("inf")}])
+def test_a_signed_claim_of_the_wrong_kind_is_malformed(issuer: TokenIssuer, changes: dict[str, Any]) -> None:
+    assert refused(issuer, signed(**changes)).reason == "malformed"

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from leoflow_celery import errors
-from leoflow_celery.gateway.refusals import InvalidArgument, NotPermitted, NotPossible, refusal_of
+from leoflow_celery.gateway.rpc import InvalidArgument, NotPermitted, NotPossible, refusal_of
 from leoflow_celery.protocol.service import REFUSED_KEY
 
 CODE = grpc.StatusCode
