@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from leoflow_celery.domain.dag import Dag
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
 LEOFLOW = (sys.executable, "-m", "leoflow_celery.cli")
@@ -44,7 +44,7 @@ def processes_of(directory: Path) -> list[str]:
 def leoflow(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     command = [*LEOFLOW, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout * PATIENCE, check=False)
 
 
 def spawn(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -115,7 +115,7 @@ def test_ctrl_c_cancels_the_run_and_leaves_nothing_behind(state_dir: Path, tmp_p
     run = spawn("lite", "run", dag, "--state-dir", state_dir, "--run-id", "r")
     wait_until(started.exists, 30, "the task starts")
     run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=60 * PATIENCE)
     assert run.returncode == 130, errors
     assert "Traceback" not in errors
     after = status(state_dir, "r")
@@ -131,12 +131,12 @@ def test_a_run_killed_with_its_whole_system_is_picked_up_where_it_was(state_dir:
     run = spawn("lite", "run", dag, "--state-dir", state_dir, "--run-id", "r")
     wait_until(starts.exists, 30, "the task starts")
     run.kill()
-    run.communicate(timeout=30)
+    run.communicate(timeout=30 * PATIENCE)
 
     again = spawn("lite", "run", dag, "--state-dir", state_dir, "--run-id", "r")
     wait_until(lambda: status(state_dir, "r")["a"]["state"] == "running", 30, "the agent is still at work")
     go.touch()
-    _, errors = again.communicate(timeout=120)
+    _, errors = again.communicate(timeout=120 * PATIENCE)
     assert again.returncode == 0, errors
     assert "resumed" in errors
     assert starts.read_text() == "started\n"
@@ -156,7 +156,7 @@ def system(state_dir: Path) -> Iterator[subprocess.Popen[str]]:
     yield process
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=60 * PATIENCE)
 
 
 def test_lite_up_serves_other_shells(system: subprocess.Popen[str], state_dir: Path, tmp_path: Path) -> None:
@@ -180,11 +180,11 @@ def test_lite_up_serves_other_shells(system: subprocess.Popen[str], state_dir: P
     assert system.poll() is None
 
     system.send_signal(signal.SIGTERM)
-    assert system.wait(timeout=60) == 143
+    assert system.wait(timeout=60 * PATIENCE) == 143
 
 
 def test_lite_up_ends_cleanly_with_ctrl_c(system: subprocess.Popen[str]) -> None:
     os.kill(system.pid, signal.SIGINT)
-    _, errors = system.communicate(timeout=60)
+    _, errors = system.communicate(timeout=60 * PATIENCE)
     assert system.returncode == 130
     assert "Traceback" not in errors

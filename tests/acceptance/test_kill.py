@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE, wait_until
 
 CHAINS, LENGTH = 10, 5
 HTTP_CHAINS = 3
@@ -60,7 +60,7 @@ class _Counting(BaseHTTPRequestHandler):
         self.server.calls.append(self.path.lstrip("/"))
         if not self.server.gate.is_set():
             self.server.waiting.release()
-            self.server.gate.wait(60)
+            self.server.gate.wait(60 * PATIENCE)
         body = json.dumps(self.path).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
@@ -146,14 +146,14 @@ def test_fifty_tasks_survive_kill_9_of_worker_gateway_and_redis(
             wait_until(_at_least(database, after), 120, f"{after} tasks have ended")
             if victim == "worker":
                 target.gate.clear()
-                assert target.waiting.acquire(timeout=30), "an inline call is under way"
+                assert target.waiting.acquire(timeout=30 * PATIENCE), "an inline call is under way"
             assert run.poll() is None, "the run must be in the middle"
             _kill_once(state_dir, VICTIMS[victim])
             target.gate.set()
-        assert run.wait(timeout=200) == 0, (tmp_path / "out").read_text()
+        assert run.wait(timeout=200 * PATIENCE) == 0, (tmp_path / "out").read_text()
     finally:
         run.terminate()
-        run.wait(60)
+        run.wait(60 * PATIENCE)
     _check(database, starts, target.calls)
     _check_completions(database, [*LEOFLOW, "lite", "up", "--state-dir", str(state_dir)])
 
@@ -200,4 +200,4 @@ def _check_completions(database: Path, up: list[str]) -> None:
         wait_until(lambda: not _rows(database, query), 60, "every waiting Celery id is completed")
     finally:
         system.terminate()
-        system.wait(60)
+        system.wait(60 * PATIENCE)

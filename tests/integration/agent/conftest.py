@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.integration.agent.control_plane import ControlPlane
+from tests.support.waiting import PATIENCE
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ class AgentProcess:
 
     def wait(self, timeout: float = 30) -> int:
         """The exit code; the private directory must be gone with the agent."""
-        self.output, _ = self.popen.communicate(timeout=timeout)
+        self.output, _ = self.popen.communicate(timeout=timeout * PATIENCE)
         assert list(self.tmp.iterdir()) == []
         return self.popen.returncode
 
