@@ -92,7 +92,7 @@ def test_a_task_runs_end_to_end_and_no_token_is_on_its_pod_or_in_a_secret(
 @pytest.mark.timeout(400)
 def test_a_task_with_a_staging_volume_and_its_group_can_read_its_proof(client: Client) -> None:
     """The kubelet gives the files of such a pod to the group of its volumes, and to nobody else."""
-    claim = {"staging_claim": staging_claim_name("acc", "staged"), "staging_size": "1Mi"}
+    claim = {"staging_claim": staging_claim_name("acc", "r"), "staging_size": "1Mi"}
     handle = client.submit(bash("staged", f"test -r {TOKEN}", **claim))
     handle.get(timeout=120)
     assert handle.task_instance().launch == 1
