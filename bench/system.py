@@ -46,12 +46,18 @@ class System:
         }
         os.environ.update({k: v for k, v in self.environment.items() if k.startswith("LEOFLOW_")})
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._by_name: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         with (self.directory / f"{name}.out").open("wb") as output:
             process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         self._processes.append(process)
+        self._by_name[name] = process
         return process
+
+    def named(self, *names: str) -> dict[str, psutil.Process]:
+        """The running processes of these names."""
+        return {name: psutil.Process(self._by_name[name].pid) for name in names}
 
     def start_redis(self) -> None:
         binary = shutil.which("redis-server")
