@@ -19,10 +19,9 @@ from functools import cached_property
 from typing import Any
 
 from celery import states
-from redis.exceptions import RedisError
+from kombu.utils.json import dumps
 
 from leoflow_celery import metrics
-from leoflow_celery.broker_url import redis_url
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.errors import (
     BrokerUnavailable,
@@ -45,6 +44,7 @@ from leoflow_celery.queueing.decoder import (
     decode_task,
     printable,
 )
+from leoflow_celery.queueing.depths import broker_errors_mapped, redis_client
 from leoflow_celery.security import KeyRing, Scope, Sealer
 from leoflow_celery.settings import BrokerSettings, Settings
 
@@ -54,6 +54,8 @@ GIVEN_UP = "given_up"
 _PURPOSE = "dead-letter"
 #: Letters that wait for a broker which did not take them.
 _MAX_UNKEPT = 100
+#: Of the sentence about a message, which may quote it.
+_MAX_WHY_CHARACTERS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +187,12 @@ class DeadLetters:
         return kept
 
     def count(self) -> int:
-        with _mapped():
+        with broker_errors_mapped(self._settings.broker):
             return int(self._client.llen(self._keys[0]))
 
     def all(self) -> list[DeadLetter]:
         """All letters, the newest first."""
-        with _mapped():
+        with broker_errors_mapped(self._settings.broker):
             ids = self._client.lrange(self._keys[0], 0, -1)
             texts = self._client.hmget(self._keys[1], ids) if ids else []
         letters = (DeadLetter.from_json(text) for text in texts if text is not None)
@@ -202,7 +204,7 @@ class DeadLetters:
         Raises:
             NotFound: there is none of this id.
         """
-        with _mapped():
+        with broker_errors_mapped(self._settings.broker):
             text = self._client.hget(self._keys[1], letter_id)
         letter = DeadLetter.from_json(text) if text is not None else None
         if letter is None or letter.id != letter_id:
@@ -216,7 +218,7 @@ class DeadLetters:
             NotFound: nothing is kept of it.
             DecryptionFailed: it was sealed with another key.
         """
-        with _mapped():
+        with broker_errors_mapped(self._settings.broker):
             sealed = self._client.hget(self._keys[2], letter.id)
         if sealed is None:
             raise NotFound(f"nothing is kept of the message of dead letter {letter.id}")
@@ -250,7 +252,7 @@ class DeadLetters:
     def drop_all(self) -> int:
         """Drop all letters; how many there were."""
         number = self.count()
-        with _mapped():
+        with broker_errors_mapped(self._settings.broker):
             self._client.delete(*self._keys)
         return number
 
@@ -259,32 +261,12 @@ class DeadLetters:
             raise NotFound(f"there is no dead letter {printable(letter_id)!r} (any more)")
 
     def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> int:
-        with _mapped():
+        with broker_errors_mapped(self._settings.broker):
             return int(self._client.eval(script, len(keys), *keys, *arguments))
-
-
-def redis_client(broker: BrokerSettings) -> Any:
-    """A Redis client of the broker."""
-    import redis
-
-    return redis.Redis.from_url(
-        redis_url(broker.url),
-        socket_connect_timeout=broker.connect_timeout_seconds,
-        socket_timeout=broker.socket_timeout_seconds,
-    )
 
 
 def _with(letter: DeadLetter, **changes: Any) -> DeadLetter:
     return DeadLetter(**{**asdict(letter), **changes})
-
-
-class _mapped:  # noqa: N801 - a context manager, used as one
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
-        if isinstance(error, RedisError):
-            raise BrokerUnavailable(f"dead letters: the broker did not answer: {error}") from error
 
 
 def given_up_letter(attempt: AttemptId, queue: str, task: str, celery_id: str, cause: str) -> DeadLetter:
@@ -307,6 +289,7 @@ def keep_not_believed(
     letters: DeadLetters, queue: str, why: str, task: str, celery_id: str = "", raw: bytes = b"", size_bytes: int = 0
 ) -> None:
     """Count, log and keep a message whose content nobody believes; ``raw`` is the message if it can be sent again."""
+    why = printable(why, _MAX_WHY_CHARACTERS)
     letter = DeadLetter(
         id=uuid.uuid4().hex[:16],
         queue=printable(queue),
@@ -328,7 +311,8 @@ def keep_not_believed(
 
 def envelope_of(task: str, queue: str, request: Any) -> bytes:
     """The message of a running task, as its publisher could have put it on the queue."""
-    body = json.dumps([request.args or [], request.kwargs or {}, {}]).encode()
+    # The decoder may have made dates and decimals of arguments: kombu writes them as it reads them.
+    body = dumps([request.args or [], request.kwargs or {}, {}]).encode()
     headers = {"lang": "py", "task": task, "id": request.id, "root_id": request.root_id or request.id}
     delivery = {"exchange": "", "routing_key": queue}
     properties = {"correlation_id": request.id, "delivery_mode": 2, "delivery_info": delivery, "priority": 0}

@@ -81,7 +81,7 @@ class LeoflowTask(Task[Any, Any]):
         Raises:
             Reject: no launch worker said it; that is a dead letter now.
         """
-        executor = EXECUTOR_OF.get(speaker)
+        executor = EXECUTOR_OF.get(speaker) if isinstance(speaker, str) else None
         if executor is None:
             raise self.refused("no launch worker may say this")
         return executor, self.opened(kind, sealed, speaker)

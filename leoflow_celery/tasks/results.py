@@ -94,7 +94,7 @@ def _report_of(services: Services, note: LaunchNote) -> LaunchReport | None:
         why = str(error)
     if why:
         letters = DeadLetters(services.settings, services.queues.client)
-        keep_not_believed(letters, RESULTS_QUEUE, why, task="launched", size_bytes=len(note.content))
+        keep_not_believed(letters, RESULTS_QUEUE, why, task="launched", size_bytes=note.size_bytes)
         return None
     return report
 
