@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, Task, shared_task
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 
 from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
@@ -68,7 +68,7 @@ class LeoflowTask(Task[Any, Any]):
         """The content of this task's message, sealed with the key of ``scope``.
 
         Raises:
-            Reject: it cannot be opened; that is a dead letter now.
+            Ignore: it cannot be opened; that is a dead letter now.
         """
         try:
             return open_message(self.services.keys, scope, kind, sealed)
@@ -79,20 +79,24 @@ class LeoflowTask(Task[Any, Any]):
         """What the launch workers of an executor say; ``speaker`` names the key that it is sealed with.
 
         Raises:
-            Reject: no launch worker said it; that is a dead letter now.
+            Ignore: no launch worker said it; that is a dead letter now.
         """
         executor = EXECUTOR_OF.get(speaker) if isinstance(speaker, str) else None
         if executor is None:
             raise self.refused("no launch worker may say this")
         return executor, self.opened(kind, sealed, speaker)
 
-    def refused(self, why: str) -> Reject:
-        """The error to leave with when this task's message is believed by nobody."""
+    def refused(self, why: str) -> Ignore:
+        """The error to leave with when this task's message is believed by nobody.
+
+        Not ``Reject``, which takes the message from the broker as well: Celery logs a traceback of it, and whoever
+        sends such messages chooses how many.
+        """
         queue = str((self.request.delivery_info or {}).get("routing_key") or TaskName(self.name).queue)
         letters = DeadLetters(self.services.settings, self.services.queues.client)
         raw = envelope_of(self.name, queue, self.request)
         keep_not_believed(letters, queue, why, raw=raw, task=self.name, celery_id=str(self.request.id))
-        return Reject(why, requeue=False)
+        return Ignore(why)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's retry, which drops the message when the broker does not take the next one; ours goes back to it."""
