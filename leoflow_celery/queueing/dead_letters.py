@@ -13,10 +13,10 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from celery import states
 from kombu.utils.json import dumps
@@ -44,16 +44,19 @@ from leoflow_celery.queueing.decoder import (
     decode_task,
     printable,
 )
-from leoflow_celery.queueing.depths import broker_errors_mapped, redis_client
+from leoflow_celery.queueing.depths import answered, redis_client
 from leoflow_celery.security import KeyRing, Scope, Sealer
 from leoflow_celery.settings import BrokerSettings, Settings
 
 log = logging.getLogger(__name__)
+R = TypeVar("R")
 #: The kind of a dead letter that is an attempt.
 GIVEN_UP = "given_up"
 _PURPOSE = "dead-letter"
 #: Letters that wait for a broker which did not take them.
 _MAX_UNKEPT = 100
+#: The year 9999, the last that a clock can be asked for.
+_LAST_SECOND = 250_000_000_000
 #: Of the sentence about a message, which may quote it.
 _MAX_WHY_CHARACTERS = 500
 
@@ -91,7 +94,7 @@ class DeadLetter:
             return None
         kinds = {"str": str, "float": int | float, "int": int}
         is_right = all(isinstance(getattr(letter, name), kinds[str(kind)]) for name, kind in known.items())
-        return letter if is_right else None
+        return letter if is_right and 0 <= letter.at < _LAST_SECOND else None
 
     @property
     def is_whole(self) -> bool:
@@ -114,12 +117,14 @@ while redis.call('LLEN', KEYS[1]) > tonumber(ARGV[4]) do
 end
 return dropped
 """
-#: Takes a letter away and, with a fourth key, puts its message there: of two who try only one does.
+#: Takes a letter away and, with a fourth key, puts its message there: of two who try only one does. A key that is no
+#: queue ends it at the put, and the letter stays.
 _TAKE = """
-if redis.call('HDEL', KEYS[2], ARGV[1]) == 0 then return 0 end
+if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return 0 end
+if KEYS[4] then redis.call('LPUSH', KEYS[4], ARGV[2]) end
+redis.call('HDEL', KEYS[2], ARGV[1])
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('LREM', KEYS[1], 0, ARGV[1])
-if KEYS[4] then redis.call('LPUSH', KEYS[4], ARGV[2]) end
 return 1
 """
 
@@ -187,14 +192,12 @@ class DeadLetters:
         return kept
 
     def count(self) -> int:
-        with broker_errors_mapped(self._settings.broker):
-            return int(self._client.llen(self._keys[0]))
+        return int(self._answer(lambda: self._client.llen(self._keys[0])))
 
     def all(self) -> list[DeadLetter]:
         """All letters, the newest first."""
-        with broker_errors_mapped(self._settings.broker):
-            ids = self._client.lrange(self._keys[0], 0, -1)
-            texts = self._client.hmget(self._keys[1], ids) if ids else []
+        ids = self._answer(lambda: self._client.lrange(self._keys[0], 0, -1))
+        texts = self._answer(lambda: self._client.hmget(self._keys[1], ids)) if ids else []
         letters = (DeadLetter.from_json(text) for text in texts if text is not None)
         return [letter for letter in letters if letter is not None]
 
@@ -204,8 +207,7 @@ class DeadLetters:
         Raises:
             NotFound: there is none of this id.
         """
-        with broker_errors_mapped(self._settings.broker):
-            text = self._client.hget(self._keys[1], letter_id)
+        text = self._answer(lambda: self._client.hget(self._keys[1], letter_id))
         letter = DeadLetter.from_json(text) if text is not None else None
         if letter is None or letter.id != letter_id:
             raise NotFound(f"there is no dead letter {printable(letter_id)!r}; 'leoflow dead-letters list' shows them")
@@ -218,8 +220,7 @@ class DeadLetters:
             NotFound: nothing is kept of it.
             DecryptionFailed: it was sealed with another key.
         """
-        with broker_errors_mapped(self._settings.broker):
-            sealed = self._client.hget(self._keys[2], letter.id)
+        sealed = self._answer(lambda: self._client.hget(self._keys[2], letter.id))
         if sealed is None:
             raise NotFound(f"nothing is kept of the message of dead letter {letter.id}")
         return open_letter(self._settings, letter, sealed.decode("ascii", "replace"))
@@ -252,8 +253,7 @@ class DeadLetters:
     def drop_all(self) -> int:
         """Drop all letters; how many there were."""
         number = self.count()
-        with broker_errors_mapped(self._settings.broker):
-            self._client.delete(*self._keys)
+        self._answer(lambda: self._client.delete(*self._keys))
         return number
 
     def _take(self, letter_id: str, target: list[str], *raw: bytes) -> None:
@@ -261,8 +261,12 @@ class DeadLetters:
             raise NotFound(f"there is no dead letter {printable(letter_id)!r} (any more)")
 
     def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> int:
-        with broker_errors_mapped(self._settings.broker):
-            return int(self._client.eval(script, len(keys), *keys, *arguments))
+        return int(self._answer(lambda: self._client.eval(script, len(keys), *keys, *arguments)))
+
+    def _answer(self, call: Callable[[], R]) -> R:
+        """What the broker answers; a key that holds something else than letters is moved out of their way."""
+        kinds = dict(zip(self._keys, (b"list", b"hash", b"hash"), strict=True))
+        return answered(self._settings.broker, self._client, kinds, call)
 
 
 def _with(letter: DeadLetter, **changes: Any) -> DeadLetter:

@@ -10,14 +10,16 @@ import hashlib
 import json
 import logging
 import uuid
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from leoflow_celery.broker_url import redis_url
 from leoflow_celery.errors import BrokerUnavailable
 from leoflow_celery.settings import BrokerSettings
 
 log = logging.getLogger(__name__)
+R = TypeVar("R")
 _SEPARATOR = "\x06\x16"
 _STEPS = (0, 3, 6, 9)
 _UNACKED = "unacked"
@@ -99,6 +101,25 @@ def redis_client(settings: BrokerSettings) -> Any:
         socket_connect_timeout=settings.connect_timeout_seconds,
         socket_timeout=settings.socket_timeout_seconds,
     )
+
+
+def answered(settings: BrokerSettings, client: Any, kinds: Mapping[str, bytes], call: Callable[[], R]) -> R:
+    """What the broker answers; of the keys in ``kinds``, those that hold another type are moved out of the way.
+
+    Raises:
+        BrokerUnavailable: it did not answer.
+    """
+    from redis.exceptions import ResponseError
+
+    with broker_errors_mapped(settings):
+        try:
+            return call()
+        except ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+        for key, kind in kinds.items():
+            set_aside(client, key, kind)
+        return call()
 
 
 def set_aside(client: Any, key: str, kind: bytes) -> tuple[str, str] | None:

@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from redis.exceptions import ResponseError
-
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.errors import DecryptionFailed
-from leoflow_celery.queueing.depths import broker_errors_mapped, set_aside
+from leoflow_celery.queueing.depths import answered
 from leoflow_celery.queueing.messages import EXECUTOR_OF, AttemptLaunched, open_message, seal_message
 from leoflow_celery.security import KeyRing
 from leoflow_celery.settings import BrokerSettings
@@ -149,14 +147,7 @@ class LaunchNotes:
 
     def _answer(self, call: Callable[[], R]) -> R:
         """What the broker answers; a key that holds something else than notes is moved out of their way."""
-        with broker_errors_mapped(self._settings):
-            try:
-                return call()
-            except ResponseError as error:
-                if "WRONGTYPE" not in str(error):
-                    raise
-            set_aside(self._client, self._key, b"hash")
-            return call()
+        return answered(self._settings, self._client, {self._key: b"hash"}, call)
 
 
 def _field(attempt: AttemptId) -> bytes:

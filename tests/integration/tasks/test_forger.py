@@ -236,6 +236,7 @@ def test_what_has_the_wrong_form_keeps_nobody_else_s_word_waiting(back_ends: Bac
     for number, fact in enumerate(MISSHAPEN):
         back_ends.redis.hset("leoflow:launched", f"odd{number}", f"docker {misshapen(stolen, 'launched', fact)}")
         send(back_ends, "leoflow.results.record", "results", speaker="docker", sealed=misshapen(stolen, "ended", fact))
+    back_ends.redis.hset("leoflow:unacked", "deep", "[" * 100_000)
     back_ends.redis.hset("leoflow:launched", "large", b"x" * 20_000_000)
     back_ends.redis.hset("leoflow:launched", b"\xff" * 100_000, b"x")
     for odd in ([], {}, None, 1, datetime.now(UTC), Decimal(1), b"x", uuid.uuid4()):
