@@ -19,8 +19,6 @@ release makes it needless:
 
 from __future__ import annotations
 
-import logging
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty
@@ -34,8 +32,8 @@ from kombu.utils.json import dumps
 from redis.exceptions import ResponseError
 
 from leoflow_celery.domain.routing import is_monitored
+from leoflow_celery.queueing.depths import set_aside
 
-log = logging.getLogger(__name__)
 _NAME = f"{__name__}:Transport"
 _SCHEMES = ("redis", "rediss")
 
@@ -214,17 +212,9 @@ class Channel(redis.Channel):
         prefix: str = self.global_keyprefix
         with self.conn_or_acquire() as client:
             for key, kind in wanted.items():
-                found = client.type(f"{prefix}{key}")
-                if found in (b"none", kind):
-                    continue
-                moved_to = f"{prefix}{key}.set-aside.{uuid.uuid4().hex[:12]}"
-                try:
-                    client.rename(f"{prefix}{key}", moved_to)
-                except ResponseError:
-                    continue  # another worker was faster
-                log.error("broker.key_set_aside", extra={"key": f"{prefix}{key}", "moved_to": moved_to})
-                if self.door is not None:
-                    self.door.refuse_key(f"{prefix}{key}", found.decode(), moved_to)
+                moved = set_aside(client, f"{prefix}{key}", kind)
+                if moved is not None and self.door is not None:
+                    self.door.refuse_key(f"{prefix}{key}", *moved)
 
 
 class Transport(redis.Transport):

@@ -15,6 +15,8 @@ from typing import Any
 
 #: The tenant of a system that has only one.
 STANDARD_TENANT = "default"
+#: Of a try and of a launch: more than anybody counts to, and a column holds it.
+MAX_NUMBER = 1_000_000
 #: The container of the user's code in a pod.
 TASK_CONTAINER = "task"
 
@@ -25,6 +27,25 @@ _TRY_ID_PREFIX = "1e0f10a7"
 STAGING_PREFIX = "leoflow-staging-"
 _NAME_LIMIT = 63
 _SUFFIX_HEX_DIGITS = 10
+
+
+def text_in(value: Any, name: str, most_bytes: int = 255) -> str:
+    """A text that somebody else wrote down, as every database takes it.
+
+    Raises:
+        ValueError: it is none: another type, too long, or with a NUL or half a surrogate pair.
+    """
+    if not isinstance(value, str) or len(value) > most_bytes or "\x00" in value:
+        raise ValueError(f"{name} is not a text of at most {most_bytes} bytes without NUL")
+    if len(value.encode()) > most_bytes:  # half a pair has no bytes, which is a ValueError too
+        raise ValueError(f"{name} has more than {most_bytes} bytes")
+    return value
+
+
+def _number(value: Any, name: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_NUMBER:
+        return value
+    raise ValueError(f"{name} is not a whole number in 1..{MAX_NUMBER}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +61,15 @@ class AttemptId:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> AttemptId:
-        return cls(str(data["task_instance_id"]), int(data["try_number"]), int(data.get("launch", 1)))
+        """The attempt again.
+
+        Raises:
+            KeyError, ValueError: it is none that a database could hold.
+        """
+        identity = text_in(data["task_instance_id"], "task_instance_id", 512)
+        if not identity:
+            raise ValueError("task_instance_id is empty")
+        return cls(identity, _number(data["try_number"], "try_number"), _number(data.get("launch", 1), "launch"))
 
     def evolve(self, **changes: Any) -> AttemptId:
         return replace(self, **changes)
@@ -68,8 +97,13 @@ class LaunchReport:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LaunchReport:
-        name, host = str(data["external_name"]), str(data["hostname"])
-        return cls(AttemptId.from_json(data["attempt"]), name, host, str(data.get("back_end", "")))
+        """The report again.
+
+        Raises:
+            KeyError, ValueError: it is none that a database could hold.
+        """
+        names = (text_in(data.get(name, ""), name) for name in ("external_name", "hostname", "back_end"))
+        return cls(AttemptId.from_json(data["attempt"]), *names)
 
 
 def celery_task_id(task_instance_id: str, try_number: int) -> str:

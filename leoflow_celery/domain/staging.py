@@ -8,7 +8,7 @@ its end, an active run keeps it, and a volume whose run is unknown goes when it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -92,6 +92,16 @@ class StagingPlan:
         """Whether a labelled volume is one that SQL does not know and never will."""
         unknown = name not in self.keep and name not in self.delete
         return unknown and self.read_at - created_at > self.orphan_seconds
+
+    def doomed(self, created_at: Mapping[str, float | None]) -> dict[str, str]:
+        """What goes, name → reason; ``created_at`` has the labelled volumes that exist, None where it is not known.
+
+        One of a name that is to go, and that came into being after SQL was read, stays: its run was cleared and makes
+        it anew, and this plan was late or sent again.
+        """
+        orphans = [name for name, at in created_at.items() if at is not None and self.is_orphan(name, at)]
+        named = {name: why for name, why in self.delete.items() if (created_at.get(name) or 0.0) <= self.read_at}
+        return named | dict.fromkeys(orphans, StagingReason.ORPHANED.value)
 
     def to_json(self) -> dict[str, Any]:
         return {

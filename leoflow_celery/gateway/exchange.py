@@ -163,7 +163,8 @@ def check_plausible(token: str, now: float, namespace: str | None = None) -> Non
     if namespace is not None and bound.get("namespace") != namespace:
         raise InvalidToken("foreign", f"the service account token is not of a pod in namespace {namespace!r}")
     expires_at = claims.get("exp")
-    if not isinstance(expires_at, int | float) or expires_at + _LEEWAY_SECONDS <= now:
+    # Nothing is added to it: a whole number may be larger than any float.
+    if not isinstance(expires_at, int | float) or expires_at <= now - _LEEWAY_SECONDS:
         raise InvalidToken("expired", "the service account token has expired")
 
 

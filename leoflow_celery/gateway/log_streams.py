@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import Any
 
 import grpc.aio
 
 from leoflow_celery import metrics
+from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.errors import Fenced, GatewayUnavailable, Unavailable
 from leoflow_celery.gateway.journal import HolderLog, Journal
 from leoflow_celery.gateway.rpc import InvalidArgument, decoded
@@ -33,6 +35,8 @@ _PATIENCE_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
 #: SQL is not asked of a holder that it named so lately.
 _TRUSTED_SECONDS = 2.0
+#: Of one attempt, open or waiting: an agent has one, and a few that it lost. Each costs memory, a file and SQL.
+_MAX_STREAMS = 16
 #: Who may write: the last holder also after the end, because its last lines are the ones that matter.
 _MAY_WRITE = (Standing.HOLDER, Standing.ENDED)
 #: Who is no holder yet, and may become one by the Register that is on its way.
@@ -103,9 +107,22 @@ class LogStreams:
     def __init__(self, claims: Claims, registry: HolderRegistry, foreign: ForeignHolders, journal: Journal) -> None:
         self._claims, self._registry, self._foreign, self._journal = claims, registry, foreign, journal
         self._open: set[OpenStream] = set()
+        self._counts: Counter[AttemptId] = Counter()
 
     async def stream_logs(self, caller: Caller, context: Any) -> None:
         """Serve one stream; refused with ABORTED for whoever does not hold the attempt."""
+        attempt = caller.attempt
+        if self._counts[attempt] >= _MAX_STREAMS:
+            raise GatewayUnavailable(f"attempt {attempt} has {_MAX_STREAMS} log streams open; close one")
+        self._counts[attempt] += 1
+        try:
+            await self._serve(caller, context)
+        finally:
+            self._counts[attempt] -= 1
+            if not self._counts[attempt]:
+                del self._counts[attempt]
+
+    async def _serve(self, caller: Caller, context: Any) -> None:
         caller = await self._holder(caller)
         wake = asyncio.Event()
         is_foreign = caller.holder.startswith(FOREIGN_PREFIX)

@@ -22,7 +22,7 @@ from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
 from leoflow_celery import metrics
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import MAX_NUMBER, AttemptId
 from leoflow_celery.domain.reap import may_judge_silence
 from leoflow_celery.errors import Fenced, GatewayUnavailable, InvalidToken
 from leoflow_celery.gateway.rpc import InvalidArgument
@@ -43,7 +43,6 @@ from leoflow_celery.store.logs import LogKey
 FOREIGN_PREFIX = "foreign:"
 _BEARER = "bearer "
 _MAX_SESSION_CHARACTERS = 200
-_MAX_NUMBER = 1_000_000
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -171,8 +170,8 @@ def check_identity(identity: AgentIdentity) -> None:
     for name, text in texts.items():
         if not text or "\x00" in text or any("\ud800" <= character <= "\udfff" for character in text):
             raise InvalidToken("malformed", f"the agent token's {name} is empty or holds characters no id may hold")
-    if not (1 <= attempt.try_number <= _MAX_NUMBER and 1 <= attempt.launch <= _MAX_NUMBER):
-        raise InvalidToken("malformed", f"the agent token's try_number or launch is not in 1..{_MAX_NUMBER}")
+    if not (1 <= attempt.try_number <= MAX_NUMBER and 1 <= attempt.launch <= MAX_NUMBER):
+        raise InvalidToken("malformed", f"the agent token's try_number or launch is not in 1..{MAX_NUMBER}")
 
 
 def _check_session(session: str) -> None:

@@ -13,17 +13,16 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from celery import states
-from redis.exceptions import RedisError
+from kombu.utils.json import dumps
 
 from leoflow_celery import metrics
-from leoflow_celery.broker_url import redis_url
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, is_try_id
 from leoflow_celery.errors import (
     BrokerUnavailable,
     DecryptionFailed,
@@ -45,15 +44,21 @@ from leoflow_celery.queueing.decoder import (
     decode_task,
     printable,
 )
+from leoflow_celery.queueing.depths import answered, redis_client
 from leoflow_celery.security import KeyRing, Scope, Sealer
 from leoflow_celery.settings import BrokerSettings, Settings
 
 log = logging.getLogger(__name__)
+R = TypeVar("R")
 #: The kind of a dead letter that is an attempt.
 GIVEN_UP = "given_up"
 _PURPOSE = "dead-letter"
 #: Letters that wait for a broker which did not take them.
 _MAX_UNKEPT = 100
+#: The year 9999, the last that a clock can be asked for.
+_LAST_SECOND = 250_000_000_000
+#: Of the sentence about a message, which may quote it.
+_MAX_WHY_CHARACTERS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ class DeadLetter:
             return None
         kinds = {"str": str, "float": int | float, "int": int}
         is_right = all(isinstance(getattr(letter, name), kinds[str(kind)]) for name, kind in known.items())
-        return letter if is_right else None
+        return letter if is_right and 0 <= letter.at < _LAST_SECOND else None
 
     @property
     def is_whole(self) -> bool:
@@ -112,12 +117,14 @@ while redis.call('LLEN', KEYS[1]) > tonumber(ARGV[4]) do
 end
 return dropped
 """
-#: Takes a letter away and, with a fourth key, puts its message there: of two who try only one does.
+#: Takes a letter away and, with a fourth key, puts its message there: of two who try only one does. A key that is no
+#: queue ends it at the put, and the letter stays.
 _TAKE = """
-if redis.call('HDEL', KEYS[2], ARGV[1]) == 0 then return 0 end
+if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return 0 end
+if KEYS[4] then redis.call('LPUSH', KEYS[4], ARGV[2]) end
+redis.call('HDEL', KEYS[2], ARGV[1])
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('LREM', KEYS[1], 0, ARGV[1])
-if KEYS[4] then redis.call('LPUSH', KEYS[4], ARGV[2]) end
 return 1
 """
 
@@ -185,14 +192,12 @@ class DeadLetters:
         return kept
 
     def count(self) -> int:
-        with _mapped():
-            return int(self._client.llen(self._keys[0]))
+        return int(self._answer(lambda: self._client.llen(self._keys[0])))
 
     def all(self) -> list[DeadLetter]:
         """All letters, the newest first."""
-        with _mapped():
-            ids = self._client.lrange(self._keys[0], 0, -1)
-            texts = self._client.hmget(self._keys[1], ids) if ids else []
+        ids = self._answer(lambda: self._client.lrange(self._keys[0], 0, -1))
+        texts = self._answer(lambda: self._client.hmget(self._keys[1], ids)) if ids else []
         letters = (DeadLetter.from_json(text) for text in texts if text is not None)
         return [letter for letter in letters if letter is not None]
 
@@ -202,8 +207,7 @@ class DeadLetters:
         Raises:
             NotFound: there is none of this id.
         """
-        with _mapped():
-            text = self._client.hget(self._keys[1], letter_id)
+        text = self._answer(lambda: self._client.hget(self._keys[1], letter_id))
         letter = DeadLetter.from_json(text) if text is not None else None
         if letter is None or letter.id != letter_id:
             raise NotFound(f"there is no dead letter {printable(letter_id)!r}; 'leoflow dead-letters list' shows them")
@@ -216,8 +220,7 @@ class DeadLetters:
             NotFound: nothing is kept of it.
             DecryptionFailed: it was sealed with another key.
         """
-        with _mapped():
-            sealed = self._client.hget(self._keys[2], letter.id)
+        sealed = self._answer(lambda: self._client.hget(self._keys[2], letter.id))
         if sealed is None:
             raise NotFound(f"nothing is kept of the message of dead letter {letter.id}")
         return open_letter(self._settings, letter, sealed.decode("ascii", "replace"))
@@ -250,8 +253,7 @@ class DeadLetters:
     def drop_all(self) -> int:
         """Drop all letters; how many there were."""
         number = self.count()
-        with _mapped():
-            self._client.delete(*self._keys)
+        self._answer(lambda: self._client.delete(*self._keys))
         return number
 
     def _take(self, letter_id: str, target: list[str], *raw: bytes) -> None:
@@ -259,32 +261,16 @@ class DeadLetters:
             raise NotFound(f"there is no dead letter {printable(letter_id)!r} (any more)")
 
     def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> int:
-        with _mapped():
-            return int(self._client.eval(script, len(keys), *keys, *arguments))
+        return int(self._answer(lambda: self._client.eval(script, len(keys), *keys, *arguments)))
 
-
-def redis_client(broker: BrokerSettings) -> Any:
-    """A Redis client of the broker."""
-    import redis
-
-    return redis.Redis.from_url(
-        redis_url(broker.url),
-        socket_connect_timeout=broker.connect_timeout_seconds,
-        socket_timeout=broker.socket_timeout_seconds,
-    )
+    def _answer(self, call: Callable[[], R]) -> R:
+        """What the broker answers; a key that holds something else than letters is moved out of their way."""
+        kinds = dict(zip(self._keys, (b"list", b"hash", b"hash"), strict=True))
+        return answered(self._settings.broker, self._client, kinds, call)
 
 
 def _with(letter: DeadLetter, **changes: Any) -> DeadLetter:
     return DeadLetter(**{**asdict(letter), **changes})
-
-
-class _mapped:  # noqa: N801 - a context manager, used as one
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
-        if isinstance(error, RedisError):
-            raise BrokerUnavailable(f"dead letters: the broker did not answer: {error}") from error
 
 
 def given_up_letter(attempt: AttemptId, queue: str, task: str, celery_id: str, cause: str) -> DeadLetter:
@@ -303,21 +289,30 @@ def given_up_letter(attempt: AttemptId, queue: str, task: str, celery_id: str, c
     )
 
 
-def keep_not_believed(
-    letters: DeadLetters, queue: str, why: str, task: str, celery_id: str = "", raw: bytes = b"", size_bytes: int = 0
+def keep_refused(
+    letters: DeadLetters,
+    queue: str,
+    why: str,
+    task: str,
+    *,
+    kind: Kind = Kind.NOT_BELIEVED,
+    celery_id: str = "",
+    raw: bytes = b"",
+    size_bytes: int = 0,
 ) -> None:
-    """Count, log and keep a message whose content nobody believes; ``raw`` is the message if it can be sent again."""
+    """Count, log and keep a message that its task refused; ``raw`` is the message if it can be sent again."""
+    why = printable(why, _MAX_WHY_CHARACTERS)
     letter = DeadLetter(
         id=uuid.uuid4().hex[:16],
         queue=printable(queue),
-        kind=Kind.NOT_BELIEVED,
+        kind=kind,
         sentence=why,
         at=time.time(),
         task=printable(task),
         celery_id=printable(celery_id),
         size_bytes=size_bytes or len(raw),
     )
-    metrics.record_refused(letter.queue, Kind.NOT_BELIEVED)
+    metrics.record_refused(letter.queue, kind)
     shown = {"queue": letter.queue, "task": letter.task, "celery_task_id": letter.celery_id, "letter": letter.id}
     log.warning("message.refused", extra={"kind": letter.kind, "why": why, **shown})
     try:
@@ -328,7 +323,8 @@ def keep_not_believed(
 
 def envelope_of(task: str, queue: str, request: Any) -> bytes:
     """The message of a running task, as its publisher could have put it on the queue."""
-    body = json.dumps([request.args or [], request.kwargs or {}, {}]).encode()
+    # The decoder may have made dates and decimals of arguments: kombu writes them as it reads them.
+    body = dumps([request.args or [], request.kwargs or {}, {}]).encode()
     headers = {"lang": "py", "task": task, "id": request.id, "root_id": request.root_id or request.id}
     delivery = {"exchange": "", "routing_key": queue}
     properties = {"correlation_id": request.id, "delivery_mode": 2, "delivery_info": delivery, "priority": 0}
@@ -418,7 +414,7 @@ class Door:
         )
         self._unkept.append((letter, raw))
         self._keep()
-        if about.answered_id:
+        if about.answered_id and not is_try_id(about.answered_id):
             self._tell(about.answered_id, refused)
 
     def refuse_message(self, message: Any, error: Exception) -> None:

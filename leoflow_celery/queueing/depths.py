@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import uuid
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from leoflow_celery.broker_url import redis_url
 from leoflow_celery.errors import BrokerUnavailable
 from leoflow_celery.settings import BrokerSettings
 
+log = logging.getLogger(__name__)
+R = TypeVar("R")
 _SEPARATOR = "\x06\x16"
 _STEPS = (0, 3, 6, 9)
 _UNACKED = "unacked"
@@ -29,13 +34,7 @@ class QueueDepths:
     @cached_property
     def client(self) -> Any:
         """A Redis client of the broker."""
-        import redis
-
-        return redis.Redis.from_url(
-            redis_url(self._settings.url),
-            socket_connect_timeout=self._settings.connect_timeout_seconds,
-            socket_timeout=self._settings.socket_timeout_seconds,
-        )
+        return redis_client(self._settings)
 
     def waiting(self, queue: str) -> int:
         """Messages that no worker has taken.
@@ -88,9 +87,59 @@ def _lists(queue: str) -> list[str]:
 def _queue_of(payload: bytes) -> str | None:
     try:
         _message, _exchange, routing_key = json.loads(payload)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     return str(routing_key)
+
+
+def redis_client(settings: BrokerSettings) -> Any:
+    """A Redis client of the broker, which the caller closes."""
+    import redis
+
+    return redis.Redis.from_url(
+        redis_url(settings.url),
+        socket_connect_timeout=settings.connect_timeout_seconds,
+        socket_timeout=settings.socket_timeout_seconds,
+    )
+
+
+def answered(settings: BrokerSettings, client: Any, kinds: Mapping[str, bytes], call: Callable[[], R]) -> R:
+    """What the broker answers; of the keys in ``kinds``, those that hold another type are moved out of the way.
+
+    Raises:
+        BrokerUnavailable: it did not answer.
+    """
+    from redis.exceptions import ResponseError
+
+    with broker_errors_mapped(settings):
+        try:
+            return call()
+        except ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+        for key, kind in kinds.items():
+            set_aside(client, key, kind)
+        return call()
+
+
+def set_aside(client: Any, key: str, kind: bytes) -> tuple[str, str] | None:
+    """Rename a key of the broker that holds another type than ``kind``: (its type, its new name) if it did.
+
+    Raises:
+        RedisError: the broker did not answer.
+    """
+    from redis.exceptions import ResponseError
+
+    found = client.type(key)
+    if found in (b"none", kind):
+        return None
+    moved_to = f"{key}.set-aside.{uuid.uuid4().hex[:12]}"
+    try:
+        client.rename(key, moved_to)
+    except ResponseError:
+        return None  # another worker was faster
+    log.error("broker.key_set_aside", extra={"key": key, "moved_to": moved_to})
+    return found.decode(), moved_to
 
 
 class broker_errors_mapped:  # noqa: N801 - a context manager, used as one

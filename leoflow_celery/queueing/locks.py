@@ -40,7 +40,7 @@ class BrokerLocks:
         # Another thread renews it than takes it.
         lock = self._client.lock(key, timeout=ttl_seconds, blocking=False, thread_local=False)
         try:
-            held = bool(lock.acquire())
+            held = bool(lock.acquire()) or (self._is_foreign(key, ttl_seconds) and bool(lock.acquire()))
         except RedisError as error:
             raise BrokerUnavailable(f"lock {name!r}: the broker did not answer: {error}") from error
         if not held:
@@ -56,6 +56,18 @@ class BrokerLocks:
                 pass  # it ran out: somebody else may hold it by now
             except RedisError as error:
                 raise BrokerUnavailable(f"lock {name!r}: the broker did not answer: {error}") from error
+
+    def _is_foreign(self, key: str, ttl_seconds: float) -> bool:
+        """Whether the lock is none of ours, which end in time: somebody else's would close the door for ever.
+
+        It is deleted then. ``-1`` is a key that never ends.
+        """
+        left = int(self._client.pttl(key))
+        if left != -1 and left <= ttl_seconds * 1000:
+            return False
+        log.warning("lock.foreign", extra={"lock": key, "milliseconds_left": left})
+        self._client.delete(key)
+        return True
 
 
 def _renewed(lock: Any, name: str, interval_seconds: float) -> Periodic:

@@ -28,13 +28,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from leoflow_celery.domain.attempt import AttemptId, LaunchReport
+from leoflow_celery.domain.attempt import AttemptId, LaunchReport, text_in
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import TaskRequest, check_size
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.domain.states import TERMINAL
 from leoflow_celery.errors import DecryptionFailed
 from leoflow_celery.security import KeyRing, Scope
 
@@ -89,13 +90,13 @@ def open_message(keys: KeyRing, scope: str, kind: type[M], sealed: object) -> M:
         raise DecryptionFailed(f"a sealed message is not for {kind.purpose!r}")
     try:
         age = time.time() - float(content["at"])
-        if kind.max_age_seconds is not None and abs(age) > kind.max_age_seconds:
+        if kind.max_age_seconds is not None and not abs(age) <= kind.max_age_seconds:  # an age that is no number too
             raise DecryptionFailed(
                 f"a message for {kind.purpose!r} is {age:.0f} s old, {kind.max_age_seconds:.0f} s are allowed; "
                 "it was sent again, or a clock is wrong"
             )
         return kind.from_json(content["message"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DecryptionFailed(
             f"a message for {kind.purpose!r} is not of this version; upgrade the process that reads it"
         ) from error
@@ -238,6 +239,8 @@ class AttemptEnded:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         outcome = Outcome.from_json(data["outcome"])
+        if outcome.state not in TERMINAL:
+            raise ValueError(f"{outcome.state} is no end of an attempt")
         value = data["return_value"]
         if not isinstance(value, str | None):
             raise TypeError(f"return_value is {type(value).__name__}, not JSON text")
@@ -246,7 +249,7 @@ class AttemptEnded:
             outcome.evolve(log_tail=outcome.log_tail[-_MAX_LOG_TAIL_LINES:]),
             bool(data["unclaimed"]),
             value,
-            str(data["host"]),
+            text_in(data["host"], "host"),
         )
 
 
@@ -265,8 +268,8 @@ class StagingDeleted:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        claims = {str(name): str(reason) for name, reason in data["claims"].items()}
-        return cls(BackEnd.parse(str(data["back_end"])), claims)
+        claims = {text_in(name, "claim"): text_in(reason, "reason", 64) for name, reason in data["claims"].items()}
+        return cls(BackEnd.parse(text_in(data["back_end"], "back_end")), claims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +286,7 @@ class Present:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(BackEnd.parse(str(data["back_end"])))
+        return cls(BackEnd.parse(text_in(data["back_end"], "back_end")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +304,8 @@ class AdvanceTry:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(str(data["task_instance_id"]), int(data["try_number"]))
+        one = AttemptId.from_json(data)
+        return cls(one.task_instance_id, one.try_number)
 
 
 def seal_request(keys: KeyRing, request: TaskRequest) -> str:

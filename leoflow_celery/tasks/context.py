@@ -11,7 +11,8 @@ from celery.exceptions import Ignore, Reject
 from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
 from leoflow_celery.errors import ConfigurationError, DecryptionFailed
-from leoflow_celery.queueing.dead_letters import DeadLetters, envelope_of, keep_not_believed
+from leoflow_celery.queueing.dead_letters import DeadLetters, envelope_of, keep_refused
+from leoflow_celery.queueing.decoder import Kind
 from leoflow_celery.queueing.messages import EXECUTOR_OF, M, open_message
 from leoflow_celery.queueing.publisher import Publisher
 from leoflow_celery.services import Services
@@ -81,18 +82,26 @@ class LeoflowTask(Task[Any, Any]):
         Raises:
             Ignore: no launch worker said it; that is a dead letter now.
         """
-        executor = EXECUTOR_OF.get(speaker)
+        executor = EXECUTOR_OF.get(speaker) if isinstance(speaker, str) else None
         if executor is None:
             raise self.refused("no launch worker may say this")
         return executor, self.opened(kind, sealed, speaker)
 
     def refused(self, why: str) -> Ignore:
-        """The exception to leave with when this task's message is believed by nobody: a dead letter, and no result."""
+        """The exception to leave with when this task's message is believed by nobody: a dead letter, and no result.
+
+        Not ``Reject``, which takes the message from the broker as well: Celery logs a traceback of it, and whoever
+        sends such messages chooses how many.
+        """
+        self.keep_as_dead_letter(why, Kind.NOT_BELIEVED)
+        return Ignore(why)
+
+    def keep_as_dead_letter(self, why: str, kind: Kind) -> None:
+        """Keep this task's message, count and log it."""
         queue = str((self.request.delivery_info or {}).get("routing_key") or TaskName(self.name).queue)
         letters = DeadLetters(self.services.settings, self.services.queues.client)
         raw = envelope_of(self.name, queue, self.request)
-        keep_not_believed(letters, queue, why, raw=raw, task=self.name, celery_id=str(self.request.id))
-        return Ignore(why)
+        keep_refused(letters, queue, why, self.name, kind=kind, raw=raw, celery_id=str(self.request.id))
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's retry, which drops the message when the broker does not take the next one; ours goes back to it."""

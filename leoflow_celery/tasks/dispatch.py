@@ -29,6 +29,7 @@ from leoflow_celery.domain.canvas import (
 from leoflow_celery.domain.request import TaskRequest, check_celery_id, parse_request
 from leoflow_celery.domain.routing import DISPATCH_QUEUE, TaskName
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, DecryptionFailed, InvalidRequest, Unavailable
+from leoflow_celery.queueing.decoder import Kind
 from leoflow_celery.security import Scope
 from leoflow_celery.tasks.advance_try import advance_try
 from leoflow_celery.tasks.completion import CONTEXT_KEYS, saved_context, store_result
@@ -132,18 +133,28 @@ class DispatchTask(LeoflowTask):
 
 
 @leoflow_task(TaskName.DISPATCH, DispatchTask, autoretry_for=(Unavailable, AtCapacity, RedisError, OperationalError))
-def dispatch(self: DispatchTask, request: dict[str, Any]) -> None:
-    """Record and send a request; the message's own id ends with the try.
+def dispatch(self: DispatchTask, *args: Any, **kwargs: Any) -> None:
+    """Record and send a request, the one argument; the message's own id ends with the try.
 
     Raises:
-        InvalidRequest: the message's result; nothing was recorded.
+        InvalidRequest: the message's result; nothing was recorded. Its errbacks, chain and chord hear it as well.
     """
     with refusals_counted():
-        checked, waits = _checked(self, request)
+        checked, waits = _checked(self, _argument(self, args, kwargs))
     attempt = _submit(self, checked).attempt
     _await(self, attempt, waits)
     advance_try(self, attempt.task_instance_id, attempt.try_number)
     raise Ignore
+
+
+def _argument(task: DispatchTask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    if not args and kwargs.keys() == {"request"}:
+        return kwargs["request"]
+    why = f"args: {TaskName.DISPATCH} takes one argument, the request, and got {len(args) + len(kwargs)}"
+    task.keep_as_dead_letter(why, Kind.ARGUMENTS)
+    raise InvalidRequest(why, "args")
 
 
 def _submit(task: DispatchTask, request: TaskRequest) -> Handle:

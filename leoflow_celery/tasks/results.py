@@ -22,7 +22,7 @@ from leoflow_celery.domain.routing import RESULTS_QUEUE, ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
 from leoflow_celery.errors import DecryptionFailed, NotFound, Unavailable, XComRejected
-from leoflow_celery.queueing.dead_letters import DeadLetters, keep_not_believed
+from leoflow_celery.queueing.dead_letters import DeadLetters, keep_refused
 from leoflow_celery.queueing.launch_notes import LaunchNote
 from leoflow_celery.queueing.messages import (
     EXECUTOR_OF,
@@ -94,7 +94,7 @@ def _report_of(services: Services, note: LaunchNote) -> LaunchReport | None:
         why = str(error)
     if why:
         letters = DeadLetters(services.settings, services.queues.client)
-        keep_not_believed(letters, RESULTS_QUEUE, why, task="launched", size_bytes=len(note.content))
+        keep_refused(letters, RESULTS_QUEUE, why, task="launched", size_bytes=note.size_bytes)
         return None
     return report
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.domain.staging import StagingPlan, StagingReason
-from leoflow_celery.executors.docker.engine import Engine, Json
+from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.executors.docker.engine import Engine
 from leoflow_celery.executors.docker.errors import Conflict, NotFound
 from leoflow_celery.executors.docker.labels import (
     MANAGED,
@@ -46,7 +46,7 @@ class StagingVolumes:
         """Delete what the plan names and what nobody knows any more; returns what is gone, name → reason."""
         labelled = self._engine.list_volumes(STAGING_VOLUMES)
         volumes = {one["Name"]: one for one in labelled if system_in(one.get("Labels")) == self._system}
-        doomed = {**plan.delete, **dict.fromkeys(orphans(volumes, plan), StagingReason.ORPHANED.value)}
+        doomed = plan.doomed({name: seconds(one.get("CreatedAt")) for name, one in volumes.items()})
         return {name: reason for name, reason in doomed.items() if self._delete(name, is_ours=name in volumes)}
 
     def _delete(self, name: str, *, is_ours: bool) -> bool:
@@ -84,13 +84,3 @@ class StagingVolumes:
         if found:
             log.warning("docker.foreign_volume", extra={"volume": name, "system": self._system})
         return found
-
-
-def orphans(volumes: dict[str, Json], plan: StagingPlan) -> list[str]:
-    """The names of those of our volumes that SQL does not know; one without a date is never old."""
-    found = []
-    for name, one in volumes.items():
-        created_at = seconds(one.get("CreatedAt"))
-        if created_at is not None and plan.is_orphan(name, created_at):
-            found.append(name)
-    return found

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from leoflow_celery.domain.staging import StagingPlan, StagingReason
+from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
 from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, STAGING_SELECTOR, of_system
@@ -57,11 +57,7 @@ class StagingCollector:
             ApiError: the list of claims could not be had to its end; nothing was concluded.
         """
         claims = self._list()
-        doomed = plan.delete | {
-            claim.name: StagingReason.ORPHANED.value
-            for claim in claims.values()
-            if plan.is_orphan(claim.name, claim.created_at)
-        }
+        doomed = plan.doomed({claim.name: claim.created_at for claim in claims.values()})
         if not doomed:
             return {}
         with ThreadPoolExecutor(min(_THREADS, len(doomed)), thread_name_prefix="leoflow-staging") as pool:

@@ -65,6 +65,32 @@ def test_many_lines_and_long_ones_arrive_in_order(sqlite_world: World) -> None:
     assert sqlite_world.log(request) == texts
 
 
+@pytest.mark.parametrize("registered", [True, False])
+def test_an_attempt_has_a_handful_of_streams_at_most(sqlite_world: World, registered: bool) -> None:
+    """Each costs the gateway memory, a file and questions to SQL, and whoever has the token could open thousands."""
+    agent = sqlite_world.agent(sqlite_world.submit(), session=None)
+    if registered:
+        agent.run()
+    streams = [agent.logs() for _ in range(20)]
+    wait_until(lambda: sum(stream.error is not None for stream in streams) == 4, 10, "four to be refused")
+    refused = next(stream for stream in streams if stream.error is not None)
+    assert refused.code is grpc.StatusCode.UNAVAILABLE
+    other = sqlite_world.agent(sqlite_world.submit("ti-2", task_id="other"))
+    other.run()
+    logs = other.logs()
+    logs.send(line(1))
+    wait_until(lambda: logs.acked == 1, 5)
+    open_ones = [stream for stream in streams if stream.error is None]
+    for stream in open_ones:
+        stream.cancel()
+    if not registered:
+        agent.run()
+    again = agent.logs()
+    again.send(line(1))
+    wait_until(lambda: again.acked == 1 or again.error is not None, 10)
+    assert again.acked == 1
+
+
 def test_a_stream_may_be_opened_before_register(world: World) -> None:
     request = world.submit()
     agent = world.agent(request)

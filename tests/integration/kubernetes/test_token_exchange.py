@@ -19,7 +19,7 @@ from cryptography.fernet import Fernet
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import TaskRequest, parse_request
 from leoflow_celery.errors import ClusterUnavailable, InvalidToken, PermanentLaunchError, TransientLaunchError
-from leoflow_celery.executors.base import LaunchSpec
+from leoflow_celery.executors.base import Launched, LaunchSpec
 from leoflow_celery.executors.identity import AUDIENCE, SEAL
 from leoflow_celery.executors.kubernetes import KubernetesExecutor
 from leoflow_celery.executors.kubernetes.reviews import PodReviews
@@ -204,6 +204,13 @@ def _made_without_voucher(world: World, launch: LaunchSpec, **annotations: str) 
     return world.namespace.create(pod)
 
 
+def _launched(world: World, launch: LaunchSpec) -> Launched | None:
+    try:
+        return world.executor.execute(launch)
+    except TransientLaunchError:
+        return None
+
+
 def test_a_strangers_pod_under_our_name_with_our_seal_copied_is_replaced(world: World) -> None:
     launch, first = world.start()
     seal = world.pod(launch.name)["metadata"]["annotations"][SEAL]
@@ -213,7 +220,8 @@ def test_a_strangers_pod_under_our_name_with_our_seal_copied_is_replaced(world: 
     assert stranger["metadata"]["uid"] != first["metadata"]["uid"]
     with pytest.raises(NotPermitted, match="seal of another pod"):
         world.attempt_of(world.token_of(launch.name))
-    assert not world.executor.execute(launch).already
+    # The kubelet may touch the pod at this very moment; the launch is tried again then.
+    assert not wait_until(lambda: _launched(world, launch), 30, "the stranger's pod to be replaced").already
     assert world.pod(launch.name)["metadata"]["uid"] != stranger["metadata"]["uid"]
     assert world.attempt_of(world.token_of(launch.name)) == launch.attempt
     world.executor.cancel(launch.name, 0)

@@ -80,7 +80,7 @@ def test_a_kill_for_memory_starts_the_try_again_with_more(back_ends: BackEnds) -
 
 
 def test_a_docker_task_with_a_volume_waits_for_a_host(own: BackEnds) -> None:
-    handle = own.submit("docker", "a", staging_claim=CLAIM)
+    handle = own.submit("docker", "a", "r", staging_claim=CLAIM)
     assert handle.task_instance().sent_at is None
     assert own.submit("docker", "free").task_instance().sent_at is not None
     own.system.start_worker("workers.control")
@@ -102,7 +102,7 @@ def test_a_docker_task_whose_host_never_comes_fails_and_names_what_is_missing(
     with System(tmp_path, redis_server.url(), **overrides) as system:
         own = BackEnds(system)
         system.start_worker("workers.control")
-        nowhere = own.submit("docker", "a", staging_claim=CLAIM)
+        nowhere = own.submit("docker", "a", "r", staging_claim=CLAIM)
         own.announce("docker:h9")
         elsewhere = own.submit("docker", "b", staging_claim="other")
         wait_until(lambda: own.maintain("reap") or nowhere.task_instance().is_terminal, 60, "the reaper")
@@ -123,7 +123,7 @@ def test_the_limit_of_a_queue_counts_what_waits_for_its_hosts(tmp_path: Path, re
     with System(tmp_path, redis_server.url(), **SETTINGS, DISPATCH_QUEUE_LIMITS="docker=2") as system:
         own = BackEnds(system)
         own.announce("docker:h1")
-        own.submit("docker", "bound", staging_claim=CLAIM)
+        own.submit("docker", "bound", "r", staging_claim=CLAIM)
         own.submit("docker", "free")
         assert [own.client.services.queues.waiting(name) for name in ("docker", "docker.h1")] == [1, 1]
         with pytest.raises(AtCapacity, match="queue 'docker' holds 2 messages, its limit is 2"):

@@ -17,7 +17,7 @@ from cryptography.fernet import Fernet
 from leoflow_celery import metrics
 from leoflow_celery.cli import main
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.errors import DecryptionFailed, InvalidRequest, NotFound
+from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed, InvalidRequest, NotFound
 from leoflow_celery.queueing.dead_letters import GIVEN_UP, DeadLetter, DeadLetters
 from leoflow_celery.queueing.messages import open_request
 from leoflow_celery.settings import Settings
@@ -144,13 +144,31 @@ def test_nobody_makes_a_letter_say_something_else(letters: DeadLetters, system: 
 
 def test_garbage_among_the_letters_is_passed_over(letters: DeadLetters, system: System) -> None:
     found, _ = kept(letters)
-    garbage: list[bytes] = [b"not json", b"[]", b'{"id": 3}', raw({**asdict(found), "at": "x"}), b"[" * 100_000]
+    garbage: list[bytes] = [b"not json", b"[]", b'{"id": 3}', b"[" * 100_000]
+    garbage += [raw({**asdict(found), "at": at}) for at in ("x", float("inf"), float("nan"), -1, 10**400, 10**12)]
     for number, text in enumerate(garbage):
         system.redis.lpush("leoflow:dead-letters", f"g{number}")
         system.redis.hset("leoflow:dead-letters:entries", f"g{number}", text)
     assert [one.id for one in letters.all()] == [found.id]
     with pytest.raises(NotFound):
         letters.get("g0")
+
+
+def test_a_key_of_another_type_takes_no_letter(letters: DeadLetters, system: System) -> None:
+    names = ("dead-letters", "dead-letters:entries", "dead-letters:raw")
+    for name in names:
+        system.redis.set(f"leoflow:{name}", "x")
+    found, message = kept(letters)
+    assert letters.all() == [found]
+    assert all(len(system.redis.keys(f"leoflow:{name}.set-aside.*")) == 1 for name in names)
+    system.redis.set("leoflow:dispatch", "no queue")
+    with pytest.raises(BrokerUnavailable):
+        letters.send_again(found)
+    assert letters.message(letters.get(found.id)) == message
+    system.redis.delete("leoflow:dispatch")
+    letters.send_again(found)
+    assert system.redis.lrange("leoflow:dispatch", 0, -1) == [message]
+    assert letters.all() == []
 
 
 def test_without_keys_the_letter_is_kept_and_the_message_is_not(system: System) -> None:

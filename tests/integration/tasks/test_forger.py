@@ -13,6 +13,8 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import DecryptionFailed
+from leoflow_celery.queueing.dead_letters import DeadLetters
 from leoflow_celery.queueing.messages import (
     AdvanceTry,
     AttemptEnded,
@@ -225,12 +228,73 @@ def tell(back_ends: BackEnds, keys: KeyRing, task: str, message: Message) -> Non
         send(back_ends, task, "results", speaker=speaker, sealed=seal_message(keys, "docker", message))
 
 
+def test_what_has_the_wrong_form_keeps_nobody_else_s_word_waiting(back_ends: BackEnds) -> None:
+    """Of a forger without a key, and of a launch worker with the key of docker: neither ends or blocks a collector."""
+    stolen = KeyRing(",".join(f"docker:{key}" for key in back_ends.client.services.keys.keys("docker")))
+    control = back_ends.system.start_worker("workers.control")
+    back_ends.start("k8s")
+    for number, fact in enumerate(MISSHAPEN):
+        back_ends.redis.hset("leoflow:launched", f"odd{number}", f"docker {misshapen(stolen, 'launched', fact)}")
+        send(back_ends, "leoflow.results.record", "results", speaker="docker", sealed=misshapen(stolen, "ended", fact))
+    back_ends.redis.hset("leoflow:unacked", "deep", "[" * 100_000)
+    back_ends.redis.hset("leoflow:launched", "large", b"x" * 20_000_000)
+    back_ends.redis.hset("leoflow:launched", b"\xff" * 100_000, b"x")
+    for odd in ([], {}, None, 1, datetime.now(UTC), Decimal(1), b"x", uuid.uuid4()):
+        send(back_ends, "leoflow.results.record", "results", speaker="docker", sealed=odd)
+        send(back_ends, "leoflow.results.record", "results", speaker=odd, sealed="x")
+        send(back_ends, "leoflow.stop.kubernetes", "k8s", sealed=odd)
+    back_ends.wait_until_launched(back_ends.submit("kubernetes", "good"))
+    wait_until_served(back_ends)
+    letters = DeadLetters(back_ends.system.settings, back_ends.redis).all()
+    assert len(letters) == 2 * len(MISSHAPEN) + 2 + 3 * 8
+    assert {letter.kind for letter in letters} == {"not_believed"}
+    assert max(letter.size_bytes for letter in letters) == 20_000_000
+
+    back_ends.redis.set("leoflow:launched", "no hash")
+    back_ends.wait_until_launched(back_ends.submit("kubernetes", "after"))
+    assert len(back_ends.redis.keys("leoflow:launched.set-aside.*")) == 1
+    assert control.returncode is None
+    assert "Traceback" not in back_ends.system.output()
+
+
+#: What no column, no clock and no number takes, in a fact that is sealed as it must be.
+MISSHAPEN: list[dict[str, Any]] = [
+    {"attempt": {"task_instance_id": "a", "try_number": float("inf")}},
+    {"attempt": {"task_instance_id": "a", "try_number": 10**30}},
+    {"attempt": {"task_instance_id": "a", "try_number": 1, "launch": 0}},
+    {"attempt": {"task_instance_id": "a\0", "try_number": 1}},
+    {"attempt": {"task_instance_id": "\ud800", "try_number": 1}},
+    {"attempt": {"task_instance_id": "a" * 600, "try_number": 1}},
+    {"attempt": {"task_instance_id": ["a"], "try_number": 1}},
+    {"external_name": "\0", "host": "\0"},
+    {"hostname": "a" * 300, "host": "a" * 300},
+    {"back_end": "docker:\ud800", "host": "\ud800"},
+    {"at": 10**400},
+    {"back_end": {}, "outcome": {"state": "running"}},
+]
+
+
+def misshapen(keys: KeyRing, purpose: str, fact: dict[str, Any]) -> str:
+    message = {
+        "attempt": {"task_instance_id": "a", "try_number": 1},
+        "external_name": "a",
+        "hostname": "a",
+        "back_end": "docker:a",
+        "host": "a",
+        "outcome": Outcome.success().to_json(),
+        "unclaimed": False,
+        "return_value": None,
+        **fact,
+    }
+    return keys.sealer("docker").seal({"purpose": purpose, "at": time.time(), "message": message} | fact)
+
+
 def test_what_does_harm_when_it_is_sent_again_is_believed_for_minutes_only(
     monkeypatch: pytest.MonkeyPatch, back_ends: BackEnds
 ) -> None:
     keys = back_ends.client.services.keys
     now = time.time()
-    for age in (601, -601):
+    for age in (601, -601, float("nan")):
         monkeypatch.setattr(time, "time", lambda age=age: now - age)
         sealed = seal_message(keys, "docker", Present(BackEnd.parse("docker:h1")))
         monkeypatch.setattr(time, "time", lambda: now)

@@ -51,6 +51,18 @@ def test_a_lock_is_one_s_own_and_free_afterwards(client: redis.Redis) -> None:
     assert is_free(locks)
 
 
+def test_a_key_that_no_worker_of_ours_wrote_closes_no_door(client: redis.Redis) -> None:
+    """It has no end, or one in a year; whoever may write to the broker could stop every reconcile with it."""
+    locks, key = BrokerLocks(client, "test:"), "test:lock:reconcile"
+    client.set(key, "x")
+    assert is_free(locks)
+    client.set(key, "x", ex=31_536_000)
+    assert is_free(locks)
+    client.hset(key, "x", "y")
+    assert is_free(locks)
+    assert not client.exists(key)
+
+
 def test_what_takes_longer_than_the_lock_lives_keeps_it(client: redis.Redis) -> None:
     locks = BrokerLocks(client, "test:")
     with locks.single_flight("reconcile", 0.6):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ from tests.support.system import System, http_task
 from tests.support.waiting import wait_until
 
 SOURCE = "def make():\n    return 7\n\n\ndef use(value):\n    return value + 1\n"
+#: A back end of secrets that fails for one tenant.
+VALUES = """
+import json, sys
+sys.exit(1) if json.load(sys.stdin)["tenant_id"] == "unlucky" else print('{"values": {}}')
+"""
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
 
@@ -65,7 +71,11 @@ def measured(tmp_path: Path, redis_server: RedisServer) -> Iterator[tuple[BackEn
         "XCOM_MAX_BYTES": 100,
         "DISPATCH_QUEUE_LIMITS": "docker=1",
         "SUBPROCESS_PRELOAD_AGENT": "false",
+        "GATEWAY_ALLOW_INSECURE_SECRETS": "true",
+        "GATEWAY_SECRET_BACKENDS": "command",
+        "GATEWAY_SECRET_COMMAND": f"{sys.executable} {tmp_path / 'values.py'}",
     }
+    (tmp_path / "values.py").write_text(VALUES)
     with System(tmp_path, redis_server.url(), **overrides) as system:
         system.env |= {"LEOFLOW_METRICS_PORT": str(ports[0]), "LEOFLOW_GATEWAY_METRICS_PORT": str(ports[1])}
         system.start_worker("workers.lite")
@@ -87,7 +97,9 @@ def test_every_name_is_produced(measured: tuple[BackEnds, Endpoints], target: Ht
     run_calls(back_ends, target)
     run_pods(back_ends)
     run_what_is_refused(back_ends, target)
+    unlucky = back_ends.submit("subprocess", "unlucky", tenant_id="unlucky", dag_id="unlucky")
     wait_until(lambda: endpoints.names() == set(METRICS), 60, lambda: f"{set(METRICS) - endpoints.names()}")
+    unlucky.cancel()
     check_gauges(back_ends, endpoints)
     check_counters(endpoints)
 
@@ -126,6 +138,7 @@ def run_what_is_refused(back_ends: BackEnds, target: HttpTarget) -> None:
     """An invalid request, a queue that is full, an agent without an acceptable token."""
     with pytest.raises(Exception, match="operator"):
         dispatch(back_ends, {**http_task(target.url("b")), "operator": "cobol"}).get(timeout=60)
+    back_ends.redis.lpush("leoflow:inline", b"not json")
     back_ends.submit("docker", "waits")
     full = {**http_task(target.url("c")), "executor": "docker", "execution_mode": "pod"}
     dispatch(back_ends, full)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leoflow_celery.domain.attempt import (
+    MAX_NUMBER,
     AttemptId,
     attempt_name,
     celery_task_id,
@@ -24,6 +25,7 @@ DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 LABEL = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
 
 texts = st.text(max_size=200) | st.text("aA0-_. é", max_size=80)
+storable = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=128)
 attempts = st.builds(AttemptId, texts, st.integers(1, 1_000_000), st.integers(1, 1_000))
 
 
@@ -117,9 +119,23 @@ def test_the_celery_id_of_a_try_can_be_told_from_any_other(task_instance_id: str
     assert not is_try_id(str(uuid.uuid5(uuid.NAMESPACE_URL, task_instance_id)))
 
 
-@given(attempts)
-def test_an_attempt_survives_json(attempt: AttemptId) -> None:
+@given(storable, st.integers(1, MAX_NUMBER), st.integers(1, 1_000))
+def test_an_attempt_survives_json(identity: str, number: int, launch: int) -> None:
+    attempt = AttemptId(identity, number, launch)
     assert AttemptId.from_json(attempt.to_json()) == attempt
+
+
+@pytest.mark.parametrize("number", [0, -1, 10**30, float("inf"), float("nan"), 1.5, "1", True, None, []])
+def test_what_no_column_takes_is_no_attempt(number: object) -> None:
+    for name in ("try_number", "launch"):
+        with pytest.raises(ValueError, match=f"{name} is not a whole number in 1..1000000"):
+            AttemptId.from_json({"task_instance_id": "ti", "try_number": 1, name: number})
+
+
+@pytest.mark.parametrize("identity", ["", "a\0", "\ud800", "a" * 513, "é" * 257, 1, None, ["a"]])
+def test_what_is_no_id_is_no_attempt(identity: object) -> None:
+    with pytest.raises(ValueError, match=r"task_instance_id|surrogates"):
+        AttemptId.from_json({"task_instance_id": identity, "try_number": 1})
 
 
 def test_an_attempt_of_a_sender_that_knows_no_launches_is_the_first() -> None:

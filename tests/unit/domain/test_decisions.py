@@ -16,6 +16,7 @@ from leoflow_celery.domain.reap import (
 )
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason, parse_reason
 from leoflow_celery.domain.relaunch import Growth, Memory, Relaunch, RelaunchPolicy, relaunch_decision
+from leoflow_celery.domain.staging import StagingPlan
 
 R = FailureReason
 reasons = st.sampled_from(FailureReason)
@@ -180,3 +181,16 @@ def test_a_task_that_no_host_took_names_what_is_missing() -> None:
     verdict = unplaced_verdict(3_601, "c")
     assert verdict.reason is R.UNSCHEDULABLE
     assert "staging volume 'c' needs a Docker host, and no docker worker has announced itself" in verdict.message
+
+
+def test_a_staging_plan_dooms_what_it_names_and_old_unknown_volumes() -> None:
+    day = 86_400.0
+    plan = StagingPlan(2 * day, {"named": "ttl_expired", "gone": "run_succeeded"}, frozenset({"kept"}))
+    volumes = {"unknown": 0.0, "young": 2 * day - 3600, "kept": 0.0, "named": 0.0, "undated": None}
+    assert plan.doomed(volumes) == {"named": "ttl_expired", "gone": "run_succeeded", "unknown": "orphaned"}
+
+
+def test_a_staging_plan_that_comes_late_or_again_spares_the_volume_of_a_run_that_was_cleared() -> None:
+    plan = StagingPlan(1000.0, {"v": "run_succeeded"})
+    assert plan.doomed({"v": 1001.0}) == {}
+    assert plan.doomed({"v": 999.0}) == plan.doomed({"v": None}) == {"v": "run_succeeded"}

@@ -43,7 +43,7 @@ def jwt(claims: str) -> str:
     return f"e30.{base64.urlsafe_b64encode(claims.encode()).decode().rstrip('=')}.c2ln"
 
 
-@pytest.mark.parametrize("good", [token(), token(aud="leoflow-agent"), token(exp=NOW - 30)])
+@pytest.mark.parametrize("good", [token(), token(aud="leoflow-agent"), token(exp=NOW - 30), token(exp=10**400)])
 def test_what_looks_like_a_token_of_a_pod_is_asked_about(good: str) -> None:
     check_plausible(good, NOW, "tasks")
 

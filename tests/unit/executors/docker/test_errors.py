@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.docker.errors import (
     Conflict,
@@ -15,7 +14,6 @@ from leoflow_celery.executors.docker.errors import (
     Unreachable,
     to_launch_error,
 )
-from leoflow_celery.executors.docker.volumes import orphans
 
 
 @pytest.mark.parametrize(
@@ -56,18 +54,3 @@ def test_every_refusal_has_its_meaning(error, kind, reason):
     assert type(launch_error) is kind
     assert launch_error.reason == FailureReason(reason)
     assert error.message in launch_error.message
-
-
-def test_orphans_are_old_and_unknown():
-    def volume(created: str = "1970-01-01T00:00:00Z") -> dict:
-        return {"CreatedAt": created}
-
-    volumes = {
-        "unknown": volume(),
-        "young": volume("1970-01-02T23:00:00Z"),
-        "kept": volume(),
-        "doomed": volume(),
-        "undated": {},
-    }
-    plan = StagingPlan(2 * 86_400.0, {"doomed": "ttl_expired"}, frozenset({"kept"}))
-    assert orphans(volumes, plan) == ["unknown"]
