@@ -87,7 +87,7 @@ class Sealer:
         try:
             return self._fernet.decrypt(sealed.encode("ascii", "replace"))
         except InvalidToken as error:
-            scope = f" for {self._scope!r}" if self._scope else ""
+            scope = f" for {str(self._scope)!r}" if self._scope else ""
             raise DecryptionFailed(
                 f"a sealed payload cannot be opened with the keys{scope} of this process (LEOFLOW_SEAL_KEYS); "
                 "it was sealed with another key or changed on the way"
@@ -137,7 +137,7 @@ class KeyRing:
         found = [derived_key(master, scope) for master in self._masters] + self._given.get(scope, [])
         if not found:
             raise ConfigurationError(
-                f"LEOFLOW_SEAL_KEYS holds no key for {scope!r}; 'leoflow keys --for {scope}' prints it where the "
+                f"LEOFLOW_SEAL_KEYS holds no key for {str(scope)!r}; 'leoflow keys --for {scope}' prints it where the "
                 "master key is"
             )
         return found
