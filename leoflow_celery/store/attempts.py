@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -23,6 +23,7 @@ from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.errors import ClaimRefused, Fenced, InvalidRequest, NotFound
 from leoflow_celery.store import task_instance_sql
+from leoflow_celery.store.completions import take_of_try
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.events import append_event
 from leoflow_celery.store.presence import PresenceStore
@@ -245,13 +246,15 @@ class AttemptStore:
         *,
         may_relaunch: bool = True,
         seen: TaskInstanceView | None = None,
+        lease_completions: float | None = None,
     ) -> Finished:
         """Record how the attempt ended, with its XComs, in one transaction; or start the next launch instead.
 
         The first end wins. A later one becomes an event, and so does one whose condition does not hold. The same end
         by the same holder again (its acknowledgement was lost) counts as recorded. Without ``may_relaunch`` a failure
         is final whatever its budget says. ``seen`` is the try as the caller read it a moment ago: the row is then not
-        read again before it is written.
+        read again before it is written. ``lease_completions`` (seconds) leases who waits for the try in the same
+        transaction, for a writer that completes them at once.
 
         Raises:
             InvalidRequest: the outcome is no end.
@@ -266,6 +269,9 @@ class AttemptStore:
             if finished is None:
                 return self._too_late(connection, end, current)
             self._xcom.put(xcoms, connection)
+            if lease_completions is not None and finished.relaunch is None:
+                waiting = take_of_try(connection, lease_completions, attempt.task_instance_id, attempt.try_number)
+                finished = replace(finished, waiting=tuple(waiting))
         return finished
 
     def _end(

@@ -96,12 +96,13 @@ class CompletionStore:
         self, lease_seconds: float, task_instance_id: str = "", try_number: int = 0, limit: int = 100
     ) -> list[Waiting]:
         """Lease what is due: of one try, or of all tries when none is named."""
-        now = time.time()
-        statement = _take(bool(task_instance_id), locking=not self._database.is_sqlite)
-        parameters: dict[str, object] = {"p_now": now, "p_until": now + lease_seconds, "p_limit": limit}
         if task_instance_id:
-            parameters |= {"p_ti": task_instance_id, "p_try": try_number}
+            with self._database.transaction() as connection:
+                return take_of_try(connection, lease_seconds, task_instance_id, try_number, limit)
+        now = time.time()
+        parameters = {"p_now": now, "p_until": now + lease_seconds, "p_limit": limit}
         with self._database.transaction() as connection:
+            statement = _take(one_try=False, locking=not self._database.is_sqlite)
             return [Waiting(*row) for row in connection.execute(statement, parameters)]
 
     def failed(self, waiting: Waiting) -> float:
@@ -122,6 +123,17 @@ class CompletionStore:
         now = time.time()
         with self._database.transaction() as connection:
             connection.execute(_complete(), [{"p_id": name, "p_now": now} for name in sorted(celery_task_ids)])
+
+
+def take_of_try(
+    connection: sa.Connection, lease_seconds: float, task_instance_id: str, try_number: int, limit: int = 100
+) -> list[Waiting]:
+    """Lease what is due of one try, in the transaction of ``connection``, which may be the one that ended it."""
+    now = time.time()
+    parameters: dict[str, object] = {"p_now": now, "p_until": now + lease_seconds, "p_limit": limit}
+    parameters |= {"p_ti": task_instance_id, "p_try": try_number}
+    statement = _take(one_try=True, locking=connection.dialect.name != "sqlite")
+    return [Waiting(*row) for row in connection.execute(statement, parameters)]
 
 
 def _check_owner(celery_task_id: str, named: tuple[str, int], owner: tuple[str, int] | None) -> None:

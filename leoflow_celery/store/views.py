@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import RowMapping
 
@@ -14,6 +14,9 @@ from leoflow_celery.domain.relaunch import Memory, Relaunch
 from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType
 from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
 from leoflow_celery.store.logs import LogKey
+
+if TYPE_CHECKING:
+    from leoflow_celery.store.completions import Waiting
 
 
 def needs_host(executor: Any, staging_claim: Any, queue_name: Any) -> Any:
@@ -141,12 +144,14 @@ class Finished:
     """What came of a report. ``recorded`` is False when somebody else's end came first.
 
     ``relaunch`` is set when the try goes on with the next launch instead of ending; ``view`` is the try afterwards
-    (None for one that does not exist, and only then): nobody has to read it again.
+    (None for one that does not exist, and only then): nobody has to read it again. ``waiting`` are the completions
+    that were leased with the end, when its writer asked for them.
     """
 
     recorded: bool
     relaunch: Relaunch | None = None
     view: TaskInstanceView | None = None
+    waiting: tuple[Waiting, ...] | None = None
 
     @property
     def state(self) -> TaskState | None:

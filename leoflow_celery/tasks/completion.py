@@ -57,11 +57,15 @@ def saved_context(request: Any, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A try that has ended, and its return value; ``monitored``: its worker tells the monitor by itself."""
+    """A try that has ended, and its return value; ``monitored``: its worker tells the monitor by itself.
+
+    ``waiting`` are its completions, where they were leased with the end.
+    """
 
     view: TaskInstanceView
     value: Any = None
     monitored: bool = False
+    waiting: tuple[Waiting, ...] | None = None
 
 
 def complete_due(app: Celery, services: Services) -> int:
@@ -75,7 +79,9 @@ def complete_due(app: Celery, services: Services) -> int:
 
 def complete_try(app: Celery, services: Services, view: TaskInstanceView, ended: Ended | None = None) -> int:
     """Complete whoever waits for one try; ``ended`` spares reading what the caller knows."""
-    taken = services.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
+    taken: Sequence[Waiting] | None = ended.waiting if ended else None
+    if taken is None:
+        taken = services.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
     read = cache(lambda: ended or _with_value(services, view))
     return _complete(app, services, taken, lambda _: read())
 

@@ -30,7 +30,7 @@ from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.logs import LogRecord
 from leoflow_celery.store.views import Finished, TaskInstanceView
 from leoflow_celery.tasks.advance_try import advance_view
-from leoflow_celery.tasks.completion import Ended
+from leoflow_celery.tasks.completion import LEASE_SECONDS, Ended
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.monitoring import summary
 from leoflow_celery.tasks.started import StartedMark
@@ -62,9 +62,10 @@ def execute_inline(self: LeoflowTask, sealed: str) -> str:
         raise Ignore
     if finished.recorded and finished.state is TaskState.SUCCESS:
         parsed = json.loads(value) if value else None
-        advance_view(self, finished.view, Ended(finished.view, parsed, monitored=True))
+        advance_view(self, finished.view, Ended(finished.view, parsed, monitored=True, waiting=finished.waiting))
         return summary(parsed)
-    advance_view(self, finished.view)
+    is_failed = finished.recorded and finished.state is TaskState.FAILED
+    advance_view(self, finished.view, Ended(finished.view, waiting=finished.waiting) if is_failed else None)
     raise Ignore
 
 
@@ -118,7 +119,10 @@ def _checked_value(services: Services, request: TaskRequest, result: HttpResult)
 def _record(services: Services, view: TaskInstanceView, holder: str, outcome: Outcome, value: bytes | None) -> Finished:
     key = XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id)
     xcoms = [(key, XComValue(value))] if value is not None else []
-    finished = _finish(services, view, holder, outcome, xcoms)
+    try:
+        finished = _finish_once(services, view, holder, outcome, xcoms)
+    except Unavailable:  # the usual case is spared what trying again costs
+        finished = _finish(services, view, holder, outcome, xcoms)
     if not finished.recorded:
         metrics.record_fenced("state")
         log.warning("report.fenced", extra={"attempt": str(view.attempt), "outcome": outcome.state.value})
@@ -138,7 +142,14 @@ def _record(services: Services, view: TaskInstanceView, holder: str, outcome: Ou
 def _finish(
     services: Services, view: TaskInstanceView, holder: str, outcome: Outcome, xcoms: list[tuple[XComKey, XComValue]]
 ) -> Finished:
-    return services.store.attempts.finish(view.attempt, outcome, FinishCondition(holder=holder), xcoms, seen=view)
+    return _finish_once(services, view, holder, outcome, xcoms)
+
+
+def _finish_once(
+    services: Services, view: TaskInstanceView, holder: str, outcome: Outcome, xcoms: list[tuple[XComKey, XComValue]]
+) -> Finished:
+    condition, attempts = FinishCondition(holder=holder), services.store.attempts
+    return attempts.finish(view.attempt, outcome, condition, xcoms, seen=view, lease_completions=LEASE_SECONDS)
 
 
 def _log(services: Services, view: TaskInstanceView, level: str, message: str) -> None:
