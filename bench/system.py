@@ -39,6 +39,7 @@ class System:
             "LEOFLOW_GATEWAY_LISTEN": f"unix:{self.directory}/gateway.sock",
             "LEOFLOW_CONTROL_PLANE_ADDR": f"unix:{self.directory}/gateway.sock",
             "LEOFLOW_EXECUTOR_TYPE": "subprocess",
+            "LEOFLOW_DISPATCH_PERMITTED_EXECUTORS": "kubernetes,docker,subprocess,inline",
             # A benchmark tells workers which queue is theirs.
             "LEOFLOW_BROKER_REMOTE_CONTROL": "all",
             "LEOFLOW_SUBPROCESS_STATE_DIR": str(self.directory / "attempts"),
