@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support import environment, leaks, process
@@ -15,6 +16,9 @@ pytest_plugins = ["tests.support.fixtures"]
 
 # Before any test module is imported: an import of settings must not see the developer's own.
 environment.strip_settings()
+# Tests run beside each other; an example that took long says nothing.
+hypothesis.settings.register_profile("leoflow", deadline=None)
+hypothesis.settings.load_profile("leoflow")
 
 
 #: The folders of the tiers, by what their tests take: an acceptance file is minutes, a unit file milliseconds.
@@ -68,6 +72,11 @@ def clean_environment() -> Iterator[None]:
     """A test that set a LEOFLOW_* variable by hand does not decide the next one."""
     yield
     environment.strip_settings()
+
+
+# Tests run beside each other; an example that took long says nothing.
+hypothesis.settings.register_profile("leoflow", deadline=None)
+hypothesis.settings.load_profile("leoflow")
 
 
 @pytest.fixture(autouse=True)
