@@ -69,7 +69,7 @@ def stub(tmp_path: Path) -> Iterator[Backend]:
 @contextmanager
 def subprocess(tmp_path: Path) -> Iterator[Backend]:
     """Agents of this host; each leaves its name in a file when it starts."""
-    starts, agent = tmp_path / "starts", tmp_path / "agent"
+    starts, agent, before = tmp_path / "starts", tmp_path / "agent", _children()
     starts.touch()
     ours = Path(sys.executable).with_name("leoflow-agent")
     agent.write_text(f'#!/bin/sh\necho "$LEOFLOW_ATTEMPT_NAME" >>{starts}\nexec {ours}\n')
@@ -82,19 +82,24 @@ def subprocess(tmp_path: Path) -> Iterator[Backend]:
         is_alive=lambda launch: any(processes_of(launch.name)),
         hopeless=lambda: agent.unlink() or launch(),
     )
-    wait_until(lambda: not _ended_children(), message="the executor collects agents that ended")
+    wait_until(lambda: not _ended(_children() - before), message="the executor collects agents that ended")
     executor.close()
     for name in starts.read_text().split():
-        agents = list(processes_of(name))
         kill_processes_of(name)
-        for pid in agents:  # nobody watches any more
-            with suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+    for child in _children() - before:  # nobody watches any more; one that was cancelled may be about to end
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+        with suppress(ChildProcessError):
+            os.waitpid(child.pid, 0)
 
 
-def _ended_children() -> list[psutil.Process]:
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
+
+
+def _ended(children: set[psutil.Process]) -> list[psutil.Process]:
     found = []
-    for child in psutil.Process().children():
+    for child in children:
         with suppress(psutil.NoSuchProcess):
             if child.status() == psutil.STATUS_ZOMBIE:
                 found.append(child)
