@@ -188,7 +188,7 @@ def test_a_pod_that_a_dead_worker_did_not_vouch_for_is_made_again(world: World) 
     with pytest.raises(ClusterUnavailable, match="no launch worker has vouched"):
         world.attempt_of(world.token_of(launch.name))
     proof = world.token_of(launch.name)
-    assert not world.executor.execute(launch).already
+    assert not wait_until(lambda: _launched(world, launch), 30, "the pod to be made again").already
     assert world.pod(launch.name)["metadata"]["uid"] != unvouched["metadata"]["uid"]
     assert world.attempt_of(world.token_of(launch.name)) == launch.attempt
     with pytest.raises(InvalidToken):
