@@ -38,7 +38,10 @@ class BrokerSettings(BaseSettings):
     result_url: str = ""
     #: Every Redis key starts with it, so that systems can share a server.
     key_prefix: str = "leoflow:"
-    #: Seconds until an unacknowledged message is delivered again. A launch takes seconds, an inline call at most 300.
+    #: What a worker holds is delivered again this long after the worker was last heard of, by Redis's clock. A worker
+    #: that lives renews it three times in that time, however long its tasks take.
+    hold_seconds: float = Field(default=20, ge=6)
+    #: Seconds until a worker of plain Celery on the same queues counts as dead; ours keep their leases by it.
     visibility_timeout_seconds: int = 600
     #: Without these two a black-holed broker hangs a publisher for minutes.
     connect_timeout_seconds: float = 2
