@@ -50,7 +50,8 @@ class Consumer(CeleryConsumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "without_mingle": True, "without_gossip": True})
         self.door = Door(self.app)
-        self.holder = Holder(self.app.settings.broker.hold_seconds)
+        app: Any = self.app
+        self.holder = Holder(app.settings.broker.hold_seconds)
 
     def connect(self) -> Any:
         """A connection whose messages come through the door."""
@@ -82,8 +83,8 @@ class Consumer(CeleryConsumer):
         super().shutdown()
 
     def _end_taking(self) -> None:
-        channels: Any = self.connection.transport.cycle._channels if self.connection else ()
-        for channel in list(channels):
+        connection: Any = self.connection
+        for channel in list(connection.transport.cycle._channels) if connection else ():
             if channel.taking is not None:
                 channel.taking.end()
 

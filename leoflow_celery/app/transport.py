@@ -83,6 +83,7 @@ class QoS(redis.QoS):
 
     channel: Any
     _remove_from_indices: Any
+    _quick_ack: Any
 
     def append(self, message: Any, delivery_tag: str) -> None:
         if self.channel.holder is not None:  # held already
@@ -496,7 +497,7 @@ class Poller(redis.MultiChannelPoller):
             super()._register_BRPOP(channel)  # type: ignore[misc]
 
     def on_poll_start(self) -> None:
-        super().on_poll_start()  # type: ignore[misc]
+        super().on_poll_start()
         channels: Any = self._channels  # type: ignore[attr-defined]
         for channel in list(channels):
             if channel.taking is not None:
@@ -538,7 +539,7 @@ class Channel(redis.Channel):
         if self._holder is not None and getattr(self, "closed", False):
             self._holder.done(delivery_tag)  # the next connection says it
         else:
-            super().basic_ack(delivery_tag, multiple)  # type: ignore[misc]
+            super().basic_ack(delivery_tag, multiple)
 
     def _on_connection_disconnect(self, connection: Any) -> None:
         if self._taking is not None:
@@ -660,7 +661,7 @@ class Transport(redis.Transport):
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         connection.hub = loop
-        super().register_with_event_loop(connection, loop)  # type: ignore[misc]
+        super().register_with_event_loop(connection, loop)
 
 
 class AMQP(amqp.AMQP):

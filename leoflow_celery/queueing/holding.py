@@ -7,8 +7,8 @@ that know kombu read them. What is ours is how it comes there and back (ADR 23):
   those that are done.
 - **Waiting** on an empty queue is BLMOVE into a list of the worker's own, a *landing*: Redis has no command that blocks
   on a queue and leaves the message there. The next script moves it on into ``unacked``.
-- **Holding** is a lease by Redis's clock: the score of a held message lies so far back that it comes due when its worker
-  has not renewed it for ``hold_seconds``. The scores mean to a kombu worker what they always meant.
+- **Holding** is a lease by Redis's clock: the score of a held message lies so far back that it comes due when its
+  worker has not renewed it for ``hold_seconds``. The scores mean to a kombu worker what they always meant.
 - **Putting back** what came due takes no lock: who finds it pushes its score some seconds ahead, and puts it back if
   the score is still the same. A process that dies in between costs those seconds.
 
@@ -42,8 +42,8 @@ local now = tonumber(time[1]) + math.floor(tonumber(time[2]) / 1000) / 1000
 """
 
 #: KEYS: unacked, index, landings, the queues, the landings of each.
-#: ARGV: the member of ``landings``, seconds of a lease, visibility timeout, register, renew, wanted, tag base, max bytes,
-#: number of queues, the ends of the queues' entries; then counted lists: done, landed (place, tag), held.
+#: ARGV: the member of ``landings``, seconds of a lease, visibility timeout, register, renew, wanted, tag base, max
+#: bytes, number of queues, the ends of the queues' entries; then counted lists: done, landed (place, tag), held.
 #: Answers: lapsed, empty, wrong keys, then tag, place and message of each one taken.
 SYNC = (
     _NOW
@@ -59,11 +59,16 @@ local function list()
   return found
 end
 local done, landed, held = list(), list(), list()
-for _, tag in ipairs(done) do
-  redis.call('HDEL', KEYS[1], tag)
-  redis.call('ZREM', KEYS[2], tag)
+local function forget()
+  for _, tag in ipairs(done) do
+    redis.call('HDEL', KEYS[1], tag)
+    redis.call('ZREM', KEYS[2], tag)
+  end
 end
-if ARGV[4] == '0' and not redis.call('ZSCORE', KEYS[3], ARGV[1]) then return {1, 0, {}} end
+if ARGV[4] == '0' and not redis.call('ZSCORE', KEYS[3], ARGV[1]) then
+  forget()
+  return {1, 0, {}}
+end
 local function hold(tag, place, raw)
   redis.call('HSET', KEYS[1], tag, '[' .. raw .. ARGV[9 + place])
   redis.call('ZADD', KEYS[2], score, tag)
@@ -75,6 +80,7 @@ for i = 1, #landed, 2 do
     if landed[i + 1] == '' then redis.call('RPUSH', KEYS[3 + place], raw) else hold(landed[i + 1], place, raw) end
   end
 end
+forget() -- after what landed: it may be done already
 if ARGV[5] == '1' then
   redis.call('ZADD', KEYS[3], now + tonumber(ARGV[2]), ARGV[1])
   for _, tag in ipairs(held) do redis.call('ZADD', KEYS[2], 'XX', score, tag) end
