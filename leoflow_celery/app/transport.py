@@ -49,8 +49,8 @@ from leoflow_celery.queueing.depths import set_aside
 _NAME = f"{__name__}:Transport"
 _SCHEMES = ("redis", "rediss")
 log = logging.getLogger(__name__)
-#: BLMOVE answers after so long at the latest, or its connection is dead. Shorter than a lease, so that none is under way
-#: when the lease of a stopped worker ran out.
+#: BLMOVE answers after so long at the latest, or its connection is dead. Shorter than a lease, so that none is under
+#: way when the lease of a stopped worker ran out.
 _WAIT_SECONDS = 5
 #: After an error that waiting does not mend, such as a full memory.
 _AGAIN_SECONDS = 1.0
