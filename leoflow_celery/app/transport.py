@@ -321,9 +321,9 @@ class Taking:
     def _send(self, renew: bool, wanted: int) -> None:
         if self._talk is None:
             self._talk = self._connect(self._hear)
-        assert self._landing is not None
+        landing: Any = self._landing
         done, landed, self._landed = self._holder.take_done(), self._landed, []
-        command = self._landing.sync(
+        command = landing.sync(
             lease_seconds=self._holder.hold_seconds,
             visibility_seconds=self._channel.visibility_timeout,
             register=not self._registered,
@@ -375,12 +375,12 @@ class Taking:
         self._hub.call_later(_AGAIN_SECONDS, self.wake)
 
     def _wait(self, now: float) -> None:
-        assert self._landing is not None
+        names: Any = self._landing
         while len(self._waits) < len(self._places):
             self._waits.append(self._connect(self._arrived, len(self._waits)))
         for place, connection in enumerate(self._waits):
             if place not in self._waiting:
-                source, landing = self._landing.queues[place], self._landing.keys[place]
+                source, landing = names.queues[place], names.keys[place]
                 connection.send_command("BLMOVE", source, landing, "RIGHT", "LEFT", _WAIT_SECONDS, check_health=False)
                 self._waiting[place] = now
 
