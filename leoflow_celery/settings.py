@@ -242,6 +242,9 @@ class KubernetesSettings(BaseSettings):
     agent_token: Literal["secret", "exchange"] = "secret"  # noqa: S105 - a place
     #: YAML or JSON of a Pod, merged over our defaults for all pods of this queue (strategic merge); requests go on top.
     pod_template: Path | None = None
+    #: YAML: what a request's pod_override may set beside the safe defaults, what every pod is forced to have, and what
+    #: is refused. Empty: the safe defaults.
+    policy: OptionalPath = None
     #: Containers cannot write but to /tmp, /staging and other volumes.
     read_only_root: bool = False
     service_account: str = ""
@@ -297,6 +300,8 @@ class DockerSettings(BaseSettings):
     network: str = ""
     #: Host directory with one directory per agent CA config map and per task secret, mounted read-only into containers.
     secrets_dir: str = ""
+    #: YAML: which images may run, and the most of each resource that a container may have. Empty: any.
+    policy: OptionalPath = None
     #: How the agent's token and the request's variables reach the container: in a file that the agent removes, or plain
     #: in the container's configuration (for agents that do not know LEOFLOW_AGENT_ENV_FILE).
     agent_environment: Literal["file", "plain"] = "file"

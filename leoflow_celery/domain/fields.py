@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, JsonValue
 
 from leoflow_celery.domain import strict_json
+from leoflow_celery.domain.pod_fields import item_path, misfit
 from leoflow_celery.domain.quantity import parse_quantity
 from leoflow_celery.domain.schema import check_schema
 
@@ -33,6 +35,18 @@ _UNPRINTABLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _CLAIM_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 #: Of a Pod object; the API server would drop any other key, and say nothing.
 _POD_KEYS = frozenset({"apiVersion", "kind", "metadata", "spec"})
+#: How an agent is run is for its image and its executor to say: a request that could would break it, or take it over.
+_CONTROL_PREFIXES = ("LEOFLOW_AGENT_", "LEOFLOW_CALL_ARGS_", "LEOFLOW_XCOM_", "LEOFLOW_XCOMFILE_", "LEOFLOW_WARM_")
+_CONTROL_NAMES = frozenset(
+    {
+        *("LEOFLOW_CONTROL_PLANE_ADDR", "LEOFLOW_TASK_INSTANCE_ID", "LEOFLOW_ATTEMPT_NAME", "LEOFLOW_POD_NAME"),
+        *("LEOFLOW_TERMINATION_LOG", "LEOFLOW_STAGING_DIR", "LEOFLOW_SOURCE_DIR", "LEOFLOW_RETURN_VALUE_PATH"),
+        *("LEOFLOW_REASON_PATH", "LEOFLOW_HTTP_REQUEST_JSON", "LEOFLOW_HTTP_REQUEST_PATH", "LEOFLOW_TRY_NUMBER"),
+        *("LEOFLOW_TIMEOUT_SECONDS", "LEOFLOW_MAX_ATTEMPTS_PER_WORKER", "LEOFLOW_MAX_WORKER_LIFETIME_SECONDS"),
+    }
+)
+#: The two that only say how patient one's own agent is and what it keeps on disk, with the least that it takes.
+_TUNING = {"LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS": 0.0, "LEOFLOW_AGENT_SPOOL_BYTES": 65_536.0}
 _NAME_RULE = "a name may hold no '=', NUL or half a surrogate pair and not be empty"
 
 
@@ -113,6 +127,27 @@ def _variable_name(value: str) -> str:
     return _label(value)
 
 
+def control_variable_problem(name: str, value: Any) -> str:
+    """Why a task's variable of this name cannot be: a sentence with the fix, or nothing. The value is not quoted."""
+    if name in _TUNING:
+        if not isinstance(value, str) or _is_number(value, _TUNING[name]):
+            return ""
+        return f"variable {name!r}: its value must be a number of at least {_TUNING[name]:g}"
+    if name in _CONTROL_NAMES or name.startswith(_CONTROL_PREFIXES):
+        return (
+            f"variable {name!r} controls the agent and is set by the executor alone; remove it, or give the variable "
+            "another name"
+        )
+    return ""
+
+
+def _is_number(text: str, at_least: float) -> bool:
+    try:
+        return at_least <= float(text) < float("inf")
+    except ValueError:
+        return False
+
+
 def _environment(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
         if not is_variable_name(name) or not is_storable(text):
@@ -121,6 +156,8 @@ def _environment(value: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"variable {shown!r}: {_NAME_RULE}, a value no NUL or half a surrogate pair")
         if not is_printable(name):
             raise ValueError(f"variable {name!r}: its name holds a control, bidirectional or invisible character")
+        if problem := control_variable_problem(name, text):
+            raise ValueError(problem)
     return value
 
 
@@ -140,7 +177,22 @@ def _pod_part(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         raise ValueError(
             f"has the key {unknown[0]!r}; a Pod has metadata and spec: write spec.{unknown[0]}, or the like"
         )
+    if found := misfit(value):
+        raise ValueError(printable(str(found)))
+    for path, name, text in _pod_variables(value):
+        if problem := control_variable_problem(name, text):
+            raise ValueError(f"{printable(path)}: {problem}")
     return value
+
+
+def _pod_variables(part: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Place, name and value of each variable that a part of a Pod, whose kinds were checked, gives a container."""
+    spec = part.get("spec") or {}
+    for kind in ("containers", "initContainers", "ephemeralContainers"):
+        for number, container in enumerate(spec.get(kind) or ()):
+            for one in (container or {}).get("env") or ():
+                if isinstance(one, dict) and isinstance(one.get("name"), str) and one.get("$patch") != "delete":
+                    yield f"{item_path(f'spec.{kind}', number, container)}.env", one["name"], one.get("value")
 
 
 def _schema(value: dict[str, Any]) -> dict[str, Any]:
