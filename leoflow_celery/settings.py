@@ -231,6 +231,9 @@ class KubernetesSettings(BaseSettings):
     connect_timeout_seconds: float = 5
     #: For the server's next word in one call. A list page of 500 pods takes a loaded API server seconds.
     request_timeout_seconds: float = 30
+    #: How long a credential plugin of the kubeconfig may take before it is ended; the launch is then tried again. Those
+    #: of the large clouds take one to three seconds.
+    credential_timeout_seconds: Annotated[float, Field(gt=0)] = 15
     #: Connections kept open. They are opened when threads need them: more than the worker's concurrency costs nothing.
     max_connections: int = 64
     #: How the agent's token and environment reach the pod: a Secret that the pod owns, or plain values in the pod's

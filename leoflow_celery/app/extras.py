@@ -36,6 +36,23 @@ class LogFields(bootsteps.Step):
         show_fields()
 
 
+class BackEndFiles(bootsteps.Step):
+    """Reads the files that an executor's settings name: a worker whose launches would all fail does not start."""
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        # Not when a module is imported: only a worker of these queues has the files, and the clients of the servers.
+        from leoflow_celery.executors.registry import BACK_ENDS, check_executor
+
+        consumed = worker.app.amqp.queues.consume_from
+        for executor_type in BACK_ENDS:
+            if QUEUE_OF[executor_type] in consumed:
+                try:
+                    check_executor(executor_type, worker.app.settings)
+                except ConfigurationError as error:
+                    raise SystemExit(f"the worker does not start: {error}") from error
+
+
 class MetricsEndpoint(bootsteps.StartStopStep):
     """Serves Prometheus when LEOFLOW_METRICS_PORT names a port, to the end of the process.
 
@@ -100,7 +117,7 @@ class CloseServices(bootsteps.Step):
 
 def steps_of(queues: Sequence[str]) -> dict[str, set[Any]]:
     """The extra steps of a worker of these queues, by blueprint: classes, or where to find them."""
-    worker: set[Any] = {LogFields, MetricsEndpoint, CloseServices}
+    worker: set[Any] = {LogFields, BackEndFiles, MetricsEndpoint, CloseServices}
     consumer: set[Any] = {AliveFile}
     if MAINTENANCE_QUEUE in queues:
         worker.add(_GAUGES)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Final
 
 #: Type, then its fields with their kinds: ``[K]`` is a list of K, ``{K}`` an object whose values are K. Written from
@@ -197,8 +198,8 @@ def _types() -> dict[str, dict[str, str]]:
             name, _, line = line.partition(" ")
             fields = found[name] = {}
         for pair in line.split():
-            field, _, kind = pair.partition(":")
-            fields[field] = kind
+            member, _, kind = pair.partition(":")
+            fields[member] = kind
     return found
 
 
@@ -220,6 +221,7 @@ class Misfit:
     #: What belongs there, as ``text``.
     wanted: str
     fix: str
+    value: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.path}: {self.found} stands where {self.wanted} belongs; {self.fix}"
@@ -235,6 +237,27 @@ def misfits(part: Any) -> Iterator[Misfit]:
     if isinstance(part, dict):
         for key, kind in (("metadata", "ObjectMeta"), ("spec", "PodSpec")):
             yield from _of(part.get(key), kind, key)
+
+
+def misspelt(part: Any) -> Iterator[tuple[str, str]]:
+    """Fields that no API knows and that are nearly one: place and the name that was meant.
+
+    A server of 1.25 refuses them; an older one drops them, and says nothing.
+    """
+    for key, kind in (("metadata", "ObjectMeta"), ("spec", "PodSpec")):
+        yield from _misspelt((part or {}).get(key), kind, key)
+
+
+def _misspelt(value: Any, kind: str, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _misspelt(item, kind.removeprefix("[").removesuffix("]"), item_path(path, number, item))
+    elif isinstance(value, dict) and (known := TYPES.get(kind)) is not None:
+        for name, item in value.items():
+            if name in known:
+                yield from _misspelt(item, known[name], f"{path}.{name}")
+            elif close := get_close_matches(str(name), known, 1, 0.8):
+                yield f"{path}.{name}", close[0]
 
 
 def _of(value: Any, kind: str, path: str) -> Iterator[Misfit]:
@@ -253,7 +276,9 @@ def _of(value: Any, kind: str, path: str) -> Iterator[Misfit]:
             return
         known = TYPES.get(kind)
         for name, item in value.items():
-            if isinstance(name, str) and not name.startswith("$"):
+            if not isinstance(name, str):
+                yield Misfit(path, f"a key that is {_found(name)}", "text", "write it in quotes", name)
+            elif not name.startswith("$"):
                 yield from _of(item, known.get(name, "any") if known is not None else inner, f"{path}.{name}")
     elif not _fits(value, kind):
         yield _wrong(value, _wanted(kind), path)
@@ -295,7 +320,7 @@ def _wrong(value: Any, wanted: str, path: str) -> Misfit:
         "true or false": "write true or false, without quotes",
         "a whole number": "write it without quotes and fraction",
     }
-    return Misfit(path, _found(value), wanted, fixes.get(wanted, f"write {wanted}"))
+    return Misfit(path, _found(value), wanted, fixes.get(wanted, f"write {wanted}"), value)
 
 
 def _found(value: Any) -> str:

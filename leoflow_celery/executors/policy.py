@@ -62,8 +62,7 @@ class ImageReference:
         if found is None:
             raise ValueError(f"{text[:200]!r} is not the reference of an image; write registry/repository:tag")
         host, slash, rest = found["name"].partition("/")
-        is_host = slash and (any(mark in host for mark in ".:[") or host == "localhost" or host != host.lower())
-        registry, repository = (_registry(host), rest) if is_host else (_DOCKER_HUB, found["name"])
+        registry, repository = (_registry(host), rest) if slash and _is_host(host) else (_DOCKER_HUB, found["name"])
         if registry == _DOCKER_HUB and "/" not in repository:
             repository = f"library/{repository}"
         return cls(registry, repository, found["tag"] or "", (found["digest"] or "").lower())
@@ -78,29 +77,38 @@ def _image_rule(rule: str) -> str:
     """A rule in its full form: ``python`` is ``docker.io/library/python``, ``acme/`` is ``docker.io/acme/``."""
     if rule == "*":
         return rule
-    is_prefix = rule.endswith(("/", "/*"))
-    text = rule.removesuffix("*").removesuffix("/") if is_prefix else rule
-    if is_prefix and "/" not in text and _is_host(text):
-        return f"{_registry(text)}/"
+    if rule.endswith(("/", "/*")):
+        return _prefix(rule)
     try:
-        reference = ImageReference.parse(text)
+        reference = ImageReference.parse(rule)
     except ValueError:
-        raise ValueError(
-            f"{rule!r} is not a repository (registry.example/team/app) or a prefix that ends with '/' "
-            "(registry.example/team/)"
-        ) from None
+        raise _no_rule(rule) from None
     if reference.tag or reference.digest:
         raise ValueError(f"{rule!r} names a tag or a digest; write the repository alone, which stands for all of them")
-    if is_prefix:
-        name = text.rsplit("/", 1)[-1] if "/" not in text else ""
-        return f"{_DOCKER_HUB}/{name}/" if name else f"{reference.name}/"
     return reference.name
 
 
-def _is_host(text: str) -> bool:
-    return re.fullmatch(rf"{_HOST}(?::[0-9]+)?", text) is not None and (
-        any(mark in text for mark in ".:[") or text == "localhost"
+def _prefix(rule: str) -> str:
+    text = rule.removesuffix("*").removesuffix("/")
+    host, _, path = text.partition("/")
+    if not _is_host(host):
+        host, path = _DOCKER_HUB, text
+    if path and re.fullmatch(rf"{_PART}(?:/{_PART})*", path) is None:
+        raise _no_rule(rule)
+    return f"{_registry(host)}/{path}/" if path else f"{_registry(host)}/"
+
+
+def _no_rule(rule: str) -> ValueError:
+    return ValueError(
+        f"{rule!r} is not a repository (registry.example/team/app) or a prefix that ends with '/' "
+        "(registry.example/team/)"
     )
+
+
+def _is_host(text: str) -> bool:
+    """As Docker tells the name of a registry from the first part of a repository's."""
+    is_host = any(mark in text for mark in ".:[") or text == "localhost" or text != text.lower()
+    return is_host and re.fullmatch(rf"{_HOST}(?::[0-9]+)?", text) is not None
 
 
 ImageRule = Annotated[str, AfterValidator(_image_rule)]
@@ -153,7 +161,6 @@ class ExecutorPolicy(Frozen):
                 FailureReason.INVALID_QUANTITY,
                 f"{field}: {amount} is more than the {ceiling} that the operator's policy allows; ask for less",
             )
-
 
     def within(self, request: TaskRequest) -> TaskRequest:
         """A container's request with the ceilings as limits where it has none. Ids of local images are no names.

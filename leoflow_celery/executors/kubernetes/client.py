@@ -19,7 +19,7 @@ import urllib3
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.base import Observer
 from leoflow_celery.executors.kubernetes.connection import Connection
-from leoflow_celery.executors.kubernetes.errors import ApiError, Expired, Unreachable, api_error
+from leoflow_celery.executors.kubernetes.errors import ApiError, Expired, Unreachable, api_error, to_launch_error
 from leoflow_celery.executors.words import Confidential
 from leoflow_celery.settings import KubernetesSettings
 
@@ -52,9 +52,13 @@ class KubernetesApi:
 
         Raises:
             ConfigurationError: there is no usable configuration.
+            TransientLaunchError: its credential plugin hangs.
         """
         size = pool_size or settings.max_connections
-        return cls(lambda: Connection(settings, size), settings, observer or Observer())
+        try:
+            return cls(lambda: Connection(settings, size), settings, observer or Observer())
+        except Unreachable as error:
+            raise to_launch_error(error) from error
 
     @property
     def namespace(self) -> str:
@@ -230,7 +234,10 @@ class KubernetesApi:
             self._reloaded_at = time.monotonic()
             try:
                 self._connection = self._connect()
-            except ConfigurationError as error:  # a file that is being written just now
+            except (
+                ConfigurationError,
+                Unreachable,
+            ) as error:  # a file that is being written just now, a plugin that hangs
                 log.warning("kubernetes.configuration_unreadable", extra={"error": str(error)})
                 return False
             return True

@@ -130,7 +130,7 @@ class PodPolicy(ExecutorPolicy):
                 limits[resource] = ceiling
                 requests.setdefault(resource, "0")
         found = {**resources, **({"limits": limits} if limits else {}), **({"requests": requests} if requests else {})}
-        if container["name"] != TASK_CONTAINER:
+        if container["name"] != TASK_CONTAINER and f"spec.{kind}" not in self.allow.fields:
             container = {**container, "securityContext": {**_CONFINED, **(container.get("securityContext") or {})}}
         return {**container, "resources": found} if found else container
 
