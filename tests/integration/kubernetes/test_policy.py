@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from leoflow_celery.executors.kubernetes import check
 from leoflow_celery.settings import KubernetesSettings, Settings
 from tests.integration.kubernetes.conftest import MakeExecutor
 from tests.support.cluster import Namespace
+from tests.support.images import ROOT
 from tests.support.launches import parked
 from tests.support.silent_server import SilentServer
 
@@ -146,3 +150,24 @@ def test_a_server_that_may_not_be_asked_or_is_away_stops_nobody(
         config.write_text(yaml.safe_dump(data))
         check(settings(config, template, connect_timeout_seconds=0.5, request_timeout_seconds=0.5))
     assert [one.message for one in caplog.records].count("kubernetes.template_not_checked") == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "words"),
+    [
+        ("LEOFLOW_KUBERNETES_POLICY", "alow: {}", "alow: is not a known key"),
+        (
+            "LEOFLOW_KUBERNETES_POD_TEMPLATE",
+            "metadata: {labels: {v: 1.10}}",
+            "metadata.labels.v: a number stands where",
+        ),
+    ],
+)
+def test_a_worker_with_a_wrong_file_does_not_start(tmp_path: Path, variable: str, text: str, words: str) -> None:
+    path = written(tmp_path, "wrong.yaml", text)
+    command = [sys.executable, "-m", "celery", "-A", "workers.k8s", "worker", "--pool=threads"]
+    environment = {**os.environ, variable: str(path), "LEOFLOW_BROKER_URL": "redis://127.0.0.1:1/0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"the worker does not start: {variable}={path}: {words}" in done.stderr
+    assert "Traceback" not in done.stderr
