@@ -114,6 +114,11 @@ HALF = "\ud800"
 HUGE = 10**5000
 DEEP: Any = json.loads("[" * 120 + "]" * 120)
 
+
+def task(**fields: Any) -> dict[str, Any]:
+    return {"spec": {"containers": [{"name": "task", **fields}]}}
+
+
 BAD = [
     # operator and what it needs
     ({**BASH, "operator": "spark"}, "operator", "Input should be 'python', 'bash' or 'http_api' (got 'spark')"),
@@ -226,6 +231,43 @@ BAD = [
         "pod_override",
         "a Pod has metadata and spec: write spec.containers",
     ),
+    (
+        {**BASH, "pod_override": task(env=[{"name": "PW", "value": CANARY}, {"name": "N", "value": 5432}])},
+        "pod_override",
+        "spec.containers[task].env[N].value: a number stands where text belongs; write it in quotes",
+    ),
+    (
+        {**BASH, "pod_override": {"spec": {"nodeSelector": {"gpu": True}}}},
+        "pod_override",
+        "spec.nodeSelector.gpu: true or false stands where text belongs; write it in quotes",
+    ),
+    (
+        {**BASH, "pod_override": task(args=["a", 1])},
+        "pod_override",
+        "spec.containers[task].args[1]: a number stands where text",
+    ),
+    (
+        {**BASH, "pod_override": {"spec": {"hostNetwork": CANARY}}},
+        "pod_override",
+        "spec.hostNetwork: text stands where true or false belongs",
+    ),
+    (
+        {**BASH, "pod_override": task(env=[{"name": "LEOFLOW_AGENT_WORK_DIR", "value": CANARY}])},
+        "pod_override",
+        "spec.containers[task].env: variable 'LEOFLOW_AGENT_WORK_DIR' controls the agent",
+    ),
+    # variables that control the agent, for every executor
+    *(
+        ({**BASH, "executor": executor, "env": {name: CANARY}}, "env", f"variable {name!r} controls the agent")
+        for executor in ("kubernetes", "docker", "subprocess")
+        for name in (
+            *("LEOFLOW_AGENT_WORK_DIR", "LEOFLOW_AGENT_TOKEN", "LEOFLOW_AGENT_ENV_FILE", "LEOFLOW_AGENT_OF_TOMORROW"),
+            *("LEOFLOW_CONTROL_PLANE_ADDR", "LEOFLOW_TASK_INSTANCE_ID", "LEOFLOW_TERMINATION_LOG"),
+            *("LEOFLOW_RETURN_VALUE_PATH", "LEOFLOW_XCOM_PARAMS", "LEOFLOW_CALL_ARGS_FILE", "LEOFLOW_WARM_WORKER"),
+        )
+    ),
+    ({**BASH, "env": {"LEOFLOW_AGENT_SPOOL_BYTES": CANARY}}, "env", "its value must be a number of at least 65536"),
+    ({**BASH, "env": {"LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS": "nan"}}, "env", "must be a number of at least 0"),
     ({**BASH, "task_secret_name": "s"}, "task_secret_mount_path", "is empty; say where task_secret_name is mounted"),
     (
         {**BASH, "task_secret_name": "s", "task_secret_mount_path": "secrets"},
@@ -254,6 +296,23 @@ def test_every_message_can_be_stored_and_sent() -> None:
             parse_request(data)
         assert is_storable(str(caught.value))
         assert len(str(caught.value)) < 1_000
+
+
+def test_variables_of_the_users_own_and_how_patient_an_agent_is_are_taken() -> None:
+    env = {
+        "LEOFLOW_PYTHON": "/venv/bin/python",
+        "LEOFLOW_MINE": "1",
+        "MY_LEOFLOW_AGENT_TOKEN": "2",
+        "LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS": "2.5",
+        "LEOFLOW_AGENT_SPOOL_BYTES": "65536",
+    }
+    assert parse_request({**BASH, "env": env}).env == env
+    part = task(
+        env=[*({"name": name, "value": value} for name, value in env.items()), {"name": "A", "$patch": "delete"}]
+    )
+    assert parse_request({**BASH, "pod_override": part}).pod_override == part
+    taken = {"spec": {"overhead": {"cpu": 1}, "fieldOfNextYear": 5, "activeDeadlineSeconds": None, "tolerations": []}}
+    assert parse_request({**BASH, "pod_override": taken}).pod_override == taken
 
 
 FORGERIES = ("a\x1b[2J", "a\u202eb", "a\u2066b", "a\u200bb", "a\u2028b", "a\x85b", "a\ufeffb", "a\x7fb", "a\rb", "a\nb")
