@@ -35,7 +35,7 @@ from leoflow_celery.domain.fields import (
     is_printable,
     printable,
 )
-from leoflow_celery.domain.http_call import Headers, TemplateError, Url, Values, check_call
+from leoflow_celery.domain.http_call import Headers, TemplateError, Url, Values, check_call, fill
 from leoflow_celery.domain.outcome import storable
 from leoflow_celery.errors import InvalidRequest, RequestTooLarge
 
@@ -135,6 +135,15 @@ class HttpRequest(Frozen):
     def may_be_repeated(self) -> bool:
         """Whether making the call twice is the same as making it once (RFC 9110, 9.2.2)."""
         return self.method not in ("POST", "PATCH")
+
+    def filled(self, values: Values) -> HttpRequest:
+        """The call with its values, as it is sent.
+
+        Raises:
+            TemplateError: names the field, the value and the fix.
+        """
+        filled = fill(self.url, self.headers, self.body, values)
+        return self.model_copy(update={"url": filled.url, "headers": filled.headers, "body": filled.body})
 
     def check_values(
         self,

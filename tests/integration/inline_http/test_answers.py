@@ -31,7 +31,7 @@ def test_default_success_codes(server, executor, make_request, status):
     assert result.status_code == status
     assert result.http_attempts == 1
     assert result.return_value() == (None if status == 204 else b'{"a": 1}')
-    assert result.summary.startswith(f"GET {server.url()} answered {status} after 1 attempt in 0.")
+    assert result.summary.startswith(f"GET {server.url('')} answered {status} after 1 attempt in 0.")
 
 
 @pytest.mark.parametrize("status", [203, 304, 400, 401, 404, 410, 422])
@@ -56,7 +56,7 @@ def test_transient_answers_are_retried_until_success(server, executor, make_requ
 def test_retries_end_with_status_attempts_and_time(server, executor, make_request):
     server.replies = [reply(server, 503)]
     with pytest.raises(
-        HttpTaskError, match=r"/v1/x answered 503 after 4 attempts in (0\.[7-9]|[1-9]\.\d) s$"
+        HttpTaskError, match=r":\d+ answered 503 after 4 attempts in (0\.[7-9]|[1-9]\.\d) s$"
     ) as caught:
         executor.run(make_request(server.url()), ATTEMPT)
     assert (caught.value.last_status, caught.value.http_attempts, len(server.seen)) == (503, 4, 4)
