@@ -9,7 +9,6 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, JsonValue
 
@@ -161,12 +160,6 @@ def _environment(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-def _header(value: str) -> str:
-    if re.search(r"[\r\n]", _text(value)):
-        raise ValueError("is one line of an HTTP message: no line break")
-    return value
-
-
 def _plain_json(value: JsonValue) -> JsonValue:
     strict_json.check(value)
     return value
@@ -206,20 +199,6 @@ def _mount_path(value: str) -> str:
     return _label(value)
 
 
-def _url(value: str) -> str:
-    if not _names_a_host(_label(value)):
-        raise ValueError("names no host and port that can be called; write for example https://api.example.com:8443/v1")
-    return value
-
-
-def _names_a_host(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets around what is no address, a port that is no number, characters that hide others
-        return False
-
-
 def _parameters(value: dict[str, Item]) -> dict[str, Item]:
     seen: dict[str, str] = {}
     for name in value:
@@ -241,9 +220,6 @@ Text = Annotated[str, AfterValidator(_text)]
 #: Text that becomes a name, a label or part of a log line.
 Label = Annotated[str, AfterValidator(_label)]
 Name = Annotated[Label, Field(max_length=MAX_NAME_CHARACTERS)]
-#: The value of an HTTP header.
-Header = Annotated[str, AfterValidator(_header)]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$", max_length=8_192), AfterValidator(_url)]
 Identifier = Annotated[str, AfterValidator(_identifier)]
 PlainIdentifier = Annotated[str, AfterValidator(_plain_identifier)]
 ClaimName = Annotated[str, AfterValidator(_claim_name)]

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import jsonschema
 import pytest
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.fields import is_printable, is_storable
+from leoflow_celery.domain.http_call import TemplateError, Values, fill
 from leoflow_celery.domain.request import (
     MAX_REQUEST_BYTES,
     check_celery_id,
@@ -58,7 +60,6 @@ FULL = {
         "image_pull_policy": "Always",
     },
     "timeout_seconds": 60,
-    "source": "print(1)",
     "control_plane_addr": "gateway:9090",
     "staging_claim": "leoflow-staging-sales-1",
     "staging_size": "1Gi",
@@ -70,6 +71,7 @@ FULL = {
     "dag_version": "v1",
     "execution_mode": "pod",
     "executor": "kubernetes",
+    "http_request": {**HTTP["http_request"], "body": ["{{ xcom.orders }}", "{{ args.n }}"]},
     "xcom_input": {"orders": "extract"},
     "xcom_schema": {"type": "object"},
     "call_args": {"n": [1, None, {"x": 1.5}]},
@@ -195,12 +197,12 @@ BAD = [
     ({**BASH, "env": {"A": 1}}, "env.A", "Input should be a valid string"),
     # the call
     (call(method="TRACE"), "http_request.method", "'GET', 'POST', 'PUT', 'PATCH' or 'DELETE' (got 'TRACE')"),
-    (call(url="ftp://host/"), "http_request.url", "String should match pattern"),
+    (call(url="ftp://host/"), "http_request.url", "is not an http or https URL with a host"),
     *(
         (call(url=url), "http_request.url", "names no host and port that can be called")
         for url in ("http://[::1/x", "http://[abc]/", "http://℀.com/", "http://a:99999/", "http://a:b/", "http://@/")
     ),
-    (call(url="http:///path"), "http_request.url", "String should match pattern"),
+    (call(url="http:///path"), "http_request.url", "is not an http or https URL with a host"),
     (call(timeout_seconds=0), "http_request.timeout_seconds", "greater than 0 (got 0)"),
     (call(timeout_seconds=float("inf")), "http_request.timeout_seconds", "finite number"),
     (call(success_status_codes=[]), "http_request.success_status_codes", "needs at least one item"),
@@ -354,6 +356,91 @@ def test_what_forges_logs_and_terminals_is_refused_in_every_id_name_and_label(
     assert is_printable(str(caught.value))
     assert is_printable(caught.value.field)
     assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Transfer-Encoding",
+        "content_length",
+        "CONNECTION",
+        "Keep-Alive",
+        "Upgrade",
+        "TE",
+        "Trailer",
+        "Host",
+        "Expect",
+        "Proxy-Authorization",
+        "proxy_x",
+        "A b",
+        "A:",
+        "A\r\nB",
+        "",
+        "ü",
+    ],
+)
+def test_a_header_that_frames_the_message_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^http_request\.headers\..* (header|character)") as caught:
+        parse_request(call(headers={name: CANARY}))
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        ({"url": "http://{{ args.a }}/"}, "http_request.url", "is not|may not name"),
+        ({"url": "http://h{{ args.a }}/"}, "http_request.url", "may not name"),
+        ({"url": "http://h/#{{ args.a }}"}, "http_request.url", "not sent"),
+        ({"url": "http://h/{{ args.b }}"}, "http_request.url", "args.b is unknown"),
+        ({"url": "http://h/{{ args.a.b }}"}, "http_request.url", "there is no 'b'"),
+        ({"url": "http://h/{{ 1+1 }}"}, "http_request.url", "space|is not a value|no placeholder"),
+        ({"body": {"{{ args.a }}": 1}}, "http_request.body", "may not be a key"),
+        ({"body": "{{ args.a }}", "headers": {"content-type": "multipart/x"}}, "http_request.body", "multipart"),
+        ({"headers": {"Content-Type": "{{ args.a }}"}}, "http_request.headers.Content-Type", "write it out"),
+        ({}, "call_args.a", "is not used"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused(fields: dict[str, Any], field: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        parse_request({**call(**fields), "call_args": {"a": "x"}})
+    assert caught.value.field == field
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+
+
+@given(TEXTS)
+def test_a_value_stays_in_its_place(text: str) -> None:
+    values = Values(args={"a": text})
+    try:
+        url = fill("https://h:1/p/{{ args.a }}/e?x={{ args.a }}&y=1", {}, None, values).url
+    except TemplateError:
+        assert text in ("", ".", "..")
+    else:
+        parts = urlsplit(url)
+        assert (parts.scheme, parts.netloc, parts.fragment) == ("https", "h:1", "")
+        assert [unquote(one) for one in parts.path.split("/")] == ["", "p", text, "e"]
+        assert parse_qsl(parts.query, keep_blank_values=True) == [("x", text), ("y", "1")]
+    json_text = {"Content-Type": "application/json"}
+    filled = fill("https://h", json_text, '{"s": "\\"{{ args.a }}", "v": {{ args.a }}}', values)
+    assert json.loads(filled.body) == {"s": '"' + text, "v": text}
+    assert fill("https://h", {}, {"v": "{{ args.a }}", "s": "-{{ args.a }}"}, values).body == {
+        "v": text,
+        "s": f"-{text}",
+    }
+    form = fill("https://h", {"content-type": "application/x-www-form-urlencoded"}, "x={{ args.a }}&y=1", values).body
+    assert parse_qsl(form, keep_blank_values=True) == [("x", text), ("y", "1")]
+    try:
+        header = fill("https://h", {"X": "a {{ args.a }} b"}, None, values).headers["X"]
+    except TemplateError:
+        return
+    assert header == f"a {text} b"
+    assert not set(header) & set("\r\n\0")
+
+
+def test_what_values_add_is_bounded() -> None:
+    with pytest.raises(TemplateError, match="add more than"):
+        fill("https://h", {}, "{{ args.a }}" * 1_000, Values(args={"a": "x" * 250_000}))
 
 
 def test_a_header_is_one_line() -> None:
