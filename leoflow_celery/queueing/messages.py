@@ -24,10 +24,10 @@ Beat holds no key. It sends the maintenance tasks without content, and they look
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
+from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport, text_in
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.expectation import Expectation
@@ -50,7 +50,8 @@ SCOPE_OF: dict[ExecutorType, Scope] = {
 EXECUTOR_OF: dict[str, ExecutorType] = {
     scope: executor for executor, scope in SCOPE_OF.items() if executor is not ExecutorType.INLINE
 }
-#: Minutes, since the clocks of two hosts may differ: what is older was sent again by somebody else.
+#: By the broker's clock, on both sides. Minutes, for a process that could not read it yet: what is older was sent again
+#: by somebody else.
 _MAX_AGE_SECONDS = 600.0
 _MAX_LOG_TAIL_LINES = 200
 
@@ -72,7 +73,7 @@ M = TypeVar("M", bound=Message)
 
 def seal_message(keys: KeyRing, scope: str, message: Message) -> str:
     """A message as only the holders of the scope's key can read or make it."""
-    content = {"purpose": message.purpose, "at": time.time(), "message": message.to_json()}
+    content = {"purpose": message.purpose, "at": broker_clock.time(), "message": message.to_json()}
     return keys.sealer(scope).seal(content)
 
 
@@ -89,7 +90,7 @@ def open_message(keys: KeyRing, scope: str, kind: type[M], sealed: object) -> M:
     if content.get("purpose") != kind.purpose:
         raise DecryptionFailed(f"a sealed message is not for {kind.purpose!r}")
     try:
-        age = time.time() - float(content["at"])
+        age = broker_clock.time() - float(content["at"])
         if kind.max_age_seconds is not None and not abs(age) <= kind.max_age_seconds:  # an age that is no number too
             raise DecryptionFailed(
                 f"a message for {kind.purpose!r} is {age:.0f} s old, {kind.max_age_seconds:.0f} s are allowed; "
@@ -104,7 +105,7 @@ def open_message(keys: KeyRing, scope: str, kind: type[M], sealed: object) -> M:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start an attempt. ``tried_since``: when its first start failed, in epoch seconds."""
+    """Start an attempt. ``tried_since``: when its first start failed, by the broker's clock."""
 
     purpose: ClassVar[str] = "launch"
     max_age_seconds: ClassVar[float | None] = None

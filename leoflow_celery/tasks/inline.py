@@ -78,7 +78,7 @@ def _claim(services: Services, attempt: AttemptId, holder: str) -> TaskInstanceV
         log.info("claim.refused", extra={"attempt": str(attempt), "why": refusal.why})
         raise Ignore from refusal
     metrics.record_claim("granted")
-    metrics.record_cold_start(view.dag_id, time.time() - view.queued_at)
+    metrics.record_cold_start(view.dag_id, view.read_at - view.queued_at)
     metrics.record_transition(TaskState.QUEUED, TaskState.RUNNING, view.dag_id)
     return view
 
