@@ -22,7 +22,7 @@ from leoflow_celery.domain.memory import with_memory_limit
 from leoflow_celery.domain.quantity import format_bytes
 from leoflow_celery.domain.relaunch import RelaunchPolicy
 from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, ExecutorType, TaskName
+from leoflow_celery.domain.routing import EXPIRY_SECONDS, QUEUE_OF, RECONCILED, ExecutorType, TaskName
 from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed
 from leoflow_celery.queueing.depths import safe_url
 from leoflow_celery.queueing.messages import (
@@ -173,21 +173,21 @@ class Publisher:
         wish = requested_grace(self._parts.keys, view)
         return group.termination_grace_seconds if wish is None else wish
 
-    def reconcile(self, back_end: BackEnd, message: Reconcile, expires_seconds: float) -> None:
+    def reconcile(self, back_end: BackEnd, message: Reconcile) -> None:
         """Ask a back end to compare what exists with what SQL expects.
 
         Raises:
             BrokerUnavailable: the broker did not take it.
         """
-        self._tell(back_end, "reconcile", message, expires=expires_seconds)
+        self._tell(back_end, "reconcile", message, expires=EXPIRY_SECONDS)
 
-    def collect_staging(self, back_end: BackEnd, message: CollectStaging, expires_seconds: float) -> None:
+    def collect_staging(self, back_end: BackEnd, message: CollectStaging) -> None:
         """Ask a back end to delete staging volumes.
 
         Raises:
             BrokerUnavailable: the broker did not take it.
         """
-        self._tell(back_end, "staging", message, expires=expires_seconds)
+        self._tell(back_end, "staging", message, expires=EXPIRY_SECONDS)
 
     def _tell(self, back_end: BackEnd, kind: str, message: Message, **options: Any) -> None:
         executor = back_end.executor
@@ -230,14 +230,14 @@ class Publisher:
         shown = {"back_end": str(message.back_end), "claims": sorted(message.claims)}
         self._report_patiently(TaskName.RECORD_STAGING, SCOPE_OF[message.back_end.executor], message, shown)
 
-    def present(self, message: Present, expires_seconds: float) -> None:
+    def present(self, message: Present) -> None:
         """Tell that a worker holds a back end now; tried once, since the next word follows soon.
 
         Raises:
             BrokerUnavailable: the broker did not take it.
         """
         scope, shown = SCOPE_OF[message.back_end.executor], {"back_end": str(message.back_end)}
-        self._report(TaskName.RECORD_PRESENCE, scope, message, shown, priority=_FIRST, expires=expires_seconds)
+        self._report(TaskName.RECORD_PRESENCE, scope, message, shown, priority=_FIRST, expires=EXPIRY_SECONDS)
 
     @retry(
         retry=retry_if_exception_type(BrokerUnavailable),

@@ -73,7 +73,7 @@ def announce(consumer: Any, executor_type: ExecutorType) -> None:
     # Looked at each time: a worker that lost its broker in between may have forgotten what it was about to do.
     if back_end.host and not _consumes(consumer, back_end.queue):
         consumer.call_soon(_consume, consumer, back_end.queue)
-    Publisher(consumer.app, services_of(consumer.app)).present(Present(back_end), _EVERY_SECONDS)
+    Publisher(consumer.app, services_of(consumer.app)).present(Present(back_end))
 
 
 def _consumes(consumer: Any, queue: str) -> bool:

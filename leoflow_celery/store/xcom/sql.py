@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.store.database import CHUNK_ROWS, Database
-from leoflow_celery.store.models import DatabaseTime, XCom, table_of
+from leoflow_celery.store.models import DatabaseTime, Timestamp, XCom, table_of
 
 _TABLE = table_of(XCom)
 _KEY = ("tenant_id", "dag_id", "run_id", "task_id", "key")
@@ -20,7 +20,8 @@ class SqlXComStore:
 
     def __init__(self, database: Database, ttl_seconds: int) -> None:
         self._database = database
-        values = {"created_at": DatabaseTime(), "expires_at": DatabaseTime(ttl_seconds)}
+        created_at = sa.func.coalesce(sa.bindparam("p_created_at", type_=Timestamp()), DatabaseTime())
+        values = {"created_at": created_at, "expires_at": DatabaseTime(ttl_seconds)}
         insert = database.insert(_TABLE).values(values)
         changes = {name: insert.excluded[name] for name in ("value", "content_type", "created_at", "expires_at")}
         self._upsert = insert.on_conflict_do_update(index_elements=_KEY, set_=changes)
@@ -41,6 +42,7 @@ class SqlXComStore:
                 **{name: getattr(key, name) for name in _KEY},
                 "value": value.value,
                 "content_type": value.content_type,
+                "p_created_at": value.created_at or None,
             }
             for key, value in items
         ]
