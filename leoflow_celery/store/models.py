@@ -67,7 +67,13 @@ def is_over(column: Any, seconds: float) -> sa.ColumnElement[bool]:
 
     Both count, for whoever writes such a time anew while he lives: nothing is held until the old clock's time comes.
     """
-    return sa.or_(column < DatabaseTime(-seconds), column > DatabaseTime(CLOCK_STEP_SECONDS))
+    return sa.or_(column < DatabaseTime(-seconds), is_ahead(column))
+
+
+def is_ahead(column: Any) -> sa.ColumnElement[bool]:
+    """A time was written by the database's clock as it was before it was set back."""
+    ahead: sa.ColumnElement[bool] = column > DatabaseTime(CLOCK_STEP_SECONDS)
+    return ahead
 
 
 @compiles(DatabaseTime, "postgresql")

@@ -127,7 +127,11 @@ class StagingStore:
     def list_deleted(self, limit: int = 100) -> list[DeletedVolume]:
         """The volumes deleted last, the newest first."""
         columns = (_TABLE.c[name] for name in (*_NAMES, "deleted_at", "deleted_reason"))
-        query = sa.select(*columns).where(_TABLE.c.deleted_at.is_not(None)).order_by(_TABLE.c.deleted_at.desc())
+        query = (
+            sa.select(*columns)
+            .where(_TABLE.c.deleted_at.is_not(None))
+            .order_by(_TABLE.c.deleted_at.desc(), _TABLE.c.claim_name.desc())
+        )
         with self._database.reading() as connection:
             return [DeletedVolume(*row) for row in connection.execute(query.limit(limit))]
 

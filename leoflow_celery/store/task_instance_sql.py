@@ -19,15 +19,7 @@ import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TERMINAL, TaskState, sources_of
-from leoflow_celery.store.models import (
-    CLOCK_STEP_SECONDS,
-    LIVE,
-    DatabaseTime,
-    TaskCompletion,
-    TaskInstance,
-    is_over,
-    table_of,
-)
+from leoflow_celery.store.models import LIVE, DatabaseTime, TaskCompletion, TaskInstance, is_ahead, is_over, table_of
 from leoflow_celery.store.views import needs_host
 
 TABLE = table_of(TaskInstance)
@@ -194,7 +186,7 @@ def set_queue() -> sa.Executable:
 def unsent(grace_seconds: float, limit: int) -> Rows:
     """Unclaimed tries whose message is due and was not sent."""
     # A delay is no longer than the step that makes queued_at impossible.
-    is_time = sa.or_(_T.send_after <= DatabaseTime(), _T.queued_at > DatabaseTime(CLOCK_STEP_SECONDS))
+    is_time = sa.or_(_T.send_after <= DatabaseTime(), is_ahead(_T.queued_at))
     is_due = sa.and_(_T.holder.is_(None), _T.sent_at.is_(None), ~_needs_host(), is_time)
     is_old = sa.or_(_T.launch > 1, is_over(_T.queued_at, grace_seconds))
     return sa.select(*_ROW).where(is_live(), is_due, is_old).order_by(_T.queued_at).limit(limit)
@@ -267,7 +259,7 @@ def _renewed() -> dict[str, object]:
 
 def _has_run_out() -> Condition:
     """The lease is over, or was given by a clock that was set back since (a lease may be of any length)."""
-    return sa.or_(_T.lease_until < DatabaseTime(), _T.last_heartbeat_at > DatabaseTime(CLOCK_STEP_SECONDS))
+    return sa.or_(_T.lease_until < DatabaseTime(), is_ahead(_T.last_heartbeat_at))
 
 
 def _first(column: str) -> sa.ColumnElement[float]:

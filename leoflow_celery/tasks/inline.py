@@ -87,6 +87,7 @@ def _call(services: Services, view: TaskInstanceView, must_stop: Callable[[], bo
     """The outcome of the call and the JSON it returned. Never raises for what the task did wrong."""
     try:
         request = open_request(services.keys, view.sealed_request)
+        _check_held(must_stop)
         result = services.inline.run(request, view.attempt, must_stop)
         _log(services, view, "info", result.summary)
         return Outcome.success(), _checked_value(services, request, result)
@@ -106,6 +107,14 @@ def _call(services: Services, view: TaskInstanceView, must_stop: Callable[[], bo
         outcome = Outcome.failed(FailureReason.HTTP_ERROR, message)
     _log(services, view, "error", f"{outcome.reason}: {outcome.message}")
     return outcome.evolve(log_tail=services.store.logs.last_lines(view.log_key)), None
+
+
+def _check_held(must_stop: Callable[[], bool]) -> None:
+    """Before what cannot be undone: this process may have been stopped since it claimed."""
+    if must_stop():
+        raise HttpTaskError(
+            FailureReason.CANCELLED, "the claim was lost, or the task cancelled, before the call was made"
+        )
 
 
 def _checked_value(services: Services, request: TaskRequest, result: HttpResult) -> bytes | None:

@@ -35,6 +35,8 @@ NAMES = {
     "leoflow_tasks_undispatchable_total": {"reason"},
     "leoflow_auth_failures_total": {"reason"},
     "leoflow_messages_refused_total": {"queue", "kind"},
+    "leoflow_messages_expired_total": {"queue"},
+    "leoflow_clock_offset_seconds": {"server"},
     "leoflow_dead_letters": set(),
     "leoflow_dead_letters_dropped_total": set(),
     "leoflow_queue_depth": {"queue"},
