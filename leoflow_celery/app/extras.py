@@ -104,9 +104,13 @@ class CloseServices(bootsteps.Step):
 def note_expired(request: Any = None, expired: bool = False, **_: Any) -> None:
     """A message that its publisher let expire is not run: counted and said, since the reason may be a clock."""
     if expired and request is not None:
-        queue = str((request.delivery_info or {}).get("routing_key") or "")[:_MAX_QUEUE_CHARACTERS]
-        metrics.record_expired(queue)
-        log.warning("message.expired", extra={"queue": queue, "task": request.name, "celery_task_id": request.id})
+        record_expired(str((request.delivery_info or {}).get("routing_key") or ""), request.name, request.id)
+
+
+def record_expired(queue: str, task: str, celery_task_id: str) -> None:
+    """Count and log a message that was not run because it had expired."""
+    metrics.record_expired(queue[:_MAX_QUEUE_CHARACTERS])
+    log.warning("message.expired", extra={"queue": queue, "task": task, "celery_task_id": celery_task_id})
 
 
 def steps_of(queues: Sequence[str]) -> dict[str, set[Any]]:

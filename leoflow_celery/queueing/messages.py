@@ -24,6 +24,7 @@ Beat holds no key. It sends the maintenance tasks without content, and they look
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -36,7 +37,7 @@ from leoflow_celery.domain.request import TaskRequest, check_size
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.domain.states import TERMINAL
-from leoflow_celery.errors import DecryptionFailed
+from leoflow_celery.errors import DecryptionFailed, MessageExpired
 from leoflow_celery.security import KeyRing, Scope
 
 #: The scope of the launch workers of an executor. The inline worker is part of the control plane.
@@ -71,9 +72,15 @@ class Message(Protocol):
 M = TypeVar("M", bound=Message)
 
 
-def seal_message(keys: KeyRing, scope: str, message: Message) -> str:
-    """A message as only the holders of the scope's key can read or make it."""
-    content = {"purpose": message.purpose, "at": broker_clock.time(), "message": message.to_json()}
+def seal_message(keys: KeyRing, scope: str, message: Message, good_for_seconds: float | None = None) -> str:
+    """A message as only the holders of the scope's key can read or make it.
+
+    ``good_for_seconds``: it is said again by then, and worth nothing afterwards.
+    """
+    now = broker_clock.time()
+    content = {"purpose": message.purpose, "at": now, "message": message.to_json()}
+    if good_for_seconds is not None:
+        content["until"] = now + good_for_seconds
     return keys.sealer(scope).seal(content)
 
 
@@ -83,6 +90,7 @@ def open_message(keys: KeyRing, scope: str, kind: type[M], sealed: object) -> M:
     Raises:
         DecryptionFailed: it is not sealed with the scope's key, is of another kind, is too old, or is of a version that
             this process does not know.
+        MessageExpired: it was good for some time, by the broker's clock on both sides.
     """
     if not isinstance(sealed, str):
         raise DecryptionFailed(f"a message for {kind.purpose!r} is not sealed")
@@ -96,6 +104,8 @@ def open_message(keys: KeyRing, scope: str, kind: type[M], sealed: object) -> M:
                 f"a message for {kind.purpose!r} is {age:.0f} s old, {kind.max_age_seconds:.0f} s are allowed; "
                 "it was sent again, or a clock is wrong"
             )
+        if broker_clock.time() > float(content.get("until", math.inf)):
+            raise MessageExpired(f"a message for {kind.purpose!r} is {age:.0f} s old")
         return kind.from_json(content["message"])
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DecryptionFailed(

@@ -26,7 +26,8 @@ def reconcile(self: LeoflowTask) -> int:
         return 0
     expected = self.services.store.reaper_queries.expectations({one.executor.value for one in back_ends})
     for one in back_ends:
-        self.publisher.reconcile(one, Reconcile(_of_host(expected[one.executor], one)))
+        interval = self.services.settings.maintenance.interval_seconds
+        self.publisher.reconcile(one, Reconcile(_of_host(expected[one.executor], one)), interval)
     return 0
 
 
@@ -50,7 +51,8 @@ def collect_staging(self: LeoflowTask) -> int:
     _mark_deleted(self, plan_staging((one for one in volumes if one.backend == ExecutorType.DOCKER), now, ttl))
     for one in present_back_ends(self):
         plan = plan_staging((volume for volume in volumes if volume.backend == str(one)), now, ttl)
-        self.publisher.collect_staging(one, CollectStaging(plan))
+        interval = self.services.settings.maintenance.staging_interval_seconds
+        self.publisher.collect_staging(one, CollectStaging(plan), interval)
     return 0
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cryptography.fernet import Fernet
 
 import leoflow_celery
 from leoflow_celery import metrics
 from leoflow_celery.app.extras import note_expired
 from leoflow_celery.clock import ServerClock
+from leoflow_celery.errors import MessageExpired
+from leoflow_celery.queueing import messages
+from leoflow_celery.security import KeyRing
 
 PACKAGE = Path(leoflow_celery.__file__).parent
 #: Why each of these may look at its host's wall clock. Nothing of it may be compared with another host's.
@@ -87,3 +91,25 @@ def test_beat_goes_on_when_its_clock_was_set_back(monkeypatch: pytest.MonkeyPatc
     assert every.is_due(now + timedelta(hours=1)).is_due
     assert every.is_due(now - timedelta(seconds=16)).is_due
     assert not every.is_due(now).is_due
+
+
+def test_what_a_message_is_good_for_is_measured_by_the_brokers_clock_on_both_sides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys, broker = KeyRing(Fernet.generate_key().decode()), 1_000.0
+    clocks = {"sender": ServerClock(), "receiver": ServerClock()}
+
+    def is_at(name: str) -> None:
+        clocks[name].read(lambda: broker)
+        monkeypatch.setattr(messages, "broker_clock", clocks[name])
+
+    is_at("sender")
+    sealed = messages.seal_message(keys, "k8s", messages.Stop("pod", 3), good_for_seconds=15)
+    broker += 14
+    # The receiver's own clock says decades later; nobody asks it.
+    is_at("receiver")
+    assert messages.open_message(keys, "k8s", messages.Stop, sealed) == messages.Stop("pod", 3)
+    broker += 2
+    is_at("receiver")
+    with pytest.raises(MessageExpired, match="16 s old"):
+        messages.open_message(keys, "k8s", messages.Stop, sealed)

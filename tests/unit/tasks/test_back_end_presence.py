@@ -44,7 +44,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return SimpleNamespace(host=known[executor_type])
 
     def publisher(app: Any, _services: Any) -> Any:
-        return SimpleNamespace(present=lambda message: app.said.put(str(message.back_end)))
+        return SimpleNamespace(present=lambda message, _: app.said.put(str(message.back_end)))
 
     monkeypatch.setattr(back_end_presence, "executor_of", executor_of)
     monkeypatch.setattr(back_end_presence, "Publisher", publisher)
