@@ -113,6 +113,10 @@ class DecryptionFailed(LeoflowError):
     """A sealed payload cannot be opened with the keys this process has."""
 
 
+class MessageExpired(LeoflowError):
+    """A message was good for some time, which is over: the next one is there, or soon will be."""
+
+
 class ClaimRefused(LeoflowError):
     """The attempt may not run. ``why`` is unknown, terminal, superseded or held."""
 

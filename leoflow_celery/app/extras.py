@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import bootsteps
-from celery.signals import after_task_publish, worker_shutdown
+from celery.signals import after_task_publish, task_revoked, worker_shutdown
 
 from leoflow_celery import metrics
 from leoflow_celery.app.logging import show_fields
@@ -22,9 +22,11 @@ from leoflow_celery.errors import ConfigurationError
 log = logging.getLogger(__name__)
 #: As often as a worker's heartbeats.
 _TOUCH_SECONDS = 2.0
+_MAX_QUEUE_CHARACTERS = 255
 #: Of tasks' modules, by name: a worker loads only what its queues need. Workers of launch queues never import SQL.
 _GAUGES = "leoflow_celery.tasks.gauges:Gauges"
 _LAUNCH_COLLECTOR = "leoflow_celery.tasks.results:LaunchCollector"
+_READ_CLOCKS = "leoflow_celery.app.clocks:ReadClocks"
 _BACK_END_PRESENCE = "leoflow_celery.tasks.back_end_presence:BackEndPresence"
 
 
@@ -115,9 +117,22 @@ class CloseServices(bootsteps.Step):
         self._app.close_services()
 
 
+@task_revoked.connect
+def note_expired(request: Any = None, expired: bool = False, **_: Any) -> None:
+    """A message that its publisher let expire is not run: counted and said, since the reason may be a clock."""
+    if expired and request is not None:
+        record_expired(str((request.delivery_info or {}).get("routing_key") or ""), request.name, request.id)
+
+
+def record_expired(queue: str, task: str, celery_task_id: str) -> None:
+    """Count and log a message that was not run because it had expired."""
+    metrics.record_expired(queue[:_MAX_QUEUE_CHARACTERS])
+    log.warning("message.expired", extra={"queue": queue, "task": task, "celery_task_id": celery_task_id})
+
+
 def steps_of(queues: Sequence[str]) -> dict[str, set[Any]]:
     """The extra steps of a worker of these queues, by blueprint: classes, or where to find them."""
-    worker: set[Any] = {LogFields, BackEndFiles, MetricsEndpoint, CloseServices}
+    worker: set[Any] = {LogFields, BackEndFiles, MetricsEndpoint, CloseServices, _READ_CLOCKS}
     consumer: set[Any] = {AliveFile}
     if MAINTENANCE_QUEUE in queues:
         worker.add(_GAUGES)

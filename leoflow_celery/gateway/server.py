@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc.aio
 
+from leoflow_celery.app.clocks import reading
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.gateway.exchange import Exchange, open_reviewer
 from leoflow_celery.gateway.health import Health
@@ -60,6 +61,7 @@ class GatewayServer:
         """
         self._settings = settings.gateway
         self._services = Services(settings)
+        self._clocks = reading(lambda: self._services, "gateway", with_sql=True)
         policy = ChannelPolicy.of(settings.gateway)
         self._secrets = SecretReader.of(settings.gateway)
         authenticate = Authenticator(self._services.tokens)
@@ -158,6 +160,7 @@ class GatewayServer:
         await server.start()
         self._watch = asyncio.create_task(self._serve_again())
         self._checking_rights = asyncio.create_task(self._exchange.warn_of_missing_rights())
+        self._clocks.start()
         self._loops = [asyncio.create_task(loop) for loop in (self._heartbeats.run(), self._journal.run())]
         log.info("gateway.listening", extra={"address": self.address})
         return self.port
@@ -216,6 +219,7 @@ class GatewayServer:
         await self._secrets.close()
         await asyncio.to_thread(self._threads.close)
         self._exchange.close()
+        await asyncio.to_thread(self._clocks.stop, wait_seconds=None)
         self._services.close()
 
     async def abort(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from leoflow_celery import metrics
@@ -67,7 +66,7 @@ class XComMethods:
         if key.key == RETURN_VALUE and not is_json(content_type):
             raise XComRejected("invalid_xcom", f"a return value is {JSON_CONTENT_TYPE}, not {content_type!r}")
         check_value(value, content_type, schema, self._settings.max_bytes)
-        item = (key, XComValue(value, content_type, time.time()))
+        item = (key, XComValue(value, content_type))
         self._store.claims.put_xcoms(caller.attempt, caller.holder, [item])
 
 

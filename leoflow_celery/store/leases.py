@@ -12,6 +12,8 @@ from leoflow_celery.store.database import Database
 from leoflow_celery.store.models import DatabaseTime, Lease, table_of
 
 _TABLE = table_of(Lease)
+#: Longer than any lease that is taken.
+_LONGEST_SECONDS = 600.0
 
 
 class LeaseStore:
@@ -20,7 +22,9 @@ class LeaseStore:
     def __init__(self, database: Database) -> None:
         self._database = database
         lease = {"holder": sa.bindparam("p_holder"), "until": DatabaseTime(sa.bindparam("p_ttl", type_=sa.Double()))}
-        is_free = sa.or_(_TABLE.c.until < DatabaseTime(), _TABLE.c.holder == sa.bindparam("p_holder"))
+        # A lease of minutes that ends an hour from now was given before the clock was set back.
+        is_past = sa.or_(_TABLE.c.until < DatabaseTime(), _TABLE.c.until > DatabaseTime(_LONGEST_SECONDS))
+        is_free = sa.or_(is_past, _TABLE.c.holder == sa.bindparam("p_holder"))
         insert = database.insert(_TABLE).values(name=sa.bindparam("p_name"), **lease)
         take = insert.on_conflict_do_update(index_elements=["name"], set_=lease, where=is_free)
         self._take = take.returning(_TABLE.c.name)

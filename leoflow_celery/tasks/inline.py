@@ -80,7 +80,7 @@ def _claim(services: Services, attempt: AttemptId, holder: str) -> TaskInstanceV
         log.info("claim.refused", extra={"attempt": str(attempt), "why": refusal.why})
         raise Ignore from refusal
     metrics.record_claim("granted")
-    metrics.record_cold_start(view.dag_id, time.time() - view.queued_at)
+    metrics.record_cold_start(view.dag_id, view.read_at - view.queued_at)
     metrics.record_transition(TaskState.QUEUED, TaskState.RUNNING, view.dag_id)
     return view
 
@@ -89,7 +89,9 @@ def _call(services: Services, view: TaskInstanceView, must_stop: Callable[[], bo
     """The outcome of the call and the JSON it returned. Never raises for what the task did wrong."""
     try:
         request = open_request(services.keys, view.sealed_request)
-        result = services.inline.run(request, view.attempt, must_stop, _inputs(services, view, request))
+        inputs = _inputs(services, view, request)
+        _check_held(must_stop)
+        result = services.inline.run(request, view.attempt, must_stop, inputs)
         _log(services, view, "info", result.summary)
         return Outcome.success(), _checked_value(services, request, result)
     except HttpTaskError as error:
@@ -136,6 +138,14 @@ def _inputs(services: Services, view: TaskInstanceView, request: TaskRequest) ->
 )
 def _stored(services: Services, key: XComKey) -> XComValue | None:
     return services.store.xcom.get(key)
+
+
+def _check_held(must_stop: Callable[[], bool]) -> None:
+    """Before what cannot be undone: this process may have been stopped since it claimed."""
+    if must_stop():
+        raise HttpTaskError(
+            FailureReason.CANCELLED, "the claim was lost, or the task cancelled, before the call was made"
+        )
 
 
 def _checked_value(services: Services, request: TaskRequest, result: HttpResult) -> bytes | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import replace
 from functools import cache, partial
 
@@ -17,9 +16,10 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reap import (
     ReapPolicy,
     Verdict,
+    age_seconds,
     cancel_overdue,
     reap_queued,
-    reap_silent,
+    silent_verdict,
     unplaced_verdict,
 )
 from leoflow_celery.domain.reasons import FailureReason
@@ -100,22 +100,21 @@ def _reap_silent(task: LeoflowTask, policy: ReapPolicy) -> int:
     store.presence.keep_present(Kind.REAPER)
     may_judge = cache(lambda executor: store.presence.may_judge(executor, policy.heartbeat_timeout_seconds))
     for view in store.reaper_queries.silent(policy.heartbeat_timeout_seconds):
-        last = view.last_heartbeat_at
-        verdict = reap_silent(None if last is None else time.time() - last, policy)
-        if verdict is not None and may_judge(view.executor):
+        if may_judge(view.executor):
+            last = view.last_heartbeat_at
+            verdict = silent_verdict(None if last is None else view.read_at - last, policy)
             # It may have woken up since it was read: only silence since then ends it.
-            count += _give_up(task, view, verdict, FinishCondition(silent_since=last))
+            count += _give_up(task, view, verdict, FinishCondition(silent_since=view.last_seen_at))
     return count
 
 
 def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
-    count, look = 0, cache(partial(_look, task))
+    count, look, even = 0, cache(partial(_look, task)), task.services.store.presence.even_seconds()
     youngest = min(policy.lost_message_seconds, policy.launch_timeout_seconds)
     for view in task.services.store.reaper_queries.waiting(youngest):
         depth, all_told = look(view.queue)
-        now = time.time()
-        launched = None if view.launched_at is None else now - view.launched_at
-        waited = now - (view.sent_at or view.queued_at)
+        launched = None if view.launched_at is None else age_seconds(view.launched_at, view.read_at, even)
+        waited = age_seconds(view.sent_at or view.queued_at, view.read_at, even)
         patience, bound_to, started_as = _patience(task, view, policy), _bound_to(view), _started_as(view)
         verdict = reap_queued(waited, view.queue, depth, launched, patience, bound_to, started_as, all_told=all_told)
         if verdict is not None:
@@ -165,7 +164,13 @@ def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy) -> int:
     if not policy.queued_timeout_seconds:
         return 0
     views = task.services.store.submissions.unplaced(policy.queued_timeout_seconds)
-    verdicts = ((view, unplaced_verdict(time.time() - view.queued_at, view.staging_claim)) for view in views)
+    even = task.services.store.presence.even_seconds()
+    waited = ((view, age_seconds(view.queued_at, view.read_at, even)) for view in views)
+    verdicts = [
+        (view, unplaced_verdict(seconds, view.staging_claim))
+        for view, seconds in waited
+        if seconds >= policy.queued_timeout_seconds
+    ]
     # Nothing was started, so there is nothing to start again.
     return sum(
         _give_up(task, view, verdict, FinishCondition(unclaimed=True), may_relaunch=False) for view, verdict in verdicts
@@ -175,11 +180,14 @@ def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy) -> int:
 def _reap_cancelled(task: LeoflowTask, policy: ReapPolicy) -> int:
     verdict = Verdict(FailureReason.CANCELLED, "did not stop within the grace")
     views = task.services.store.reaper_queries.cancelled(policy.cancel_grace_seconds)
-    return sum(_give_up(task, view, verdict, FinishCondition()) for view in views if _had_its_grace(task, view, policy))
+    even = task.services.store.presence.even_seconds()
+    return sum(
+        _give_up(task, view, verdict, FinishCondition()) for view in views if _had_its_grace(task, view, policy, even)
+    )
 
 
-def _had_its_grace(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> bool:
-    asked = time.time() - (view.cancel_requested_at or 0.0)
+def _had_its_grace(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy, even_seconds: float) -> bool:
+    asked = age_seconds(view.cancel_requested_at or 0.0, view.read_at, even_seconds)
     return cancel_overdue(asked, requested_grace(task.services.keys, view), policy)
 
 

@@ -5,7 +5,6 @@ Only to back ends that announced themselves: nobody would consume the queue of a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -46,7 +45,7 @@ def _of_host(expectation: Expectation, back_end: BackEnd) -> Expectation:
 @maintenance_task(TaskName.REQUEST_STAGING)
 def collect_staging(self: LeoflowTask) -> int:
     """Send every present back end the staging volumes to delete, and those to keep."""
-    now, ttl = time.time(), self.services.settings.staging.ttl_seconds
+    now, ttl = self.services.store.now(), self.services.settings.staging.ttl_seconds
     volumes = self.services.store.staging.list_active()
     # Never bound to a host, so it never came into being.
     _mark_deleted(self, plan_staging((one for one in volumes if one.backend == ExecutorType.DOCKER), now, ttl))
