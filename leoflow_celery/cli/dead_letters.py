@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,6 +12,7 @@ import typer
 
 from leoflow_celery.cli.output import echo_json, iso, note, table
 from leoflow_celery.cli.target import JsonOption
+from leoflow_celery.domain.fields import printable
 from leoflow_celery.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -51,9 +53,7 @@ def list_letters(as_json: JsonOption = False) -> None:
 
 
 def _printable(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Who can write to the broker can write a letter: nothing of it commands a terminal."""
-    from leoflow_celery.queueing.decoder import printable
-
+    """Who can write to the broker can write a letter: of bounded length."""
     return [tuple(printable(cell, 1_000) for cell in row) for row in rows]
 
 
@@ -69,7 +69,9 @@ def show(
     with _opened() as (letters, _):
         letter = letters.get(letter_id)
         if body:
-            typer.echo(letters.message(letter))
+            body_text = letters.message(letter)
+            # Exact for a file or a pipe; a terminal gets nothing that it obeys.
+            typer.echo(printable(body_text, keep="\n\t") if sys.stdout.isatty() else body_text)
             return
     if as_json:
         echo_json(_json(letter))

@@ -91,6 +91,6 @@ def doctor(
     else:
         for finding in findings:
             mark = typer.style("ok  ", fg="green") if finding.ok else typer.style("FAIL", fg="red")
-            typer.echo(f"{mark} {finding.check:<9} {finding.sentence}")
+            echo(f"{mark} {finding.check:<9} {finding.sentence}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
