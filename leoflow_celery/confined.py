@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import IO
 
 from leoflow_celery.errors import LeoflowError, Unavailable
 
@@ -104,8 +104,8 @@ def _exchange(child: subprocess.Popen[bytes], question: bytes) -> bytes:
         raise TooCostly("it took more time or memory than it may") from error
 
 
-def _read(pipe: BinaryIO | object, size: int, deadline: float) -> bytes:
-    descriptor, found = pipe.fileno(), b""  # type: ignore[attr-defined]
+def _read(pipe: IO[bytes], size: int, deadline: float) -> bytes:
+    descriptor, found = pipe.fileno(), b""
     while len(found) < size:
         waiting = select.poll()
         waiting.register(descriptor, select.POLLIN | select.POLLHUP)
@@ -131,7 +131,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def serve(answer: Callable[[bytes], bytes]) -> None:
-    """Answer questions until whoever asks is gone. SIGPROF ends the process in the middle of one that costs too much."""
+    """Answer questions until whoever asks is gone. SIGPROF ends the process in one that costs too much."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(19)

@@ -71,7 +71,8 @@ def show(
         if body:
             body_text = letters.message(letter)
             # Exact for a file or a pipe; a terminal gets nothing that it obeys.
-            typer.echo(printable(body_text, keep="\n\t") if sys.stdout.isatty() else body_text)
+            is_shown = sys.stdout.isatty()
+            typer.echo(printable(body_text.decode(errors="replace"), keep="\n\t") if is_shown else body_text)
             return
     if as_json:
         echo_json(_json(letter))

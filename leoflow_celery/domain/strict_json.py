@@ -1,4 +1,4 @@
-"""JSON that every reader takes alike: UTF-8, whole characters, numbers that a double holds, no key twice, not too deep."""
+"""JSON that every reader takes alike: UTF-8, whole characters, no key twice, nothing too large or too deep."""
 
 from __future__ import annotations
 

@@ -85,7 +85,6 @@ class LogRecord:
         }
         return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
-
     def line(self, limits: LogLimits) -> bytes:
         """The line as it is on disk, cut to its limit. The same record gives the same bytes every time."""
         cut = replace(self, stream=self.stream[:_STREAM_CHARACTERS], msg=cut_text(self.msg, limits.line_bytes))
