@@ -12,7 +12,6 @@ import typer
 
 from leoflow_celery.cli.output import echo_json, iso, note, table
 from leoflow_celery.cli.target import JsonOption
-from leoflow_celery.domain.fields import printable
 from leoflow_celery.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ def show(
     with _opened() as (letters, _):
         letter = letters.get(letter_id)
         if body:
+            from leoflow_celery.domain.fields import printable
+
             body_text = letters.message(letter)
             # Exact for a file or a pipe; a terminal gets nothing that it obeys.
             is_shown = sys.stdout.isatty()

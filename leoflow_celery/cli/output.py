@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from leoflow_celery.domain.fields import is_printable, printable
-
 if TYPE_CHECKING:
     from leoflow_celery.store.events import EventView
     from leoflow_celery.store.staging import DeletedVolume, StagingVolumeState
@@ -38,6 +36,8 @@ _UNBROKEN = frozenset({"task", "task instance"})
 
 def visible(text: str) -> str:
     """Text that others chose, as a terminal may show it: nothing moves, hides, reverses or commands. Tabs stay."""
+    from leoflow_celery.domain.fields import printable  # with pydantic: --help pays for none of it
+
     return printable(text, keep="\t")
 
 
@@ -48,6 +48,8 @@ def echo(text: str) -> None:
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON without a character that a terminal obeys; a reader finds the same value in it."""
+    from leoflow_celery.domain.fields import is_printable
+
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     if is_printable(text.replace("\n", "")):
         return text
@@ -98,7 +100,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     for row in rows:
         # Text, not markup: a message may hold square brackets.
         found.add_row(*(Text(visible(cell), style=STATE_STYLE.get(cell, "")) for cell in row))
-    console.print(Text(printable(title, keep="\n"), style="bold"), found, sep="\n")
+    console.print(Text("\n".join(map(visible, title.split("\n"))), style="bold"), found, sep="\n")
 
 
 def seconds_text(seconds: float | None) -> str:

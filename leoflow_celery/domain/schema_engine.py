@@ -56,7 +56,7 @@ def _compiled(text: str) -> tuple[Any, str]:
         kind = jsonschema_rs.validator_cls_for(schema)
         return kind(schema, pattern_options=options, retriever=_fetch_nothing, validate_formats=False), ""
     except jsonschema_rs.ValidationError as error:
-        if error.kind.name == "referencing":
+        if isinstance(error.kind, jsonschema_rs.ValidationErrorKind.Referencing):
             return None, _dangling(error.message)
         return None, _invalid(error)
 
