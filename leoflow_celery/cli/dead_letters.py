@@ -53,6 +53,8 @@ def list_letters(as_json: JsonOption = False) -> None:
 
 def _printable(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Who can write to the broker can write a letter: of bounded length."""
+    from leoflow_celery.domain.fields import printable
+
     return [tuple(printable(cell, 1_000) for cell in row) for row in rows]
 
 
