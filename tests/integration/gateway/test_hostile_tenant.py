@@ -33,14 +33,20 @@ kind, address, session, token = sys.argv[1:5]
 agent = Agent(address, token, session)
 until = time.monotonic() + float(sys.argv[5])
 
+done, refused = [], []
+
 def again(work):
     while time.monotonic() < until:
         try:
             work()
+            done.append(1)
         except grpc.RpcError:
-            pass
+            refused.append(1)
 
-values = (b"[" * 60 + b"1" + b"]" * 60, b"[" + b"{}," * 80_000 + b"0]", b"[" * 200_000, b"1" * 250_000, b"x" * (7 << 20))
+values = (
+    *(b"[" * 60 + b"1" + b"]" * 60, b"[" + b"{}," * 80_000 + b"0]"),
+    *(b"[" * 200_000, b"1" * 250_000, b"x" * (7 << 20)),
+)
 
 def push():
     for value in values:
@@ -68,6 +74,7 @@ for one in threads:
     one.start()
 for one in threads:
     one.join()
+print(kind, len(done), len(refused))
 """
 
 
@@ -89,7 +96,7 @@ def test_the_p99_of_another_tenants_calls_stays_below_a_second(world: ProcessWor
         assert agent.session is not None
         token = world.tokens.mint(request, request.attempt)
         command = [sys.executable, "-c", _HOSTILE, kind, world.address, agent.session, token, str(_SECONDS)]
-        hostile.append(subprocess.Popen(["nice", *command]))
+        hostile.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     mine = world.submit("mine", tenant_id="other", xcom_schema={"type": "integer"})
     agent = world.agent(mine)
     agent.run()
@@ -106,8 +113,8 @@ def test_the_p99_of_another_tenants_calls_stays_below_a_second(world: ProcessWor
         p99 = sorted(took)[int(len(took) * 0.99) - 1]
         assert p99 < _P99_SECONDS, f"p99 of {len(took)} calls: {p99:.2f} s"
     finally:
-        for one in hostile:
-            one.wait(120)
+        sent = [one.communicate(timeout=120)[0].split() for one in hostile]
+    assert all(int(done) + int(refused) > 0 for _, done, refused in sent), sent
     full = world.store.logs.path(world.log_key(world.submit("hostile-logs", tenant_id="hostile", task_id="logs")))
     assert 100_000 < full.stat().st_size < 20_001_000
-    print(f"p99 {p99:.3f} s, worst {max(took):.3f} s of {len(took)} calls")  # noqa: T201 - for whoever runs the minute
+    print(f"p99 {p99:.3f} s, worst {max(took):.3f} s of {len(took)} calls beside {sent}")  # noqa: T201 - for whoever runs the minute
