@@ -357,6 +357,10 @@ class LogSettings(BaseSettings):
     root: Path = Field(default_factory=lambda: state_dir() / "logs")
     #: Logs older than this are pruned; 0 keeps them for ever.
     retention_seconds: int = 30 * 24 * 3600
+    #: Of one line on disk, escapes counted: a longer one is cut and says so. Our own agent sends pieces of 16 KiB.
+    max_line_bytes: int = Field(default=65_536, ge=1_024)
+    #: Of the log of one try on disk. The last line says that it is full; what comes later is dropped.
+    max_try_bytes: int = Field(default=256 * 1024 * 1024, ge=65_536)
 
 
 class MaintenanceSettings(BaseSettings):

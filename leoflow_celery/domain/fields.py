@@ -69,11 +69,20 @@ def is_printable(text: str) -> bool:
     return not any(unicodedata.category(character) in _UNPRINTABLE_CATEGORIES for character in text)
 
 
-def printable(text: str) -> str:
-    """The text with every character that ``is_printable`` refuses written as its escape."""
+def printable(text: str, characters: int | None = None, keep: str = "") -> str:
+    """The text with every character that ``is_printable`` refuses, but for those to ``keep``, written as its escape.
+
+    At most so many of its ``characters`` are shown.
+    """
+    if characters is not None and len(text) > characters:
+        return f"{printable(text[:characters], keep=keep)}…"
     if is_printable(text):
         return text
-    return "".join(one if is_printable(one) else one.encode("unicode_escape").decode() for one in text)
+    return "".join(one if one in keep or is_printable(one) else _escape(one) for one in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def _label(value: str) -> str:

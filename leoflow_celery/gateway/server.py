@@ -39,6 +39,8 @@ _OPTIONS: list[tuple[str, Any]] = [
     # Identity only: the limit above is on what arrives, and a kilobyte of it could unpack to a gigabyte before anybody
     # is asked for a token.
     ("grpc.compression_enabled_algorithms_bitset", 1),
+    # Of one connection; the rest waits at its sender. A proxy may bring the agents of a whole cluster over one.
+    ("grpc.max_concurrent_streams", 1_000),
     # Two gateways on one port would each see half of the agents; the second one must fail instead.
     ("grpc.so_reuseport", 0),
     # Agents behind NAT keep idle connections open with pings; a dead agent's connection is noticed within a minute.

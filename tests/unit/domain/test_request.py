@@ -154,7 +154,7 @@ BAD = [
     ({**BASH, "secrets": [{"name": "", "source": "env"}]}, "secrets.0.name", NO_NAME),
     # schemas
     ({**BASH, "xcom_schema": {"type": "number-ish"}}, "xcom_schema", "is not a JSON Schema"),
-    ({**BASH, "xcom_schema": {"$ref": "#/definitions/x"}}, "xcom_schema", "refers to '#/definitions/x'"),
+    ({**BASH, "xcom_schema": {"$ref": "#/definitions/x"}}, "xcom_schema", "refers to what it does not hold"),
     ({**BASH, "xcom_schema": {"$ref": "http://h/x"}}, "xcom_schema", "nothing is fetched; put that below $defs"),
     ({**BASH, "xcom_schema": {"$schema": 5}}, "xcom_schema", "is not a JSON Schema"),
     ({**BASH, "xcom_schema": {"enum": {1}}}, "xcom_schema.enum", "not a valid JSON value"),
