@@ -18,6 +18,7 @@
     ├── DecryptionFailed                a payload sealed with a key this process does not have
     ├── ClaimRefused              the attempt may not run (again): terminal, superseded or held
     ├── Fenced                    the writer no longer holds the attempt
+    ├── LeaseLost                 the worker no longer holds the lease of what it does
     ├── XComRejected              payload_too_large, schema_mismatch or invalid_xcom
     ├── LaunchError               an executor could not start the attempt
     │   ├── TransientLaunchError  try again, after ``retry_after_seconds`` when the server said so
@@ -76,6 +77,10 @@ class AtCapacity(LeoflowError):
 
 class Unavailable(LeoflowError):
     """A server did not answer. The same call may work later."""
+
+
+class LeaseLost(LeoflowError):
+    """The worker no longer holds the lease of what it does: another one may be doing it."""
 
 
 class BrokerUnavailable(Unavailable):
