@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from celery.utils.time import maybe_iso8601
 from kombu.utils.json import object_hook
 
+from leoflow_celery.domain import fields
 from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.domain.routing import queue_for_task
 from leoflow_celery.domain.strict_json import MAX_DEPTH, is_deeper
@@ -116,9 +117,7 @@ class TaskRules:
 
 def printable(text: object, characters: int = _SHOWN_CHARACTERS) -> str:
     """Text of a stranger as part of a line: bounded, and without what a terminal or a log takes for a command."""
-    shown = str(text)[: characters + 1]
-    shown = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in shown)
-    return shown if len(shown) <= characters else f"{shown[:characters]}…"
+    return fields.printable(str(text), characters)
 
 
 # -- the envelope ---------------------------------------------------------------------------------------------------
