@@ -38,11 +38,11 @@ class BrokerSettings(BaseSettings):
     result_url: str = ""
     #: Every Redis key starts with it, so that systems can share a server.
     key_prefix: str = "leoflow:"
-    #: What a worker holds is delivered again this long after the worker was last heard of, by Redis's clock. A worker
-    #: that lives renews it three times in that time, however long its tasks take.
-    hold_seconds: float = Field(default=20, ge=6)
-    #: Seconds until a worker of plain Celery on the same queues counts as dead; ours keep their leases by it.
+    #: Seconds until what a worker held is delivered again after the worker was last heard of. One that lives says so
+    #: three times in that time, however long its tasks take; one that is cut off may be working on it still.
     visibility_timeout_seconds: int = 600
+    #: Of one message, each of which ended with its worker or its process. After these it is a dead letter.
+    max_deliveries: int = Field(default=5, ge=2)
     #: Without these two a black-holed broker hangs a publisher for minutes.
     connect_timeout_seconds: float = 2
     socket_timeout_seconds: float = 5

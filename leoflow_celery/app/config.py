@@ -56,8 +56,6 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
             "socket_connect_timeout": broker.connect_timeout_seconds,
             "socket_timeout": broker.socket_timeout_seconds,
             "queue_order_strategy": "round_robin",
-            # A worker waits for each list of its queues on a connection of its own.
-            "max_connections": 1_000,
         },
         "result_backend_transport_options": {"global_keyprefix": broker.key_prefix},
         "redis_socket_connect_timeout": broker.connect_timeout_seconds,
@@ -67,7 +65,7 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
         "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.2},
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
-        # A Redis that fails over, loads or is full says so by an error of a command: wait and go on.
+        # A Redis that fails over, loads or is full says so by the error of a command: wait and go on.
         "broker_channel_error_retry": True,
         "broker_pool_limit": max(10, concurrency + 2),
         # JSON only: a message must never be able to run code by being read.
@@ -80,6 +78,7 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
         "task_default_queue": DISPATCH_QUEUE,
         # The claim makes a second delivery harmless, so a message is kept until its work is done.
         "task_acks_late": True,
+        # A child of ``-P processes`` that is killed is not its message's fault, until it was several times.
         "task_reject_on_worker_lost": True,
         "worker_prefetch_multiplier": _POD_PREFETCH if set(queues) == {QUEUE_OF[ExecutorType.KUBERNETES]} else 1,
         "worker_cancel_long_running_tasks_on_connection_loss": False,

@@ -20,21 +20,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from celery.worker.consumer import Consumer as CeleryConsumer
-from celery.worker.state import active_requests
+from redis.exceptions import RedisError
 
-from leoflow_celery.app.transport import Holder
 from leoflow_celery.queueing.dead_letters import Door
+from leoflow_celery.queueing.holding import Holder
 
 log = logging.getLogger(__name__)
 #: A monitor may see an event so much later than it happened (which the event itself says exactly). Celery sends at
 #: every turn of its loop, and a message per event costs a busy worker as much as the task.
 _EVENT_GROUP_SECONDS = 0.1
+_ACKNOWLEDGE_AGAIN_SECONDS = 1.0
 #: What code raises that a message surprised. Anything else is no message's fault.
 _SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
@@ -48,16 +50,15 @@ class Consumer(CeleryConsumer):
     _events_leave_at = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._acknowledgements: deque[Callable[[], Any]] = deque()
         super().__init__(*args, **{**kwargs, "without_mingle": True, "without_gossip": True})
         self.door = Door(self.app)
-        app: Any = self.app
-        self.holder = Holder(app.settings.broker.hold_seconds)
+        self.holder = Holder()
 
     def connect(self) -> Any:
         """A connection whose messages come through the door."""
         connection: Any = super().connect()
-        transport = connection.transport
-        transport.door, transport.holder = self.door, self.holder
+        connection.transport.door, connection.transport.holder = self.door, self.holder
         return connection
 
     def on_send_event_buffered(self) -> None:  # type: ignore[override]
@@ -71,35 +72,51 @@ class Consumer(CeleryConsumer):
         self.hub.call_later(_EVENT_GROUP_SECONDS, self._flush_events)
 
     def shutdown(self) -> None:
-        """The end of a worker: what is done, what nobody began, and the last events.
+        """The end of a worker: reports that were held, the acknowledgements behind them, and the last events.
 
         Celery has closed its loop by then, after the last task.
         """
-        for leave in (self._end_taking, self._flush_events):
+        for leave in (self._acknowledge, self._flush_events):
             try:
                 leave()
             except Exception as error:  # noqa: BLE001 - the broker may be away in many ways
                 log.warning("worker.left_unsaid", extra={"error": repr(error)})
         super().shutdown()
 
-    def _end_taking(self) -> None:
-        connection: Any = self.connection
-        for channel in list(connection.transport.cycle._channels) if connection else ():
-            if channel.taking is not None:
-                channel.taking.end()
-
     def call_soon_ack(self, p: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Acknowledge or reject a message from any thread: the holder keeps it until Redis heard it."""
-        p(*args, **kwargs)
+        """Acknowledge or reject a message from any thread: in the loop, or in ``shutdown`` when that has ended."""
+        self._acknowledgements.append(partial(p, *args, **kwargs))
+        if self.hub:
+            self.hub.call_soon(self._acknowledge)
+        else:
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """Each of them once. What the broker has no room for is tried again: it would take a slot for good."""
+        refused: list[Callable[[], Any]] = []
+        try:
+            while self._acknowledgements:
+                acknowledge = self._acknowledgements.popleft()
+                try:
+                    acknowledge()
+                except RedisError as error:
+                    log.warning("broker.ack_failed", extra={"error": repr(error)})
+                    refused.append(acknowledge)
+        finally:
+            self._acknowledgements.extend(refused)
+            if refused and self.hub:
+                self.hub.call_later(_ACKNOWLEDGE_AGAIN_SECONDS, self._acknowledge)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
+        with suppress(Exception):
+            self._acknowledge()  # the holder tells the next connection
+        self._acknowledgements.clear()  # what is left belongs to the channel that is gone; its messages come again
         with suppress(Exception):
             self._flush_events()  # what cannot be sent is kept for the next connection
         connection: Any = self.connection
         if connection is not None:
             connection.close = _forgiving(connection.close, "broker.close_failed", Exception)
         super().on_connection_error_after_connected(exc)
-        self.holder.keep_only({request.message.delivery_tag for request in tuple(active_requests)})
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         handle: Callable[[Any], Any] = super().create_task_handler(*args, **kwargs)

@@ -14,9 +14,12 @@ release makes it needless:
   moved out of the way.
 - A body is decoded once: the door has done it.
 - An atomic take. kombu's BRPOP leaves a message in the worker's memory alone until it is recorded as held, and a worker
-  that dies then takes it along. A worker's channel takes as ``leoflow_celery.queueing.holding`` says instead, several
-  messages at once and without waiting for an answer.
-- Leases. What a dead worker held comes back when its lease ran out by Redis's clock, and no lock stands before that.
+  that dies then takes it along. A worker takes by a script instead (``leoflow_celery.queueing.holding``), as many as it
+  has room for, and acknowledges in the same call. Redis tells it when a queue that was empty no longer is
+  (``CLIENT TRACKING``); it asks once a second all the same, as kombu does.
+- Put back without a lock. A worker that died while it had kombu's kept every other from putting back what dead ones
+  held, for minutes. How often a message was put back travels with it, and the door ends that.
+- Answers that pass. While Redis is a replica, is loading or is full, a worker waits and goes on.
 
 ``AMQP`` is Celery's documented ``amqp_cls``; it is here because publishers need it and load nothing of a worker.
 """
@@ -24,14 +27,11 @@ release makes it needless:
 from __future__ import annotations
 
 import logging
-import os
-import threading
-import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty
+from time import monotonic
 from typing import Any
 
 import kombu.transport
@@ -39,8 +39,7 @@ from celery.app import amqp
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from leoflow_celery.domain.routing import is_monitored
 from leoflow_celery.queueing import holding
@@ -49,14 +48,12 @@ from leoflow_celery.queueing.depths import set_aside
 _NAME = f"{__name__}:Transport"
 _SCHEMES = ("redis", "rediss")
 log = logging.getLogger(__name__)
-#: BLMOVE answers after so long at the latest, or its connection is dead. Shorter than a lease, so that none is under
-#: way when the lease of a stopped worker ran out.
-_WAIT_SECONDS = 5
-#: After an error that waiting does not mend, such as a full memory.
+#: After an answer that waiting may mend, such as that of a replica or of a full memory.
 _AGAIN_SECONDS = 1.0
-#: Of a worker whose prefetch is not limited.
-_MANY = 100
-_PUT_BACK_AT_ONCE = 100
+#: Of what waits, found at once: a message may have megabytes.
+_DUE_AT_ONCE = 20
+#: A push of Redis, as opposed to an answer.
+_PUSH = object()
 
 
 def register() -> None:
@@ -82,426 +79,97 @@ class QoS(redis.QoS):
     """The messages that a worker holds."""
 
     channel: Any
-    _remove_from_indices: Any
+    _delivered: Any
+    _dirty: Any
     _quick_ack: Any
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        if self.channel.holder is not None:  # held already
+        holder = self.channel.holder
+        if holder is not None and holder.is_ours(delivery_tag):  # Redis holds it
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
         holder = self.channel.holder
-        if holder is None:
-            super().ack(delivery_tag)
-        else:
+        if holder is not None and holder.is_ours(delivery_tag):
             self._quick_ack(delivery_tag)
-            holder.done(delivery_tag)
+            holder.done.append(delivery_tag)
+        else:
+            super().ack(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         if requeue or self.channel.holder is None:
             super().reject(delivery_tag, requeue)
-            if self.channel.holder is not None:
-                self.channel.holder.forget(delivery_tag)
         else:
             self.ack(delivery_tag)
 
-    def restore_unacked_once(self, stderr: Any = None) -> None:
-        """kombu puts back what is held when a channel closes; a holder outlives it, and ends by itself."""
-        if self.channel.holder is None:
-            super().restore_unacked_once(stderr)
+    def held(self) -> list[str]:
+        """The tags of what this process works on or is to."""
+        return [tag for tag in self._delivered if tag not in self._dirty]
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        if self.channel.holder is None:
+        """Put back what nobody was heard of that holds it."""
+        channel = self.channel
+        if channel.door is None:
             super().restore_visible(*args, **kwargs)
-        else:
-            self._again_without_wrong_types(self._put_back_what_is_due)
-
-    def _put_back_what_is_due(self) -> None:
-        prefix, timeout = self.channel.global_keyprefix, self.channel.visibility_timeout
-        with self.channel.conn_or_acquire() as client:
-            plain = client.connection_pool
-            found = raw_command(plain, "EVAL", holding.DUE, *holding.due(prefix, timeout, _PUT_BACK_AT_ONCE))
-            for tag, score, entry in zip(found[::3], found[1::3], found[2::3], strict=True):
-                self._put_back_one(plain, prefix, tag, score, entry)
-
-    def _put_back_one(self, pool: Any, prefix: str, tag: bytes, score: bytes, entry: bytes) -> None:
-        held = self.channel.door.held(entry)
-        keys = [f"{prefix}{holding.UNACKED}", f"{prefix}{holding.INDEX}"]
-        if not isinstance(held, tuple):
-            if raw_command(pool, "EVAL", holding.PUT_BACK, 2, *keys, tag, score):
-                self.channel.door.refuse(held, entry, self.unacked_key)
             return
-        envelope, exchange, routing_key = held
-        envelope["headers"]["redelivered"] = True
-        queues = self.channel._lookup(exchange, routing_key) if exchange else []
-        priority = self.channel._get_message_priority(envelope, reverse=False)
-        target = f"{prefix}{self.channel._q_for_pri((queues or [routing_key])[0], priority)}"
-        raw_command(pool, "EVAL", holding.PUT_BACK, 3, *keys, target, tag, score, dumps(envelope))
+        arguments = holding.due(channel.held_keys, self.visibility_timeout, _DUE_AT_ONCE)
+        try:
+            found = channel.run(holding.DUE, arguments)
+            for tag, entry in zip(found[::2], found[1::2], strict=True):
+                self.put_back(bytes_to_str(tag), entry)
+        except ResponseError as error:
+            channel.answered_otherwise(error)
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """Put a message that was held back on its queue; what cannot be put back goes through the door."""
-        door = self.channel.door
-        if door is None:
+        if self.channel.door is None:
             super().restore_by_tag(tag, client, leftmost)
             return
-        refused: list[tuple[Any, bytes]] = []
-
-        def restore(pipe: Any) -> None:
-            refused.clear()
-            entry = pipe.hget(self.unacked_key, tag)
-            pipe.multi()
-            self._remove_from_indices(tag, pipe)
-            if entry is None:
-                return
-            held = door.held(entry)
-            if isinstance(held, tuple):
-                self._put_back(pipe, *held, leftmost=leftmost)
-            else:
-                refused.append((held, entry))
-
         with self.channel.conn_or_acquire(client) as connected:
-            connected.transaction(restore, self.unacked_key)
-        for why, entry in refused:
-            door.refuse(why, entry, self.unacked_key)
+            entry = connected.hget(self.unacked_key, tag)
+        if entry is not None:
+            self.put_back(bytes_to_str(tag), entry, leftmost=leftmost)
 
-    def _put_back(self, pipe: Any, envelope: Any, exchange: str, routing_key: str, *, leftmost: bool) -> None:
-        envelope["headers"]["redelivered"] = True
-        # Of an exchange that nobody declared the queue is unknown; what it says is the best that there is.
-        queues = self.channel._lookup(exchange, routing_key) if exchange else []
-        put = pipe.lpush if leftmost else pipe.rpush
-        priority = self.channel._get_message_priority(envelope, reverse=False)
-        for queue in queues or [routing_key]:
-            put(self.channel._q_for_pri(queue, priority), dumps(envelope))
-
-    def _again_without_wrong_types(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except ResponseError as error:
-            if not self.channel.is_wrong_type(error):
-                raise
-            self.channel.set_aside({self.unacked_key: b"hash", self.unacked_index_key: b"zset"})
-            call()
-
-
-def raw_command(pool: Any, *command: Any) -> Any:
-    """One command as it is, on a connection of ``pool``: kombu's client would put its prefix before some arguments."""
-    connection = pool.get_connection()
-    try:
-        connection.send_command(*command)
-        return connection.read_response()
-    finally:
-        pool.release(connection)
-
-
-class Holder:
-    """What one worker process holds. It outlives its connections; acknowledging is safe from any thread."""
-
-    def __init__(self, hold_seconds: float) -> None:
-        self.hold_seconds = hold_seconds
-        self.held: set[str] = set()
-        self.wake: Callable[[], None] = lambda: None
-        self._name = uuid.uuid4().hex
-        self._takes = 0
-        self._done: deque[str] = deque()
-        self._lock = threading.Lock()
-
-    def next_tags(self) -> str:
-        """What the tags of one take begin with."""
-        self._takes += 1
-        return f"{self._name}.{self._takes}."
-
-    def done(self, tag: str) -> None:
-        """The message is acknowledged, or refused."""
-        self._done.append(tag)
-        self.wake()
-
-    def forget(self, tag: str) -> None:
-        self.held.discard(tag)
-
-    def keep_only(self, tags: set[str]) -> None:
-        """The connection was lost: what nobody works on comes back when its lease runs out."""
-        self.held &= tags | set(self._done)
-
-    def take_done(self) -> list[str]:
-        tags = []
-        while self._done:
-            tags.append(self._done.popleft())
-        self.held.difference_update(tags)
-        return tags
-
-    def not_done(self, tags: list[str]) -> None:
-        """Nobody knows whether Redis heard it: it is said again, which changes nothing."""
-        self._done.extend(tags)
-
-    @property
-    def has_done(self) -> bool:
-        return bool(self._done)
-
-
-class Taking:
-    """Takes messages for one channel, in the loop of its worker. Whatever it raises ends the connection."""
-
-    def __init__(self, channel: Any, holder: Holder, hub: Any) -> None:
-        self._channel, self._holder, self._hub = channel, holder, hub
-        self._places: list[tuple[str, str, str]] = []
-        self._landing: holding.Landing | None = None
-        self._talk: Any = None
-        self._waits: list[Any] = []
-        self._waiting: dict[int, float] = {}
-        self._readers: dict[int, Any] = {}
-        self._landed: list[tuple[int, str]] = []
-        self._sent: tuple[list[str], float] | None = None
-        self._asked = 0
-        self._renewed_at = float("-inf")
-        self._registered = self._is_empty = self._is_woken = self._is_over = False
-        self._pause_until = 0.0
-        self._pid = os.getpid()
-        holder.wake = self.wake
-
-    def wake(self) -> None:
-        """There is something to tell Redis. From any thread."""
-        if not self._is_woken and not self._is_over:
-            self._is_woken = True
-            self._hub.call_soon(self.turn)
-
-    def turn(self) -> None:
-        """Begin what can be begun: nothing here waits."""
-        self._is_woken = False
-        if self._is_over:
+    def restore_unacked(self, client: Any = None) -> None:
+        """At the end of a connection: nothing is wrong with these, and they count as never taken."""
+        if self.channel.door is None:
+            super().restore_unacked(client)
             return
-        self._see_queues()
-        now = time.monotonic()
-        self._check_answers(now)
-        if self._landing is None:
-            return
-        room = self._room()
-        renew = now - self._renewed_at >= self._holder.hold_seconds / holding.RENEWALS_PER_LEASE
-        wants = room > 0 and not self._is_empty and now >= self._pause_until and bool(self._channel.active_queues)
-        if self._sent is None and (renew or wants or self._landed or self._holder.has_done):
-            self._send(renew, room if wants else 0)
-        if self._registered and self._is_empty and room > 0 and now >= self._pause_until:
-            self._wait(now)
+        with self.channel.conn_or_acquire(client) as connected:
+            for tag in self._delivered:
+                entry = connected.hget(self.unacked_key, tag)
+                if entry is not None:
+                    self.put_back(tag, entry, counted=False)
+        self._delivered.clear()
 
-    def _room(self) -> int:
-        most = self._channel.qos.can_consume_max_estimate()
-        return (_MANY if most is None else most) - self._asked
-
-    def _see_queues(self) -> None:
-        """The queues that are consumed may change at any time (``add_consumer``)."""
-        channel = self._channel
-        queues = channel._queue_cycle.consume(len(channel.active_queues))
-        places = [
-            (channel._q_for_pri(queue, step), queue, f',"",{dumps(queue)}]')
-            for step in channel.priority_steps
-            for queue in queues
-        ]
-        if places == self._places or not places or self._sent is not None or self._landed:
-            return
-        if self._landing is not None:
-            if self._waiting:
-                for connection in self._waits:
-                    connection.disconnect()
-            self._leave()
-        self._drop_waits()
-        self._places, self._landing = places, holding.Landing.of(channel.global_keyprefix, places)
-        self._registered = self._is_empty = False
-        self._renewed_at = float("-inf")
-
-    def _connect(self, on_answer: Callable[..., None], *arguments: Any) -> Any:
-        connection = self._channel.async_pool.get_connection()
-        if connection._sock is None:
-            connection.connect()
-        descriptor = connection._sock.fileno()
-        self._readers[descriptor] = connection
-        self._hub.add_reader(descriptor, on_answer, *arguments)
-        return connection
-
-    def _send(self, renew: bool, wanted: int) -> None:
-        if self._talk is None:
-            self._talk = self._connect(self._hear)
-        landing: Any = self._landing
-        done, landed, self._landed = self._holder.take_done(), self._landed, []
-        command = landing.sync(
-            lease_seconds=self._holder.hold_seconds,
-            visibility_seconds=self._channel.visibility_timeout,
-            register=not self._registered,
-            wanted=wanted,
-            tag_base=self._holder.next_tags(),
-            done=done,
-            landed=landed,
-            renewed=list(self._holder.held) if renew else None,
-        )
-        self._sent, self._asked = (done, time.monotonic()), wanted
-        self._talk.send_command("EVAL", holding.SYNC, *command, check_health=False)
-        if renew:
-            self._renewed_at = time.monotonic()
-
-    def _hear(self) -> None:
-        """Redis answered the script."""
-        if self._sent is None or self._talk is None:
-            raise RedisConnectionError("the broker closed an idle connection")
-        done, _ = self._sent
-        asked, self._asked = self._asked, 0
-        try:
-            lapsed, empty, wrong, *found = self._talk.read_response()
-        except ResponseError as error:
-            self._holder.not_done(done)
-            self._sent = None
-            if self._channel.is_wrong_type(error):
-                self._channel.set_aside_all()
-                return
-            if "OOM" in str(error):
-                self._later(error)
-                return
-            raise RedisConnectionError(f"the broker does not serve: {error}") from error
-        self._sent = None
-        if lapsed:
-            raise RedisConnectionError("the broker did not hear of this worker for longer than a lease")
-        self._registered = True
-        if wrong:
-            self._channel._set_aside_queues()
-        if asked:
-            self._is_empty = bool(empty)
-        for tag, place, raw in zip(found[::3], found[1::3], found[2::3], strict=True):
-            self._deliver(bytes_to_str(tag), int(place) - 1, raw)
-        self.wake()
-
-    def _later(self, error: Exception) -> None:
-        log.warning("broker.take_later", extra={"error": str(error)})
-        self._pause_until = time.monotonic() + _AGAIN_SECONDS
-        self._is_empty = False
-        self._hub.call_later(_AGAIN_SECONDS, self.wake)
-
-    def _wait(self, now: float) -> None:
-        names: Any = self._landing
-        while len(self._waits) < len(self._places):
-            self._waits.append(self._connect(self._arrived, len(self._waits)))
-        for place, connection in enumerate(self._waits):
-            if place not in self._waiting:
-                source, landing = names.queues[place], names.keys[place]
-                connection.send_command("BLMOVE", source, landing, "RIGHT", "LEFT", _WAIT_SECONDS, check_health=False)
-                self._waiting[place] = now
-
-    def _arrived(self, place: int) -> None:
-        """A message came while we waited, or none did."""
-        if place not in self._waiting:
-            raise RedisConnectionError("the broker closed an idle connection")
-        del self._waiting[place]
-        try:
-            raw = self._waits[place].read_response()
-        except ResponseError as error:
-            if self._channel.is_wrong_type(error):
-                self._channel._set_aside_queues()
-                self._is_empty = False
-                self.wake()
-                return
-            if "OOM" in str(error):
-                self._later(error)
-                return
-            raise RedisConnectionError(f"the broker does not serve: {error}") from error
-        if raw is not None:
-            if self._room() <= 0 or self._places[place][1] not in self._channel.active_queues:
-                self._landed.append((place + 1, ""))
-                self._is_empty = False
-            else:
-                tag = f"{self._holder.next_tags()}0"
-                self._landed.append((place + 1, tag))
-                self._deliver(tag, place, raw)
-        self.turn()
-
-    def _deliver(self, tag: str, place: int, raw: bytes) -> None:
-        channel, queue = self._channel, self._places[place][1]
-        self._holder.held.add(tag)
-        admitted = channel.door.admit(raw, queue)
-        if admitted is None:
-            self._holder.done(tag)
-            return
-        admitted["properties"]["delivery_tag"] = tag
-        try:
-            channel.connection._deliver(admitted, queue)
-        finally:
-            if tag not in channel.qos._delivered:
-                self._holder.done(tag)
-
-    def _check_answers(self, now: float) -> None:
-        limit = _WAIT_SECONDS + (self._channel.socket_timeout or _WAIT_SECONDS)
-        if self._sent is not None and now - self._sent[1] > limit:
-            raise RedisConnectionError("the broker does not answer")
-        if any(now - since > limit for since in self._waiting.values()):
-            raise RedisConnectionError("the broker does not answer")
-
-    # -- the end ----------------------------------------------------------------------------------------------------
-
-    def lost(self, connection: Any) -> None:
-        """A connection ended: its socket is no reader any more."""
-        if self._pid != os.getpid():
-            return
-        for descriptor, one in list(self._readers.items()):
-            if one is connection:
-                del self._readers[descriptor]
-                self._hub.remove(descriptor)
-
-    def _drop_waits(self) -> None:
-        for connection in self._waits:
-            connection.disconnect()
-        self._waits.clear()
-        self._waiting.clear()
-
-    def _leave(self) -> None:
-        if self._landing is not None and self._registered:
-            raw_command(self._channel.pool, "EVAL", holding.LEAVE, *self._landing.leave())
-
-    def end(self) -> None:
-        """The worker ends: tell what is done, and put back what nobody works on. Raises what Redis does."""
-        if self._sent is not None:
-            self._hear()
-        self._is_over = True
-        channel, holder = self._channel, self._holder
-        keys = [f"{channel.global_keyprefix}{key}" for key in (holding.UNACKED, holding.INDEX)]
-        for tag in holder.take_done():
-            raw_command(channel.pool, "EVAL", holding.PUT_BACK, 2, *keys, tag, "")
-        self._drop_waits()
-        if self._landing is not None:
-            if self._landed:
-                self._send(False, 0)
-                if self._talk.read_response()[0]:
-                    raise RedisConnectionError("the broker did not hear of this worker for longer than a lease")
-                self._sent = None
-            self._leave()
-        for tag in list(holder.held):
-            entry = raw_command(channel.pool, "HGET", keys[0], tag)
-            if entry is not None:
-                channel.qos._put_back_one(channel.pool, channel.global_keyprefix, tag, "", entry)
-            holder.forget(tag)
-
-    def close(self) -> None:
-        """The connection is gone, or given up."""
-        self._is_over = True
-        self._holder.wake = lambda: None
-        if self._sent is not None:
-            self._holder.not_done(self._sent[0])
-            self._sent = None
-        if self._pid == os.getpid():
-            for descriptor in list(self._readers):
-                del self._readers[descriptor]
-                self._hub.remove(descriptor)
+    def put_back(self, tag: str, entry: bytes, *, leftmost: bool = False, counted: bool = True) -> None:
+        """Put one back, or keep it as a dead letter; it stays held until one of the two is done."""
+        channel = self.channel
+        held = channel.door.held(entry, counted=counted)
+        if held is True:  # as a dead letter
+            channel.run(holding.PUT_BACK, [2, *channel.held_keys, tag])
+        elif isinstance(held, tuple):
+            envelope, exchange, routing_key = held
+            # Of an exchange that nobody declared the queue is unknown; what it says is the best that there is.
+            queues = channel._lookup(exchange, routing_key) if exchange else []
+            priority = channel._get_message_priority(envelope, reverse=False)
+            lists = [channel.key(channel._q_for_pri(queue, priority)) for queue in queues or [routing_key]]
+            push = "LPUSH" if leftmost else "RPUSH"
+            keys = [*channel.held_keys, *lists]
+            channel.run(holding.PUT_BACK, [len(keys), *keys, tag, push, dumps(envelope)])
 
 
 class Poller(redis.MultiChannelPoller):
     """kombu's, with channels that take by themselves."""
 
-    def _register_BRPOP(self, channel: Any) -> None:  # noqa: N802 - kombu's name
-        if channel.taking is None:
-            super()._register_BRPOP(channel)  # type: ignore[misc]
-
     def on_poll_start(self) -> None:
         super().on_poll_start()
-        channels: Any = self._channels  # type: ignore[attr-defined]
-        for channel in list(channels):
-            if channel.taking is not None:
-                channel.taking.turn()
+        inside: Any = self
+        for channel in list(inside._channels):
+            if channel.holder is not None:
+                channel.see_to_it()
 
 
 class Channel(redis.Channel):
@@ -511,51 +179,11 @@ class Channel(redis.Channel):
     QoS = QoS
     connection: Any
     _pooled_client: Any = None
-    _holder: Any = None
-    _taking: Any = None
 
     @property
     def door(self) -> Any:
         """Of a worker; None elsewhere, and of a channel that is closed."""
         return getattr(self.connection, "door", None)
-
-    @property
-    def holder(self) -> Any:
-        """Of a worker: what its process holds."""
-        if self._holder is None and self.door is not None:
-            self._holder = getattr(self.connection, "holder", None)
-        return self._holder
-
-    @property
-    def taking(self) -> Any:
-        """Of a worker's channel that consumes from queues."""
-        if self._taking is None and self.holder is not None and self.connection.hub is not None:
-            channel: Any = self
-            if channel.active_queues and not channel.closed:
-                self._taking = Taking(self, self.holder, self.connection.hub)
-        return self._taking
-
-    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
-        if self._holder is not None and getattr(self, "closed", False):
-            self._holder.done(delivery_tag)  # the next connection says it
-        else:
-            super().basic_ack(delivery_tag, multiple)
-
-    def _on_connection_disconnect(self, connection: Any) -> None:
-        if self._taking is not None:
-            self._taking.lost(connection)
-        super()._on_connection_disconnect(connection)  # type: ignore[misc]
-
-    def close(self) -> None:
-        if self._taking is not None:
-            self._taking.close()
-        super().close()
-
-    def set_aside_all(self) -> None:
-        """Whatever a worker of messages reads, if it is of another kind."""
-        self._set_aside_queues()
-        self.set_aside({holding.UNACKED: b"hash", holding.INDEX: b"zset", holding.LANDINGS: b"zset"})
-        self.set_aside({holding.ABANDONED: b"zset"})
 
     @contextmanager
     def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
@@ -567,35 +195,250 @@ class Channel(redis.Channel):
                 client = self._pooled_client = channel._create_client()
         yield client
 
+    # -- taking messages ----------------------------------------------------------------------------------------
+    # One connection, on which one command at a time is under way (``_awaited``): "tracking" once, then "messages", and
+    # "empty" when there were none. That last one makes Redis tell when one of the lists changes, and closes the gap.
+
+    _holder: Any = None
+    _awaited = ""
+    _asked: Any = None
+    _knows_script = True
+    #: Ask as soon as there is room.
+    _woken = False
+    _ask_at = _again_at = _renew_at = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: Tag, queue and message of what Redis gave and nobody has seen.
+        self._taken: deque[tuple[str, str, bytes]] = deque()
+        self._places: list[tuple[str, str]] = []
+        super().__init__(*args, **kwargs)
+
+    @property
+    def holder(self) -> Any:
+        """Of a worker: what its process has to tell Redis. A channel that is closed keeps it."""
+        if self._holder is None:
+            self._holder = getattr(self.connection, "holder", None)
+        return self._holder
+
+    def key(self, name: str) -> str:
+        return f"{self.global_keyprefix}{name}"
+
+    @property
+    def held_keys(self) -> list[str]:
+        channel: Any = self
+        return [self.key(channel.unacked_key), self.key(channel.unacked_index_key)]
+
+    def run(self, script: str, arguments: list[Any]) -> Any:
+        """Run a script whose keys are whole: EVAL is a command that kombu's client leaves as it is."""
+        with self.conn_or_acquire() as client:
+            return client.eval(script, *arguments)
+
+    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
+        if self.closed and self._holder is not None and self._holder.is_ours(delivery_tag):
+            self._holder.done.append(delivery_tag)  # the next connection says it
+        else:
+            super().basic_ack(delivery_tag, multiple)
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        params: dict[str, Any] = super()._connparams(asynchronous)  # type: ignore[misc]
+        return {"protocol": 3, **params} if asynchronous else params
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        """There is a connection that kombu's poller watches."""
+        if self.holder is None:
+            super()._brpop_start(timeout)  # type: ignore[misc]
+            return
+        self._forget_asked()  # on another connection
+        channel: Any = self
+        channel.client.connection._parser.invalidation_push_handler_func = lambda _: _PUSH
+        self._send("tracking", "CLIENT", "TRACKING", "ON", "NOLOOP")
+
+    def _send(self, awaited: str, *command: Any) -> None:
+        channel: Any = self
+        connection = channel.client.connection
+        connection.send_command(*command, check_health=False)
+        self._awaited = awaited
+        # kombu drops a connection that does not answer for long, and knows of a pending answer by these two.
+        channel._in_poll, channel._brpop_sent_at = connection, monotonic()
+
+    def _forget_asked(self) -> None:
+        channel: Any = self
+        asked, self._asked = self._asked, None
+        self._awaited, channel._brpop_sent_at = "", None
+        if asked is not None:
+            self.holder.unanswered(asked)
+
+    def see_to_it(self) -> None:
+        """In each turn of the loop: ask for messages, tell what is done, and that we live."""
+        channel: Any = self
+        self._deliver_taken()
+        now = monotonic()
+        if now < self._again_at:
+            return
+        if now >= self._renew_at:
+            self._renew_at = now + channel.visibility_timeout / 3
+            self._refused_for_now(self._renew)
+        if self._awaited:
+            return
+        has_room = bool(channel._in_poll and channel.active_queues and channel.qos.can_consume())
+        if has_room and (self._woken or self.holder.done or now >= self._ask_at):
+            self._ask(now)
+        elif self.holder.done and not has_room:
+            self._refused_for_now(self._tell)
+
+    def _refused_for_now(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except ResponseError as error:
+            self.answered_otherwise(error)
+
+    def answered_otherwise(self, error: ResponseError) -> None:
+        """Redis does not do now what it should: go on when it does."""
+        log.warning("broker.not_now", extra={"error": str(error)})
+        self._again_at = self._renew_at = monotonic() + _AGAIN_SECONDS
+        channel: Any = self
+        if self.is_wrong_type(error):
+            self._set_aside_queues()
+            self.set_aside({channel.unacked_key: b"hash", channel.unacked_index_key: b"zset"})
+        elif "READONLY" in str(error):
+            # The name of the server may lead to another one by now.
+            self.pool.disconnect(inuse_connections=False)
+            if channel.client.connection is not None:
+                channel.client.connection.disconnect()
+
+    def _ask(self, now: float) -> None:
+        channel: Any = self
+        queues = channel._queue_cycle.consume(len(channel.active_queues))
+        self._places = [
+            (queue, self.key(channel._q_for_pri(queue, step))) for step in channel.priority_steps for queue in queues
+        ]
+        room = channel.qos.can_consume_max_estimate()
+        asked = self._asked = self.holder.ask(holding.MOST_AT_ONCE if room is None else room)
+        self._woken, self._ask_at = False, now + channel.brpop_timeout
+        script = ("EVALSHA", holding.TAKE_SHA) if self._knows_script else ("EVAL", holding.TAKE)
+        self._knows_script = True
+        keys = [*self.held_keys, *(key for _, key in self._places)]
+        ends = [f',"",{dumps(queue)}]' for queue, _ in self._places]
+        self._send("messages", *script, *asked.arguments(keys, len(queues), ends))
+
+    def _tell(self) -> None:
+        """Tell what is done while no message is wanted, and wait for the answer."""
+        asked = self.holder.ask(0)
+        try:
+            self.run(holding.TAKE, holding.Ask(asked.tag_base, 0, asked.done, []).arguments(self.held_keys, 1, []))
+        except BaseException:
+            self.holder.unanswered(asked)
+            raise
+        self.holder.lost.extend(asked.lost)
+
+    def _renew(self) -> None:
+        """What a living worker holds does not come back, however long its task takes."""
+        channel: Any = self
+        tags = channel.qos.held()
+        if tags:
+            self.run(holding.RENEW, holding.renew(self.held_keys, tags))
+
     def _brpop_read(self, **options: Any) -> Any:
-        """Take what BRPOP answered: kombu's own, with a door where it parses."""
-        door = self.door
-        if door is None:
+        """Hear what Redis said: kombu's own where there is no door."""
+        if self.holder is None:
             return super()._brpop_read(**options)  # type: ignore[misc]
         channel: Any = self
+        connection = channel.client.connection
         try:
-            try:
-                found = channel.client.parse_response(channel.client.connection, "BRPOP", **options)
-            except ResponseError as error:
-                if not self.is_wrong_type(error):
-                    raise
-                self._set_aside_queues()
-                raise Empty from error
-            except channel.connection_errors:
-                channel.client.connection.disconnect()
-                raise
-            if not found:
-                raise Empty
-            key, raw = found
-            queue = bytes_to_str(key).rsplit(channel.sep, 1)[0]
+            self._hear(connection)
+            while connection._sock is not None and connection.can_read(timeout=0):  # also what was read along
+                self._hear(connection)
+        except channel.connection_errors:
+            connection.disconnect()
+            raise
+        if not self._deliver_taken():
+            raise Empty
+        return True
+
+    def _hear(self, connection: Any) -> None:
+        """One thing that Redis said."""
+        try:
+            answer = connection.read_response(push_request=True)
+        except ResponseError as error:
+            if self._awaited == "tracking":
+                log.warning("broker.tells_nothing", extra={"error": str(error), "asked_every_seconds": 1})
+            elif isinstance(error, NoScriptError):
+                self._knows_script, self._woken = False, True
+            else:
+                self._woken = True
+                self.answered_otherwise(error)
+            self._forget_asked()
+            return
+        if answer is _PUSH:
+            self._woken = True
+            return
+        channel: Any = self
+        awaited, self._awaited, channel._brpop_sent_at = self._awaited, "", None
+        if awaited == "messages":
+            self._keep_taken(answer)
+        elif awaited == "empty" and answer:
+            self._woken = True
+
+    def _keep_taken(self, answer: list[Any]) -> None:
+        channel: Any = self
+        asked, self._asked = self._asked, None
+        is_wrong, *found = answer
+        for tag, place, raw in zip(found[::3], found[1::3], found[2::3], strict=True):
+            queue = self._places[int(place)][0]
+            self._taken.append((bytes_to_str(tag), queue, raw))
             channel._queue_cycle.rotate(queue)
-            admitted = door.admit(raw, queue)
+        if is_wrong:
+            self._set_aside_queues()
+        if found or is_wrong or not asked.wanted:
+            self._woken = True
+        elif not channel._closing:
+            self._send("empty", "EXISTS", *(key for _, key in self._places))
+
+    def _deliver_taken(self) -> bool:
+        """Whether there was something to deliver. What is not taken into account here stays held, and comes again."""
+        has_delivered = False
+        while self._taken:
+            tag, queue, raw = self._taken.popleft()
+            admitted = self.door.admit(raw, queue)
             if admitted is not None:
+                admitted["properties"]["delivery_tag"] = tag
+                has_delivered = True
                 self.connection._deliver(admitted, queue)
-            return True
-        finally:
+            elif self.door.has_kept_all:
+                self.holder.done.append(tag)
+        return has_delivered
+
+    def close(self) -> None:
+        channel: Any = self
+        if self.holder is not None and not self.closed:
+            channel._closing = True
+            try:
+                self._leave()
+            except (RedisError, OSError) as error:
+                log.warning("broker.left_unsaid", extra={"error": repr(error)})
             channel._in_poll = None
-            channel._flush_brpop_reauth()
+        super().close()
+
+    def _leave(self) -> None:
+        """Tell what is done, and put back what nobody has seen."""
+        channel: Any = self
+        connection = self.__dict__["client"].connection if "client" in self.__dict__ else None
+        try:
+            while self._awaited and connection is not None and connection._sock is not None:
+                self._hear(connection)
+        finally:
+            self._forget_asked()
+            lost = self.holder.lost
+            lost.extend(tag for tag, _, _ in self._taken)
+            self._taken.clear()
+        if self.holder.done:
+            self._tell()
+        while lost:
+            with self.conn_or_acquire() as client:
+                entry = client.hget(channel.unacked_key, lost[0])
+            if entry is not None:
+                channel.qos.put_back(lost[0], entry, counted=False)
+            lost.popleft()
 
     def _receive_one(self, c: Any) -> Any:
         """Take a broadcast: kombu's own, with a door where it parses."""
@@ -648,20 +491,15 @@ class Channel(redis.Channel):
 
 
 class Transport(redis.Transport):
-    """Redis, with channels of ours. ``door`` is a worker's."""
+    """Redis, with channels of ours. ``door`` and ``holder`` are a worker's."""
 
     Channel = Channel
     door: Any = None
-    holder: Holder | None = None
-    hub: Any = None
+    holder: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cycle: Any = Poller()
-
-    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        connection.hub = loop
-        super().register_with_event_loop(connection, loop)
+        self.cycle = Poller()
 
 
 class AMQP(amqp.AMQP):

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -42,7 +42,9 @@ from leoflow_celery.queueing.decoder import (
     decode_broadcast,
     decode_held,
     decode_task,
+    never_put_back,
     printable,
+    put_back_again,
 )
 from leoflow_celery.queueing.depths import answered, redis_client
 from leoflow_celery.security import KeyRing, Scope, Sealer
@@ -53,6 +55,8 @@ R = TypeVar("R")
 #: The kind of a dead letter that is an attempt.
 GIVEN_UP = "given_up"
 _PURPOSE = "dead-letter"
+#: Where a message that a worker held is found that is none.
+_UNACKED = "unacked"
 #: Letters that wait for a broker which did not take them.
 _MAX_UNKEPT = 100
 #: The year 9999, the last that a clock can be asked for.
@@ -347,6 +351,7 @@ class Door:
         self._app, settings = app, app.settings
         broker: BrokerSettings = settings.broker
         self._limits = Limits(broker.max_message_bytes, broker.max_delay_seconds)
+        self._max_deliveries = broker.max_deliveries
         self._all_commands = broker.remote_control == "all"
         self._letters = DeadLetters(settings)
         self._unkept: deque[tuple[DeadLetter, bytes]] = deque(maxlen=_MAX_UNKEPT)
@@ -365,12 +370,23 @@ class Door:
             self.refuse(unexpected(error, About(len(raw))), raw, queue)
         return None
 
-    def held(self, entry: bytes) -> tuple[dict[str, Any], str, str] | Refused:
-        """What a worker held when it died: envelope, exchange and routing key; or why it cannot go back to a queue."""
+    def held(self, entry: bytes, *, counted: bool = True) -> tuple[dict[str, Any], str, str] | bool:
+        """What a worker held, as it goes back to its queue: envelope, exchange and routing key.
+
+        Or whether it is kept as a dead letter, because it cannot go back or, if ``counted``, did so too often.
+        """
         try:
-            return decode_held(entry, self._limits.max_bytes)
+            envelope, exchange, routing_key = decode_held(entry, self._limits.max_bytes)
         except Refused as refused:
-            return refused
+            return self.refuse(refused, entry, _UNACKED)
+        try:
+            envelope = put_back_again(envelope, self._max_deliveries) if counted else envelope
+        except Refused as refused:
+            raw = dumps(never_put_back(envelope)).encode()
+            refused.about = replace(refused.about, size_bytes=len(raw))
+            return self.refuse(refused, raw, routing_key)
+        envelope["headers"]["redelivered"] = True
+        return envelope, exchange, routing_key
 
     def broadcast(self, data: bytes) -> dict[str, Any] | None:
         """A remote control command that is obeyed, or None when it was refused."""
@@ -384,8 +400,16 @@ class Door:
             log.warning("control.refused", extra={"error": type(error).__name__})
         return None
 
-    def refuse(self, refused: Refused, raw: bytes, queue: str) -> None:
-        """Keep a message as a dead letter, tell its waiter, count it and log what may be said of it."""
+    @property
+    def has_kept_all(self) -> bool:
+        """Whether everything that was refused is a dead letter in Redis."""
+        return not self._unkept
+
+    def refuse(self, refused: Refused, raw: bytes, queue: str) -> bool:
+        """Keep a message as a dead letter, tell its waiter, count it and log what may be said of it.
+
+        Returns whether it is kept; if not, that is tried again with the next one.
+        """
         about = refused.about
         letter = DeadLetter(
             id=uuid.uuid4().hex[:16],
@@ -416,6 +440,7 @@ class Door:
         self._keep()
         if about.answered_id and not is_try_id(about.answered_id):
             self._tell(about.answered_id, refused)
+        return self.has_kept_all
 
     def refuse_message(self, message: Any, error: Exception) -> None:
         """The same for a message that came through, and that Celery cannot take."""

@@ -59,6 +59,8 @@ class Kind(StrEnum):
     UNKNOWN_TASK = "unknown_task"
     #: An entry of the messages that workers hold, which would have come back.
     UNACKED = "unacked"
+    #: Whoever took it died, time and again.
+    TOO_OFTEN = "too_often"
     #: A key of the broker that holds another kind of value than it is for.
     WRONG_TYPE = "wrong_type"
     CONTROL = "control"
@@ -527,6 +529,36 @@ def decode_held(entry: bytes, max_bytes: int) -> tuple[dict[str, Any], str, str]
     if not (is_message and isinstance(exchange, str) and isinstance(routing_key, str) and routing_key):
         raise refused
     return envelope, exchange, routing_key
+
+
+#: How often a message was put back because whoever had it died: a property of it, set by who puts it back.
+_PUT_BACK = "put_back"
+
+
+def put_back_again(envelope: dict[str, Any], max_deliveries: int) -> dict[str, Any]:
+    """The envelope as it goes back to its queue once more.
+
+    Raises:
+        Refused: it was delivered ``max_deliveries`` times.
+    """
+    before = envelope["properties"].get(_PUT_BACK)
+    times = (before if isinstance(before, int) and 0 < before < max_deliveries else 0) + 1
+    if times >= max_deliveries:
+        refused = Refused(
+            Kind.TOO_OFTEN,
+            "message",
+            f"message: it was delivered {times} times, and each time its worker or the process of its task died; look "
+            "for what kills them (memory?), then send it again",
+        )
+        refused.about = about_of(envelope)
+        raise refused
+    return {**envelope, "properties": {**envelope["properties"], _PUT_BACK: times}}
+
+
+def never_put_back(envelope: dict[str, Any]) -> dict[str, Any]:
+    """The envelope as its sender sent it."""
+    properties = {name: value for name, value in envelope["properties"].items() if name != _PUT_BACK}
+    return {**envelope, "properties": properties}
 
 
 #: Commands that ask and change nothing, each with the arguments that it takes.

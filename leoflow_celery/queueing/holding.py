@@ -1,143 +1,105 @@
 """How a worker takes messages from Redis: what Redis accepted is in a queue or held, at every moment.
 
-A message that a worker took is an entry of kombu's own hash ``unacked`` and of its index ``unacked_index``, so tools
-that know kombu read them. What is ours is how it comes there and back (ADR 23):
+A held message is an entry of kombu's own hash ``unacked`` and of its index ``unacked_index``, whose score says since
+when. What is ours is that a message goes from one to the other in one step: by a script (ADR 27). Every time is that
+of Redis, and every key is whole: kombu's client would put its prefix before some of them.
 
-- **Taking** is one script, which moves messages from the queues into ``unacked``, several at once, and acknowledges
-  those that are done.
-- **Waiting** on an empty queue is BLMOVE into a list of the worker's own, a *landing*: Redis has no command that blocks
-  on a queue and leaves the message there. The next script moves it on into ``unacked``.
-- **Holding** is a lease by Redis's clock: the score of a held message lies so far back that it comes due when its
-  worker has not renewed it for ``hold_seconds``. The scores mean to a kombu worker what they always meant.
-- **Putting back** what came due takes no lock: who finds it pushes its score some seconds ahead, and puts it back if
-  the score is still the same. A process that dies in between costs those seconds.
-
-Each script begins with a write that changes nothing. Redis checks its memory before the first write of a script only,
-and what follows frees as much as it takes: a full Redis still hands out messages.
+Each script begins with a write that changes nothing. It ends the script on a replica and where a key holds something
+else, before a message is touched. And Redis checks its memory before the first write of a script that needs some: what
+follows frees as much as it takes, so a full Redis still hands out messages and takes them back.
 """
 
 from __future__ import annotations
 
+import hashlib
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
-#: A lease has three renewals.
-RENEWALS_PER_LEASE = 3
-#: How long a landing whose worker was silent is still looked into: it may have been stopped while a BLMOVE ran.
-_ABANDONED_SECONDS = 3_600
-#: Who puts a message back has so long until somebody else does.
-_PUT_BACK_SECONDS = 10
-#: Of one take: a worker that holds many large messages is slower than one that comes again.
+#: Messages of one take, where the worker sets no limit.
+MOST_AT_ONCE = 100
+#: A worker that holds many large messages is slower than one that comes again.
 _MAX_BYTES_AT_ONCE = 1_048_576
+#: What a script of Redis may give to a command at once is limited.
+_MAX_TAGS = 1_000
+#: Who puts a message back has so long, then another does.
+_PUT_BACK_SECONDS = 10
 
-UNACKED, INDEX = "unacked", "unacked_index"
-LANDINGS, ABANDONED = "landings", "landings.abandoned"
-
-_NOW = """
+#: KEYS: unacked, its index, the lists of the queues, first served first.
+#: ARGV: what the tags begin with, how many, bytes, lists of one priority, then two counted lists of tags: those that
+#: are done and those that were taken by a call whose answer was lost; then the end of an entry for each of the lists.
+#: Answers whether a list is none, then tag, number of the list and message of each.
+TAKE = """
 redis.call('HDEL', KEYS[1], '')
-local time = redis.call('TIME')
-local now = tonumber(time[1]) + math.floor(tonumber(time[2]) / 1000) / 1000
-"""
-
-#: KEYS: unacked, index, landings, the queues, the landings of each.
-#: ARGV: the member of ``landings``, seconds of a lease, visibility timeout, register, renew, wanted, tag base, max
-#: bytes, number of queues, the ends of the queues' entries; then counted lists: done, landed (place, tag), held.
-#: Answers: lapsed, empty, wrong keys, then tag, place and message of each one taken.
-SYNC = (
-    _NOW
-    + """
-local n = tonumber(ARGV[9])
-local score = now + tonumber(ARGV[2]) - tonumber(ARGV[3])
-local at = 10 + n
-local function list()
-  local count = tonumber(ARGV[at])
-  local found = {}
-  for i = 1, count do found[i] = ARGV[at + i] end
-  at = at + count + 1
+redis.call('ZREM', KEYS[2], '')
+local at = 5
+local function tags()
+  local found, number = {}, tonumber(ARGV[at])
+  for i = at + 1, at + number do found[#found + 1] = ARGV[i] end
+  at = at + number + 1
   return found
 end
-local done, landed, held = list(), list(), list()
-local function forget()
-  for _, tag in ipairs(done) do
-    redis.call('HDEL', KEYS[1], tag)
-    redis.call('ZREM', KEYS[2], tag)
-  end
+local done, lost = tags(), tags()
+if #done > 0 then
+  redis.call('HDEL', KEYS[1], unpack(done))
+  redis.call('ZREM', KEYS[2], unpack(done))
 end
-if ARGV[4] == '0' and not redis.call('ZSCORE', KEYS[3], ARGV[1]) then
-  forget()
-  return {1, 0, {}}
+local ends, answer = at - 3, {0}
+local function give(tag, place, raw)
+  answer[#answer + 1] = tag
+  answer[#answer + 1] = place - 3
+  answer[#answer + 1] = raw
 end
-local function hold(tag, place, raw)
-  redis.call('HSET', KEYS[1], tag, '[' .. raw .. ARGV[9 + place])
-  redis.call('ZADD', KEYS[2], score, tag)
-end
-for i = 1, #landed, 2 do
-  local place = tonumber(landed[i])
-  local raw = redis.call('RPOP', KEYS[3 + n + place])
-  if raw then
-    if landed[i + 1] == '' then redis.call('RPUSH', KEYS[3 + place], raw) else hold(landed[i + 1], place, raw) end
-  end
-end
-forget() -- after what landed: it may be done already
-if ARGV[5] == '1' then
-  redis.call('ZADD', KEYS[3], now + tonumber(ARGV[2]), ARGV[1])
-  for _, tag in ipairs(held) do redis.call('ZADD', KEYS[2], 'XX', score, tag) end
-end
-local answer, wanted, bytes, wrong, taken = {0, 0, {}}, tonumber(ARGV[6]), 0, {}, 0
-for place = 1, n do
-  while taken < wanted and bytes < tonumber(ARGV[8]) do
-    local raw = redis.pcall('RPOP', KEYS[3 + place])
-    if type(raw) == 'table' then
-      wrong[#wrong + 1] = place
+for _, tag in ipairs(lost) do
+  local entry = redis.call('HGET', KEYS[1], tag)
+  for place = 3, entry and #KEYS or 0 do
+    local ending = ARGV[ends + place]
+    if string.sub(entry, -#ending) == ending then
+      give(tag, place, string.sub(entry, 2, -#ending - 1))
       break
     end
-    if not raw then break end
-    taken = taken + 1
-    local tag = ARGV[7] .. taken
-    hold(tag, place, raw)
-    bytes = bytes + #raw
-    answer[#answer + 1] = tag
-    answer[#answer + 1] = place
-    answer[#answer + 1] = raw
   end
 end
-if taken < wanted and bytes < tonumber(ARGV[8]) then answer[2] = 1 end
-answer[3] = wrong
-return answer
-"""
-)
-
-#: KEYS: unacked, index, landings, abandoned landings. ARGV: visibility timeout, seconds to put one back, how many at
-#: once, seconds that an abandoned landing is looked into. Answers tag, score and entry of each message that is due.
-DUE = (
-    _NOW
-    + """
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, 20)) do
-  redis.call('ZREM', KEYS[3], member)
-  redis.call('ZADD', KEYS[4], now + tonumber(ARGV[4]), member)
-end
-for _, member in ipairs(redis.call('ZRANGE', KEYS[4], 0, 49)) do
-  local landing = nil
-  for part in string.gmatch(member, '[^\\n]+') do
-    if not landing then landing = part else
-      while true do
-        local raw = redis.pcall('RPOP', landing .. ':' .. part)
-        if type(raw) ~= 'string' then break end
-        redis.call('RPUSH', part, raw)
+local time = redis.call('TIME')
+local now = time[1] .. '.' .. string.format('%06d', time[2])
+local taken, wanted, bytes, width = 0, tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+for first = 3, #KEYS, width do
+  local found = true
+  while found do
+    found = false
+    for place = first, first + width - 1 do
+      local raw = taken < wanted and bytes > 0 and redis.pcall('RPOP', KEYS[place])
+      if type(raw) == 'table' then
+        answer[1] = 1
+      elseif raw then
+        taken = taken + 1
+        bytes = bytes - #raw
+        local tag = ARGV[1] .. taken
+        redis.call('HSET', KEYS[1], tag, '[' .. raw .. ARGV[ends + place])
+        redis.call('ZADD', KEYS[2], now, tag)
+        give(tag, place, raw)
+        found = true
       end
     end
   end
 end
-redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now)
-local ceiling, answer = now - tonumber(ARGV[1]), {}
-for _, tag in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', ceiling, 'LIMIT', 0, ARGV[3])) do
+return answer
+"""
+TAKE_SHA = hashlib.sha1(TAKE.encode(), usedforsecurity=False).hexdigest()
+
+#: KEYS: unacked, index. ARGV: visibility timeout, seconds to put one back, how many. Answers tag and entry of each
+#: message that is due; nobody else is told of it for those seconds.
+DUE = """
+redis.call('HDEL', KEYS[1], '')
+redis.call('ZREM', KEYS[2], '')
+local time = redis.call('TIME')
+local due, answer = time[1] - ARGV[1], {}
+for _, tag in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', due, 'LIMIT', 0, ARGV[3])) do
   local entry = redis.call('HGET', KEYS[1], tag)
   if entry then
-    redis.call('ZADD', KEYS[2], ceiling + tonumber(ARGV[2]), tag)
+    redis.call('ZADD', KEYS[2], due + ARGV[2], tag)
     answer[#answer + 1] = tag
-    answer[#answer + 1] = redis.call('ZSCORE', KEYS[2], tag)
     answer[#answer + 1] = entry
   else
     redis.call('ZREM', KEYS[2], tag)
@@ -145,90 +107,79 @@ for _, tag in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', ceiling, 'LIMI
 end
 return answer
 """
-)
 
-#: KEYS: unacked, index, and the queue unless the message is only to go. ARGV: tag, score that it must have ('': any),
-#: message. Answers whether this call did it.
+#: KEYS: unacked, index, and the lists that the message goes to. ARGV: tag, LPUSH or RPUSH, message. Answers whether it
+#: was held: of two who try only one puts it back. A list that is none ends it at the push, and the message stays held.
 PUT_BACK = """
-if ARGV[2] ~= '' and redis.call('ZSCORE', KEYS[2], ARGV[1]) ~= ARGV[2] then return 0 end
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('ZREM', KEYS[2], ARGV[1])
-if KEYS[3] then redis.call('RPUSH', KEYS[3], ARGV[3]) end
-return 1
-"""
-
-#: KEYS as of SYNC. ARGV: the member of ``landings``, seconds. The worker ends: its landings go back to their queues.
-LEAVE = (
-    _NOW
-    + """
-local n = (#KEYS - 4) / 2
-redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('ZADD', KEYS[#KEYS], now + tonumber(ARGV[2]), ARGV[1])
-for place = 1, n do
-  while true do
-    local raw = redis.pcall('RPOP', KEYS[3 + n + place])
-    if type(raw) ~= 'string' then break end
-    redis.call('RPUSH', KEYS[3 + place], raw)
-  end
+redis.call('HDEL', KEYS[1], '')
+redis.call('ZREM', KEYS[2], '')
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
+  redis.call('ZREM', KEYS[2], ARGV[1])
+  return 0
 end
+for place = 3, #KEYS do redis.call(ARGV[2], KEYS[place], ARGV[3]) end
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
 return 1
 """
-)
+
+#: KEYS: unacked, index. ARGV: tags. The worker that holds these is alive.
+RENEW = """
+local time = redis.call('TIME')
+for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[2], 'XX', time[1], tag) end
+"""
 
 
-@dataclass(frozen=True)
-class Landing:
-    """Where the messages of some queues land that come while a worker waits. Every name is a whole key."""
+class Holder:
+    """What one worker process has to tell Redis about what it holds. It outlives the connections.
 
-    prefix: str
-    queues: tuple[str, ...]
-    keys: tuple[str, ...]
-    endings: tuple[str, ...]
+    Telling it twice changes nothing, so whatever Redis may not have heard is told again.
+    """
 
-    @classmethod
-    def of(cls, prefix: str, places: Sequence[tuple[str, str, str]]) -> Landing:
-        """``places`` are the lists of queues, first served first: key, name and the end of an entry of ``unacked``."""
-        name = f"{prefix}landing.{uuid.uuid4().hex}"
-        queues = tuple(f"{prefix}{key}" for key, _, _ in places)
-        return cls(prefix, queues, tuple(f"{name}:{queue}" for queue in queues), tuple(end for _, _, end in places))
+    def __init__(self) -> None:
+        #: Tags of messages that are done with. Appending is safe from any thread.
+        self.done: deque[str] = deque()
+        #: Tags under which we may hold messages that we never saw.
+        self.lost: deque[str] = deque()
+        self._name = uuid.uuid4().hex
+        self._takes = 0
 
-    @property
-    def member(self) -> str:
-        """What ``landings`` calls it: whoever reads that can empty it."""
-        name = self.keys[0].removesuffix(f":{self.queues[0]}")
-        return "\n".join((name, *self.queues))
+    def is_ours(self, tag: str) -> bool:
+        return tag.startswith(self._name)
 
-    def sync(
-        self,
-        *,
-        lease_seconds: float,
-        visibility_seconds: float,
-        register: bool,
-        wanted: int,
-        tag_base: str,
-        done: Sequence[str],
-        landed: Iterable[tuple[int, str]],
-        renewed: Sequence[str] | None,
-    ) -> list[Any]:
-        """The command that does all of it."""
-        pairs = [text for place, tag in landed for text in (place, tag)]
-        held = renewed or ()
-        keys = [f"{self.prefix}{key}" for key in (UNACKED, INDEX, LANDINGS)]
-        return [
-            *(3 + 2 * len(self.queues), *keys, *self.queues, *self.keys),
-            *(self.member, lease_seconds, visibility_seconds, int(register), int(renewed is not None), wanted),
-            *(tag_base, _MAX_BYTES_AT_ONCE, len(self.queues), *self.endings),
-            *(len(done), *done, len(pairs), *pairs, len(held), *held),
-        ]
+    def ask(self, wanted: int) -> Ask:
+        """The next call: it tells what there is to tell, and asks for ``wanted`` messages."""
+        self._takes += 1
+        done, lost = ([tags.popleft() for _ in range(min(len(tags), _MAX_TAGS))] for tags in (self.done, self.lost))
+        return Ask(f"{self._name}.{self._takes}.", max(wanted - len(lost), 0), done, lost)
 
-    def leave(self) -> list[Any]:
-        """The command of a worker that ends."""
-        keys = [f"{self.prefix}{key}" for key in (UNACKED, INDEX, LANDINGS)]
-        all_keys = [*keys, *self.queues, *self.keys, f"{self.prefix}{ABANDONED}"]
-        return [len(all_keys), *all_keys, self.member, _ABANDONED_SECONDS]
+    def unanswered(self, ask: Ask) -> None:
+        """Nobody knows whether Redis heard it."""
+        self.done.extend(ask.done)
+        self.lost.extend((*ask.lost, *ask.tags()))
 
 
-def due(prefix: str, visibility_seconds: float, limit: int) -> list[Any]:
-    """The command that finds what came due."""
-    keys = [f"{prefix}{key}" for key in (UNACKED, INDEX, LANDINGS, ABANDONED)]
-    return [4, *keys, visibility_seconds, _PUT_BACK_SECONDS, limit, _ABANDONED_SECONDS]
+class Ask:
+    """One call of ``TAKE``."""
+
+    def __init__(self, tag_base: str, wanted: int, done: Sequence[str], lost: Sequence[str]) -> None:
+        self.tag_base, self.wanted, self.done, self.lost = tag_base, wanted, done, lost
+
+    def tags(self) -> list[str]:
+        """Those that it may have given."""
+        return [f"{self.tag_base}{number + 1}" for number in range(self.wanted)]
+
+    def arguments(self, keys: Sequence[str], width: int, ends: Sequence[str]) -> list[Any]:
+        """Of ``TAKE``. ``keys`` are unacked, its index and the lists, ``width`` of them of each priority."""
+        counted = (len(self.done), *self.done, len(self.lost), *self.lost)
+        return [len(keys), *keys, self.tag_base, self.wanted, _MAX_BYTES_AT_ONCE, width, *counted, *ends]
+
+
+def due(keys: Sequence[str], visibility_seconds: float, limit: int) -> list[Any]:
+    """The arguments of ``DUE``."""
+    return [len(keys), *keys, visibility_seconds, _PUT_BACK_SECONDS, limit]
+
+
+def renew(keys: Sequence[str], tags: Sequence[str]) -> list[Any]:
+    """The arguments of ``RENEW``."""
+    return [len(keys), *keys, *tags[:_MAX_TAGS]]

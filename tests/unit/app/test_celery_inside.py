@@ -20,7 +20,6 @@ from kombu.transport.virtual import Message
 
 from leoflow_celery.app.consumer import Consumer
 from leoflow_celery.app.transport import AMQP
-from leoflow_celery.settings import Settings
 from tests.support.poison import CANARY, encoded, envelope
 
 
@@ -141,7 +140,7 @@ def test_a_consumer_starts_without_news_of_other_workers(monkeypatch: pytest.Mon
     seen: dict[str, Any] = {}
 
     def init(self: Any, *_: Any, **kwargs: Any) -> None:
-        self.app = SimpleNamespace(settings=Settings())
+        self.app = SimpleNamespace()
         seen.update(kwargs)
 
     monkeypatch.setattr(celery_consumer.Consumer, "__init__", init)
