@@ -99,10 +99,17 @@ class QoS(redis.QoS):
             super().ack(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        if requeue or self.channel.holder is None:
+        """Celery gives back what a process died of, and we what the broker has no room for."""
+        if self.channel.holder is None:
             super().reject(delivery_tag, requeue)
-        else:
+        elif not requeue:
             self.ack(delivery_tag)
+        else:
+            is_at_fault = requeue != holding.NOT_ITS_FAULT
+            self.restore_by_tag(delivery_tag, leftmost=True, counted=is_at_fault)
+            self._quick_ack(delivery_tag)
+            if not is_at_fault:
+                self.channel.wait()
 
     def held(self) -> list[str]:
         """The tags of what this process works on or is to."""
@@ -122,7 +129,7 @@ class QoS(redis.QoS):
         except ResponseError as error:
             channel.answered_otherwise(error)
 
-    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False, counted: bool = True) -> None:
         """Put a message that was held back on its queue; what cannot be put back goes through the door."""
         if self.channel.door is None:
             super().restore_by_tag(tag, client, leftmost)
@@ -130,7 +137,7 @@ class QoS(redis.QoS):
         with self.channel.conn_or_acquire(client) as connected:
             entry = connected.hget(self.unacked_key, tag)
         if entry is not None:
-            self.put_back(bytes_to_str(tag), entry, leftmost=leftmost)
+            self.put_back(bytes_to_str(tag), entry, leftmost=leftmost, counted=counted)
 
     def restore_unacked(self, client: Any = None) -> None:
         """At the end of a connection: nothing is wrong with these, and they count as never taken."""
@@ -276,7 +283,6 @@ class Channel(redis.Channel):
         if now < self._again_at:
             return
         if now >= self._renew_at:
-            self._renew_at = now + channel.visibility_timeout / 3
             self._refused_for_now(self._renew)
         if self._awaited:
             return
@@ -295,7 +301,7 @@ class Channel(redis.Channel):
     def answered_otherwise(self, error: ResponseError) -> None:
         """Redis does not do now what it should: go on when it does."""
         log.warning("broker.not_now", extra={"error": str(error)})
-        self._again_at = self._renew_at = monotonic() + _AGAIN_SECONDS
+        self.wait()
         channel: Any = self
         if self.is_wrong_type(error):
             self._set_aside_queues()
@@ -305,6 +311,10 @@ class Channel(redis.Channel):
             self.pool.disconnect(inuse_connections=False)
             if channel.client.connection is not None:
                 channel.client.connection.disconnect()
+
+    def wait(self) -> None:
+        """Redis serves nobody well now: ask it for nothing more so soon."""
+        self._again_at = monotonic() + _AGAIN_SECONDS
 
     def _ask(self, now: float) -> None:
         channel: Any = self
@@ -337,6 +347,7 @@ class Channel(redis.Channel):
         tags = channel.qos.held()
         if tags:
             self.run(holding.RENEW, holding.renew(self.held_keys, tags))
+        self._renew_at = monotonic() + channel.visibility_timeout / 3
 
     def _brpop_read(self, **options: Any) -> Any:
         """Hear what Redis said: kombu's own where there is no door."""

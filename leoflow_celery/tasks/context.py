@@ -14,6 +14,7 @@ from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
 from leoflow_celery.errors import ConfigurationError, DecryptionFailed, MessageExpired
 from leoflow_celery.queueing.dead_letters import DeadLetters, envelope_of, keep_refused
 from leoflow_celery.queueing.decoder import Kind
+from leoflow_celery.queueing.holding import NOT_ITS_FAULT
 from leoflow_celery.queueing.messages import EXECUTOR_OF, M, open_message
 from leoflow_celery.queueing.publisher import Publisher
 from leoflow_celery.services import Services
@@ -117,7 +118,7 @@ class LeoflowTask(Task[Any, Any]):
         try:
             return super().retry(*args, **kwargs)
         except Reject as rejected:
-            raise Reject(rejected.args[0], requeue=True) from rejected
+            raise Reject(rejected.args[0], requeue=NOT_ITS_FAULT) from rejected
 
 
 def leoflow_task(name: str, base: type[LeoflowTask] = LeoflowTask, **options: Any) -> Callable[[Any], Any]:

@@ -28,6 +28,7 @@ from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.routing import ExecutorType, TaskName, executor_of_task
 from leoflow_celery.errors import BrokerUnavailable, LeoflowError, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import Launched, LaunchSpec
+from leoflow_celery.queueing.holding import NOT_ITS_FAULT
 from leoflow_celery.queueing.messages import SCOPE_OF, AttemptEnded, Launch, seal_message
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.executors import executor_of, host_of
@@ -83,7 +84,7 @@ def _given_back_on_failure() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise Reject(error, requeue=True) from error
+        raise Reject(error, requeue=NOT_ITS_FAULT) from error
 
 
 def _leave_note(task: LeoflowTask, report: LaunchReport) -> None:
