@@ -145,7 +145,14 @@ def _patience(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> 
     """A pod may be pending first: how long, its reconcile decides and says why; the agent's time comes after that."""
     if view.executor != ExecutorType.KUBERNETES:
         return policy
-    pending = task.services.settings.kubernetes.pending_timeout_seconds or math.inf
+    kubernetes = task.services.settings.kubernetes
+    limits = (
+        kubernetes.pending_timeout_seconds,
+        kubernetes.capacity_timeout_seconds,
+        kubernetes.registry_timeout_seconds,
+        kubernetes.init_timeout_seconds,
+    )
+    pending = sum(one or math.inf for one in limits)
     return replace(policy, launch_timeout_seconds=pending + policy.launch_timeout_seconds)
 
 

@@ -165,7 +165,7 @@ def all_cases(module_namespace: Namespace) -> Iterator[Reconciledes]:
     ("case", "reason", "words"),
     [
         ("oom", Reason.OOM_KILLED, "it used more memory than it may (limit 40Mi)"),
-        ("evicted", Reason.EVICTED, 'Usage of EmptyDir volume "scratch" exceeds the limit "20Mi"'),
+        ("evicted", Reason.STORAGE_EXCEEDED, 'Usage of EmptyDir volume "scratch" exceeds the limit "20Mi"'),
         ("deadline", Reason.TIMEOUT, "longer than its deadline of 4 s"),
         ("deadline used up", Reason.CONTAINER_CREATE_FAILED, "and its task may take 38 s: pulls and init containers"),
         ("deadline before its start", Reason.IMAGE_PULL_FAILED, "for 4 s"),

@@ -168,14 +168,12 @@ def test_patience_begins_when_the_launch_was_complete() -> None:
 
 
 def test_patience_counts_from_the_first_failure_and_not_from_the_start_of_a_long_pull() -> None:
-    pod = observed("Pending", state=waiting("ErrImagePull", "connection reset"))
+    pod = observed("Pending", state=waiting("ErrImagePull", "no such host"))
     assert decide_pod(pod, EXPECTED, NOW, NOW, POLICY, failing_since=NOW - 29) == KEEP
     decision = decide_pod(pod, EXPECTED, NOW, NOW, POLICY, failing_since=NOW - 30)
     assert decision.delete
     assert decision.report is not None
-    assert decision.report.outcome.message == (
-        "node 'node-1' cannot pull image 'example/etl:1' for 30 s: connection reset"
-    )
+    assert decision.report.outcome.message == ("node 'node-1' cannot pull image 'example/etl:1' for 30 s: no such host")
     never = observed("Pending", state=waiting("InvalidImageName"))
     assert decide_pod(never, EXPECTED, NOW, NOW, POLICY, failing_since=NOW).delete
     pending_too_long = observed("Pending", state=waiting("ErrImagePull"), age=600)
