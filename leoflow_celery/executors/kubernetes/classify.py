@@ -190,15 +190,23 @@ def _end(
     settled = (pod.finished_at or now) < read_at - policy.margin_seconds
     if record is not None and record.state is TaskState.NONE:
         return None  # its claim was refused: somebody else runs the attempt, or nobody may
+    if record is not None and record.state is TaskState.SUCCESS and not expected.claimed:
+        # SQL may have been read before the claim; later, nobody who held no claim can have run the task.
+        return PodReport(_unclaimed_success(pod), wants_log_tail=True) if settled else None
     if record is not None and record.ended:
         # SQL was read before the report arrived, most likely; reporting it again does no harm.
         return _of_record(pod, record) if settled or not record.reported else None
     if record is not None:
         return PodReport(cause_of_agent_death(pod), wants_log_tail=pod.has_run)
-    outcome = cause_of_end(pod)
+    outcome = cause_of_agent_death(pod) if expected.claimed and pod.has_run else cause_of_end(pod)
     if outcome.exit_code == 0 and not settled:
         return None  # an agent that leaves no record may have reported all the same
     return PodReport(outcome, wants_log_tail=pod.has_run or pod.failed_init is not None)
+
+
+def _unclaimed_success(pod: PodState) -> Outcome:
+    message = f"pod {pod.name} left a record of success, but its agent never claimed the attempt; it is not believed"
+    return Outcome.failed(FailureReason.INVALID_IMAGE, message)
 
 
 def _of_record(pod: PodState, record: TerminationRecord) -> PodReport:

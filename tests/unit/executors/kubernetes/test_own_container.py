@@ -223,3 +223,19 @@ def test_a_container_whose_agent_never_calls_is_given_up_by_what_is_seen_of_it()
     assert (reason_of(decision), decision.delete) == (Reason.LAUNCH_LOST, True)
     young = pod("Running", state={"running": {"startedAt": stamp(NOW - 800)}}, age=100_000)
     assert decide_pod(observe(young), replace(EXPECTED, claimed=False), NOW, NOW, POLICY) == KEEP
+
+
+def test_a_claimed_attempt_without_a_record_lost_its_agent() -> None:
+    decision = decided(pod("Failed", state=terminated(3, ago=AGE)))
+    assert reason_of(decision) is Reason.AGENT_LOST
+    unclaimed = replace(EXPECTED, claimed=False)
+    first = decide_pod(observe(pod("Failed", state=terminated(3, ago=AGE))), unclaimed, NOW, NOW, POLICY)
+    assert reason_of(first) is Reason.NON_ZERO_EXIT
+
+
+def test_a_success_of_an_attempt_that_nobody_claimed_is_not_believed() -> None:
+    unclaimed, success = replace(EXPECTED, claimed=False), record(TaskState.SUCCESS, exit_code=0)
+    fresh = pod("Succeeded", state=terminated(0, "Completed", success, ago=1))
+    assert decide_pod(observe(fresh), unclaimed, NOW, NOW, POLICY) == KEEP, "SQL may have been read before the claim"
+    settled = pod("Succeeded", state=terminated(0, "Completed", success, ago=100))
+    assert reason_of(decide_pod(observe(settled), unclaimed, NOW, NOW, POLICY)) is Reason.INVALID_IMAGE
