@@ -39,7 +39,7 @@ from celery.app import amqp
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from leoflow_celery.domain.routing import is_monitored
 from leoflow_celery.queueing import holding
@@ -306,7 +306,7 @@ class Channel(redis.Channel):
         if self.is_wrong_type(error):
             self._set_aside_queues()
             self.set_aside({channel.unacked_key: b"hash", channel.unacked_index_key: b"zset"})
-        elif "READONLY" in str(error):
+        elif isinstance(error, ReadOnlyError) or "READONLY" in str(error):  # Redis 6.2 wraps it
             # The name of the server may lead to another one by now.
             self.pool.disconnect(inuse_connections=False)
             if channel.client.connection is not None:

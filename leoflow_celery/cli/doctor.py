@@ -11,6 +11,7 @@ from leoflow_celery.errors import ConfigurationError, LeoflowError
 from leoflow_celery.settings import Settings
 
 _ANSWER_SECONDS = 3
+_OLDEST_REDIS = (6, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,31 @@ def check_broker(settings: Settings) -> Finding:
         return Finding("broker", False, text)
     finally:
         app.close()
+    if missing := _what_workers_miss(settings):
+        return Finding("broker", False, f"{address} {missing}")
     return Finding("broker", True, f"{address} answers{_dead_letters(settings)}")
+
+
+def _what_workers_miss(settings: Settings) -> str:
+    """What keeps workers from taking messages."""
+    from redis.exceptions import RedisError
+
+    from leoflow_celery.queueing.depths import redis_client
+    from leoflow_celery.queueing.holding import TAKE, Holder
+
+    with redis_client(settings.broker) as client:
+        try:
+            version = str(client.info("server")["redis_version"])
+            if tuple(map(int, version.split(".")[:2])) < _OLDEST_REDIS:
+                return f"is Redis {version}; workers need Redis 6.2, Valkey or newer: upgrade it"
+            keys = [f"{settings.broker.key_prefix}{key}" for key in ("unacked", "unacked_index")]
+            client.eval(TAKE, *Holder().ask(0).arguments(keys, 1, []))
+        except RedisError as error:
+            return (
+                f"does not let workers take messages ({error}); it has to be writable, and its user needs EVAL, "
+                "EVALSHA and CLIENT TRACKING (docs/operations.md)"
+            )
+    return ""
 
 
 def _dead_letters(settings: Settings) -> str:

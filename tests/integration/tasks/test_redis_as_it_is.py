@@ -24,7 +24,7 @@ from leoflow_celery.queueing.dead_letters import DeadLetters
 from leoflow_celery.store.models import TaskInstance, table_of
 from tests.support.http_target import HttpTarget
 from tests.support.process import ManagedProcess
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import SERVERS, RedisServer
 from tests.support.system import System, http_task, wait_for_worker
 from tests.support.waiting import wait_until
 
@@ -145,6 +145,7 @@ def _submitted(system: System, url: str) -> None:
     wait_until(is_taken, 20, "the broker to take a message", 0.5)
 
 
+@pytest.mark.parametrize("redis_server", SERVERS, indirect=True)
 def test_workers_wait_while_redis_is_a_replica(system: System, target: HttpTarget) -> None:
     worker = system.start_worker("workers.lite")
     running = system.client.submit(http_task(target.hold("a"), "ti-running"))
@@ -164,6 +165,7 @@ def test_workers_wait_while_redis_is_a_replica(system: System, target: HttpTarge
     assert worker.terminate() == 0
 
 
+@pytest.mark.parametrize("redis_server", SERVERS, indirect=True)
 def test_a_full_redis_loses_nothing_and_ends_no_worker(system: System, target: HttpTarget) -> None:
     worker = system.start_worker("workers.lite")
     worker.send_signal(signal.SIGSTOP)
