@@ -344,9 +344,8 @@ class Channel(redis.Channel):
     def _renew(self) -> None:
         """What a living worker holds does not come back, however long its task takes."""
         channel: Any = self
-        tags = channel.qos.held()
-        if tags:
-            self.run(holding.RENEW, holding.renew(self.held_keys, tags))
+        for arguments in holding.renewals(self.held_keys, channel.qos.held()):
+            self.run(holding.RENEW, arguments)
         self._renew_at = monotonic() + channel.visibility_timeout / 3
 
     def _brpop_read(self, **options: Any) -> Any:

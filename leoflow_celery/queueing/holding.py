@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 #: What ``Reject(error, requeue=...)`` says of a message that goes back because the broker did not take what its task
@@ -183,6 +183,7 @@ def due(keys: Sequence[str], visibility_seconds: float, limit: int) -> list[Any]
     return [len(keys), *keys, visibility_seconds, _PUT_BACK_SECONDS, limit]
 
 
-def renew(keys: Sequence[str], tags: Sequence[str]) -> list[Any]:
-    """The arguments of ``RENEW``."""
-    return [len(keys), *keys, *tags[:_MAX_TAGS]]
+def renewals(keys: Sequence[str], tags: Sequence[str]) -> Iterator[list[Any]]:
+    """The arguments of each ``RENEW`` that it takes: a worker may hold any number of messages for later."""
+    for start in range(0, len(tags), _MAX_TAGS):
+        yield [len(keys), *keys, *tags[start : start + _MAX_TAGS]]

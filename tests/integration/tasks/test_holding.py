@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import redis
 
-from leoflow_celery.queueing.holding import DUE, PUT_BACK, RENEW, TAKE, Ask, Holder, due, renew
+from leoflow_celery.queueing.holding import DUE, PUT_BACK, RENEW, TAKE, Ask, Holder, due, renewals
 from tests.support.redis_server import SERVERS, RedisServer
 
 HELD = ["p:unacked", "p:unacked_index"]
@@ -119,7 +119,9 @@ def test_what_is_due_is_told_to_one_who_puts_it_back_once(broker: Any) -> None:
     assert broker.eval(DUE, *due(HELD, 60, 10)) == []
     for one in (tag, kept):
         broker.zadd(HELD[1], {one: 1})
-    broker.eval(RENEW, *renew(HELD, [kept, "nobody's"]))
+    others = [f"nobody's {number}" for number in range(3_000)]
+    for arguments in renewals(HELD, [*others, kept]):
+        broker.eval(RENEW, *arguments)
     assert broker.eval(DUE, *due(HELD, 60, 10)) == [tag.encode(), b'[1,"","a"]']
     assert broker.eval(DUE, *due(HELD, 60, 10)) == []
     broker.set("p:wrong", "text")
