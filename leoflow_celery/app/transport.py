@@ -39,6 +39,7 @@ from celery.app import amqp
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from leoflow_celery.domain.routing import is_monitored
@@ -194,8 +195,14 @@ class Channel(redis.Channel):
 
     @contextmanager
     def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
-        """The client given, or the channel's own."""
+        """The client given, or the channel's own.
+
+        A producer may still have a channel that an error closed; kombu opens it another one for an error of the
+        connection, and not for what a closed channel would raise.
+        """
         if client is None:
+            if self.connection is None:
+                raise RedisConnectionError("the channel is closed")
             client = self._pooled_client
             if client is None or client.connection_pool is not self.pool:
                 channel: Any = self

@@ -55,7 +55,7 @@ def _bash(identity: str) -> dict[str, Any]:
 
 def _dispatch(system: System, request: dict[str, Any]) -> str:
     """Send a raw dispatch message; its Celery id."""
-    return str(system.client.app.send_task("leoflow.dispatch", (request,), queue="dispatch").id)
+    return str(system.client.app.send_task("leoflow.dispatch", (request,), queue="dispatch", ignore_result=True).id)
 
 
 def _rows(system: System) -> set[str]:
