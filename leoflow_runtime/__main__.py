@@ -11,7 +11,7 @@ def _ours_first():  # type: () -> list[str]
     """
     if os.environ.get("PYTHONSAFEPATH") == "leoflow":  # set by the agent: the interpreter itself is not fooled either
         del os.environ["PYTHONSAFEPATH"]
-        if sys.version_info >= (3, 11):
+        if sys.version_info >= (3, 11):  # noqa: UP036 - the user's interpreter may be older
             sys.path.insert(0, os.getcwd())
     whole, library = list(sys.path), os.path.dirname(os.path.abspath(os.__file__))
     ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -34,9 +34,7 @@ def _import_module(name: str) -> Any:
     except ModuleNotFoundError as error:
         # Only the module asked for (or a parent of it) is our line; a missing import inside it is the user's traceback.
         if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise NotCallable(
-                f"no module named {name!r}: is it on PYTHONPATH or in the working directory?"
-            ) from None
+            raise NotCallable(f"no module named {name!r}: is it on PYTHONPATH or in the working directory?") from None
         raise
     except SystemExit as error:
         raise ImportExited(

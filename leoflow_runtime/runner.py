@@ -91,7 +91,8 @@ def _leave_reason(environ: Mapping[str, str], reason: str, sentence: str = "") -
 def _sentence(error: Exception) -> str:
     """``ValueError: bad row``, as the last line of a traceback says it."""
     kind = type(error)
-    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    plain = kind.__module__ in ("builtins", "__main__")
+    name = kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}"
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - somebody else's __str__

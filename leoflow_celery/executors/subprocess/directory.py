@@ -10,19 +10,23 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, attempt_suffix
 from leoflow_celery.domain.termination import TerminationRecord, decode
 from leoflow_celery.errors import ConfigurationError
 
 _LOCK = "lock"
 _PID = "pid"
 _POLL_SECONDS = 0.01
+#: PEP 263.
+_CODING = re.compile(r"^([ \t\f]*#.*?coding[:=][ \t]*)[-\w.]+")
+_BLANK = re.compile(r"^[ \t\f\r]*(#.*)?$")
 
 
 def state_root(configured: str) -> Path:
@@ -97,7 +101,7 @@ class AttemptDirectory:
         (self.path / "attempt.json").write_text(json.dumps(attempt.to_json()))
         if source:
             self.source_dir.mkdir(mode=0o700)
-            (self.source_dir / "dag.py").write_text(source)
+            (self.source_dir / "dag.py").write_bytes(as_utf8(source))
 
     @property
     def source_dir(self) -> Path:
@@ -114,7 +118,9 @@ class AttemptDirectory:
     def attempt(self) -> AttemptId | None:
         """Whose directory it is, or None when its maker did not come that far."""
         try:
-            return AttemptId.from_json(json.loads((self.path / "attempt.json").read_text()))
+            attempt = AttemptId.from_json(json.loads((self.path / "attempt.json").read_text()))
+            # User code can write here: the directory of an attempt speaks of that one and of no other.
+            return attempt if self.path.name.endswith(f"-{attempt_suffix(attempt)}") else None
         except (OSError, ValueError, KeyError):
             return None
 
@@ -136,6 +142,16 @@ class AttemptDirectory:
     def release(self) -> None:
         """Close our copy of the lock. An agent that has one goes on holding it."""
         os.close(self.lock)
+
+
+def as_utf8(source: str) -> bytes:
+    """Source text as UTF-8, which its coding line, if it has one, then says."""
+    lines = source.split("\n", 2)
+    for number, line in enumerate(lines[:2]):
+        if number and not _BLANK.match(lines[0]):
+            break
+        lines[number] = _CODING.sub(r"\g<1>utf-8", line)
+    return "\n".join(lines).encode(errors="surrogatepass")
 
 
 def live_pid(path: Path) -> int | None:

@@ -1,32 +1,92 @@
-"""Finding and killing what an attempt left running."""
+"""Finding and ending what an attempt left running, by what a process inherits and does not change.
+
+The mark is a resource limit that Linux ignores (``RLIMIT_LOCKS``): every descendant has it, through double forks,
+``setsid``, an empty environment, another title and ``PR_SET_DUMPABLE`` 0; everybody may read it; nobody without
+privileges can raise it again. The name in the environment finds what was started before the limit was set.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import resource
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from leoflow_celery.domain.attempt import AttemptId, attempt_name, digest
 from leoflow_celery.executors.subprocess.environment import ATTEMPT_NAME
 
+log = logging.getLogger(__name__)
+_RLIMIT_LOCKS = 10
+_LINE = b"Max file locks"
+_POLL_SECONDS = 0.02
+#: Launches of an earlier try that are looked for; a try has a handful.
+_MOST_LAUNCHES = 32
+_MOST_TRIES = 32
 
-def processes_of(name: str) -> Iterator[int]:
-    """Every process (of this user) that descends from the attempt's agent: the mark is inherited, not asked for."""
-    mark = f"{ATTEMPT_NAME}={name}".encode()
+
+def mark_of(name: str) -> int:
+    """The limit that marks the processes of an attempt."""
+    return (1 << 61) + int(digest("process", name, length=15), 16)
+
+
+def mark(pid: int, name: str) -> None:
+    """Mark a process and what it will start. Where it cannot be, the environment alone says whose it is."""
+    try:
+        resource.prlimit(pid, _RLIMIT_LOCKS, (mark_of(name), mark_of(name)))
+    except ProcessLookupError:
+        return
+    except (OSError, ValueError) as error:
+        log.warning("subprocess.not_marked", extra={"attempt_name": name, "error": str(error)})
+
+
+def earlier_names(attempt: AttemptId, dag_id: str, task_id: str) -> list[str]:
+    """The external names of launches and tries of the task instance that came before this one."""
+    before = [attempt.evolve(launch=launch) for launch in range(1, attempt.launch)]
+    for number in range(max(1, attempt.try_number - _MOST_TRIES), attempt.try_number):
+        before += [AttemptId(attempt.task_instance_id, number, launch) for launch in range(1, _MOST_LAUNCHES + 1)]
+    return [attempt_name(one, dag_id, task_id) for one in before]
+
+
+def processes_of(*names: str) -> Iterator[int]:
+    """Every process that descends from the agents of these attempts and has not ended."""
+    limits = {str(mark_of(name)).encode() for name in names}
+    marks = {f"{ATTEMPT_NAME}={name}".encode() for name in names}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and (_has_limit(entry, limits) or _has_variable(entry, marks)):
             with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                if (entry / "stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X"):
                     yield int(entry.name)
 
 
-def kill_processes_of(name: str) -> int:
-    """SIGKILL all of them, again until none is found (they may fork); the number killed."""
-    killed: set[int] = set()
-    while fresh := set(processes_of(name)) - killed:
-        for pid in fresh:
+def _has_limit(process: Path, limits: Collection[bytes]) -> bool:
+    with contextlib.suppress(OSError):
+        for line in (process / "limits").read_bytes().splitlines():
+            if line.startswith(_LINE):
+                return any(word in limits for word in line[len(_LINE) :].split())
+    return False
+
+
+def _has_variable(process: Path, marks: set[bytes]) -> bool:
+    with contextlib.suppress(OSError):
+        return not marks.isdisjoint((process / "environ").read_bytes().split(b"\0"))
+    return False
+
+
+def kill_processes_of(*names: str, patience_seconds: float = 5.0) -> bool:
+    """SIGKILL all of them, again until none is found twice in a row (they may fork); whether they are all gone."""
+    deadline, absent = time.monotonic() + patience_seconds, 0
+    while absent < 2:
+        found = list(processes_of(*names))
+        absent = 0 if found else absent + 1
+        for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        killed |= fresh
-    return len(killed)
+        if found:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+    return True
