@@ -3,7 +3,8 @@
 Interpreter start and imports are most of what a short task costs, and a fork pays them once. FD is a SOCK_SEQPACKET
 socket to the executor; a packet is one line of JSON.
 
-in   ``{"id", "env", "cwd", "log", "mark"}`` with one open file (the attempt's lock, which the agent holds while it lives)
+in   ``{"id", "env", "cwd", "log", "mark"}`` with one open file: the attempt's lock, which the agent
+     holds while it lives
 out  ``{"id", "pid"}`` at the start or ``{"id", "error"}``, then ``{"id", "exited": status}``
 
 When the executor is gone (its end of the socket closed, however its process ended) the server stays until its agents

@@ -16,7 +16,7 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.executors.subprocess import executor as subprocess_executor
 from leoflow_celery.protocol import agent_pb2 as pb
 from tests.integration.subprocess.conftest import attempts
-from tests.integration.subprocess.test_worker_killed import killed_worker
+from tests.integration.subprocess.test_worker_killed import killed_worker, lock_is_free
 from tests.support.waiting import wait_until
 
 __all__ = ["killed_worker"]
@@ -40,11 +40,8 @@ def hiding(request, plane, tmp_path) -> Path:
 
 
 def alive(pids: Path) -> list[int]:
-    found = []
-    for text in pids.read_text().split():
-        if psutil.pid_exists(int(text)) and psutil.Process(int(text)).status() != psutil.STATUS_ZOMBIE:
-            found.append(int(text))
-    return found
+    found = [int(text) for text in pids.read_text().split() if psutil.pid_exists(int(text))]
+    return [pid for pid in found if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 def test_what_hides_ends_with_its_agent(plane, make_executor, launch, reports, hiding, tmp_path):
@@ -66,6 +63,7 @@ def test_the_next_launch_starts_when_what_hides_is_gone(plane, killed_worker, ma
         wait_until(lambda: not parent.is_running() or parent.status() == psutil.STATUS_ZOMBIE)
     agent.kill()
     wait_until(lambda: not agent.is_running() or agent.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: lock_is_free(tmp_path), message="every thread of the agent is gone")
     before = alive(hiding)
     assert before
     plane.spec = pb.TaskSpec(operator="bash", entrypoint="true")

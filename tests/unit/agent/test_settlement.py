@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord
+from leoflow_celery.executors.subprocess.directory import as_utf8
 from leoflow_celery.executors.subprocess.environment import inherited, staging_dir
+from leoflow_celery.executors.subprocess.processes import earlier_names
 from leoflow_celery.executors.subprocess.settlement import settle
 
 
@@ -68,3 +71,28 @@ def test_runs_that_name_the_same_claim_share_no_directory(tmp_path):
     others = {staging_dir(tmp_path, "scratch", *run) for run in (("d", "r2", "t"), ("d2", "r", "t"), ("d", "r", "t2"))}
     assert len({own, *others}) == 4
     staging_dir(tmp_path, "x" * 253, "d", "r", "t").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "first"),
+    [
+        ("# -*- coding: latin-1 -*-\nx = 'é'", "# -*- coding: utf-8 -*-"),
+        ("#!/usr/bin/python\n# vim: fileencoding=latin-1\nx = 'é'", "# vim: fileencoding=utf-8"),
+        ("x = 'é'\n# coding: latin-1", "# coding: latin-1"),
+    ],
+)
+def test_source_is_utf_8_whatever_its_coding_line_says(source, first):
+    data = as_utf8(source)
+    assert first in data.decode()
+    found = {}
+    exec(compile(data, "dag.py", "exec"), found)
+    assert found["x"] == "é"
+
+
+def test_earlier_launches_and_tries_are_named():
+    attempt = AttemptId("ti", try_number=2, launch=3)
+    names = earlier_names(attempt, "d", "t")
+    for earlier in (AttemptId("ti", 2, 1), AttemptId("ti", 2, 2), AttemptId("ti", 1, 1)):
+        assert attempt_name(earlier, "d", "t") in names
+    assert attempt_name(attempt, "d", "t") not in names
+    assert earlier_names(AttemptId("ti"), "d", "t") == []
