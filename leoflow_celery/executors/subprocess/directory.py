@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -48,6 +49,41 @@ def state_root(configured: str) -> Path:
     if not configured:
         root.chmod(0o700)
     return root
+
+
+def system_id(root: Path) -> str:
+    """The random id that tells this state directory's attempts from those of other systems on the host.
+
+    Raises:
+        ConfigurationError: it can be neither read nor made.
+    """
+    path = root / "system"
+    try:
+        if not path.exists():
+            _create(path, secrets.token_hex(16))
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"LEOFLOW_SUBPROCESS_STATE_DIR {root}: cannot read {path}: {error}") from error
+    if not re.fullmatch("[0-9a-f]{32}", text):
+        raise ConfigurationError(
+            f"LEOFLOW_SUBPROCESS_STATE_DIR {root}: {path} does not hold 32 hexadecimal digits; "
+            "delete it when no task of this system runs on this host"
+        )
+    return text
+
+
+def _create(path: Path, text: str) -> None:
+    """Create a file whole, unless somebody else is quicker: whoever sees it sees all of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        os.unlink(name)
 
 
 class AttemptDirectory:

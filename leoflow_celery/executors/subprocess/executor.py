@@ -16,9 +16,9 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec
 from leoflow_celery.executors.identity import run_ids
-from leoflow_celery.executors.subprocess.directory import AttemptDirectory, live_pid, state_root
+from leoflow_celery.executors.subprocess.directory import AttemptDirectory, live_pid, state_root, system_id
 from leoflow_celery.executors.subprocess.environment import agent_environment, staging_dir
-from leoflow_celery.executors.subprocess.processes import earlier_names, kill_processes_of, processes_of
+from leoflow_celery.executors.subprocess.processes import Processes, earlier_names
 from leoflow_celery.executors.subprocess.reaper import Reaper
 from leoflow_celery.executors.subprocess.settlement import Exited, Settler
 from leoflow_celery.executors.subprocess.spawners import AgentStart, ExecSpawner, ForkSpawner, Spawner
@@ -56,7 +56,8 @@ class SubprocessExecutor:
         )
         self._settings, self._environ = settings, dict(os.environ if environ is None else environ)
         self._root = state_root(settings.state_dir)
-        self._reaper, self._settler = Reaper(), Settler(reporter)
+        self._processes = Processes(system_id(self._root))
+        self._reaper, self._settler = Reaper(), Settler(self._processes, reporter)
         self._spawner = self._make_spawner()
         self._sweep_regularly()
 
@@ -99,7 +100,7 @@ class SubprocessExecutor:
         """
         names = earlier_names(launch.attempt, launch.request.dag_id, launch.request.task_id)
         for signalled, patience_seconds in ((0, _END_SECONDS), (signal.SIGTERM, _STOP_SECONDS)):
-            if not names or not any(processes_of(*names)):
+            if not names or not any(self._processes.of(*names)):
                 return
             agents = [pid for name in names if (pid := live_pid(self._path(name))) is not None]
             deadline = time.monotonic() + patience_seconds
@@ -108,8 +109,8 @@ class SubprocessExecutor:
                     os.kill(pid, signalled)
             while time.monotonic() < deadline and any(live_pid(self._path(name)) in agents for name in names):
                 time.sleep(_POLL_SECONDS)
-        if not kill_processes_of(*names):
-            left = ", ".join(map(str, processes_of(*names)))
+        if not self._processes.kill(*names):
+            left = ", ".join(map(str, self._processes.of(*names)))
             raise TransientLaunchError(
                 FailureReason.LAUNCH_FAILED,
                 f"an earlier launch of this task still has processes on this host that SIGKILL did not end: {left}",
@@ -158,8 +159,9 @@ class SubprocessExecutor:
             staging_dir(self._root, launch.request.staging_claim, *run_ids(launch.request).values()).mkdir(
                 parents=True, exist_ok=True
             )
-        env = agent_environment(launch, directory, self._root, self._settings.venvs_root, self._environ)
-        start = AgentStart(env, self._settings.work_dir, directory.agent_log, directory.lock, launch.name)
+        mark, limit = self._processes.variable(launch.name), self._processes.limit(launch.name)
+        env = agent_environment(launch, directory, self._root, self._settings.venvs_root, mark, self._environ)
+        start = AgentStart(env, self._settings.work_dir, directory.agent_log, directory.lock, limit)
         pid = self._spawner.start(
             start, lambda code: self._settler.exited(Exited(directory.path, launch.attempt, code, started))
         )
@@ -180,7 +182,7 @@ class SubprocessExecutor:
         if live_pid(self._path(name)) == pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-            kill_processes_of(name)
+            self._processes.kill(name)
 
     def _path(self, name: str) -> Path:
         return self._root / "attempts" / name

@@ -2,7 +2,8 @@
 
 The mark is a resource limit that Linux ignores (``RLIMIT_LOCKS``): every descendant has it, through double forks,
 ``setsid``, an empty environment, another title and ``PR_SET_DUMPABLE`` 0; everybody may read it; nobody without
-privileges can raise it again. The name in the environment finds what was started before the limit was set.
+privileges can raise it again. A variable in the environment finds what was started before the limit was set. Both say
+whose system it is: ids of attempts are unique within a system only, and a host may have several.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_name, digest
-from leoflow_celery.executors.subprocess.environment import ATTEMPT_NAME
+from leoflow_celery.executors.subprocess.environment import ATTEMPT_MARK
 
 log = logging.getLogger(__name__)
 _RLIMIT_LOCKS = 10
@@ -28,19 +29,54 @@ _MOST_LAUNCHES = 32
 _MOST_TRIES = 32
 
 
-def mark_of(name: str) -> int:
-    """The limit that marks the processes of an attempt."""
-    return (1 << 61) + int(digest("process", name, length=15), 16)
+class Processes:
+    """The processes of a system's attempts on this host. ``system`` is the id in its state directory."""
+
+    def __init__(self, system: str) -> None:
+        self._system = system
+
+    def limit(self, name: str) -> int:
+        """The limit that marks the processes of an attempt."""
+        return (1 << 61) + int(digest("process", self._system, name, length=15), 16)
+
+    def variable(self, name: str) -> str:
+        """The value of the variable that marks them where the limit does not."""
+        return f"{self._system}/{name}"
+
+    def of(self, *names: str) -> Iterator[int]:
+        """Every process that descends from the agents of these attempts and has not ended."""
+        limits = {str(self.limit(name)).encode() for name in names}
+        variables = {f"{ATTEMPT_MARK}={self.variable(name)}".encode() for name in names}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and (_has_limit(entry, limits) or _has_variable(entry, variables)):
+                with contextlib.suppress(OSError):
+                    if (entry / "stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X"):
+                        yield int(entry.name)
+
+    def kill(self, *names: str, patience_seconds: float = 5.0) -> bool:
+        """SIGKILL all of them, again until none is found twice in a row (they may fork); whether they are all gone."""
+        deadline, absent = time.monotonic() + patience_seconds, 0
+        while absent < 2:
+            found = list(self.of(*names))
+            absent = 0 if found else absent + 1
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if found:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_POLL_SECONDS)
+        return True
 
 
-def mark(pid: int, name: str) -> None:
+def mark(pid: int, limit: int) -> None:
     """Mark a process and what it will start. Where it cannot be, the environment alone says whose it is."""
     try:
-        resource.prlimit(pid, _RLIMIT_LOCKS, (mark_of(name), mark_of(name)))
+        resource.prlimit(pid, _RLIMIT_LOCKS, (limit, limit))
     except ProcessLookupError:
         return
     except (OSError, ValueError) as error:
-        log.warning("subprocess.not_marked", extra={"attempt_name": name, "error": str(error)})
+        log.warning("subprocess.not_marked", extra={"pid": pid, "error": str(error)})
 
 
 def earlier_names(attempt: AttemptId, dag_id: str, task_id: str) -> list[str]:
@@ -49,17 +85,6 @@ def earlier_names(attempt: AttemptId, dag_id: str, task_id: str) -> list[str]:
     for number in range(max(1, attempt.try_number - _MOST_TRIES), attempt.try_number):
         before += [AttemptId(attempt.task_instance_id, number, launch) for launch in range(1, _MOST_LAUNCHES + 1)]
     return [attempt_name(one, dag_id, task_id) for one in before]
-
-
-def processes_of(*names: str) -> Iterator[int]:
-    """Every process that descends from the agents of these attempts and has not ended."""
-    limits = {str(mark_of(name)).encode() for name in names}
-    marks = {f"{ATTEMPT_NAME}={name}".encode() for name in names}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (_has_limit(entry, limits) or _has_variable(entry, marks)):
-            with contextlib.suppress(OSError):
-                if (entry / "stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X"):
-                    yield int(entry.name)
 
 
 def _has_limit(process: Path, limits: Collection[bytes]) -> bool:
@@ -74,19 +99,3 @@ def _has_variable(process: Path, marks: set[bytes]) -> bool:
     with contextlib.suppress(OSError):
         return not marks.isdisjoint((process / "environ").read_bytes().split(b"\0"))
     return False
-
-
-def kill_processes_of(*names: str, patience_seconds: float = 5.0) -> bool:
-    """SIGKILL all of them, again until none is found twice in a row (they may fork); whether they are all gone."""
-    deadline, absent = time.monotonic() + patience_seconds, 0
-    while absent < 2:
-        found = list(processes_of(*names))
-        absent = 0 if found else absent + 1
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        if found:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_POLL_SECONDS)
-    return True

@@ -17,7 +17,7 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord
 from leoflow_celery.executors.base import FailureReporter
 from leoflow_celery.executors.subprocess.directory import AttemptDirectory, all_attempts
-from leoflow_celery.executors.subprocess.processes import kill_processes_of
+from leoflow_celery.executors.subprocess.processes import Processes
 
 log = logging.getLogger(__name__)
 _LAST_LINES, _LAST_LINE_CHARACTERS = 50, 2_000
@@ -73,8 +73,8 @@ def _how(exit_code: int | None) -> str:
 class Settler:
     """Settles attempts one after the other in a thread of its own: a reporter may wait for its broker."""
 
-    def __init__(self, reporter: FailureReporter | None) -> None:
-        self._reporter = reporter
+    def __init__(self, processes: Processes, reporter: FailureReporter | None) -> None:
+        self._processes, self._reporter = processes, reporter
         self._overran: dict[str, int] = {}
         self._queue: queue.SimpleQueue[Exited | Path | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="leoflow-settler", daemon=True)
@@ -90,7 +90,7 @@ class Settler:
 
     def settle_leftover(self, directory: AttemptDirectory) -> bool:
         """Report what an earlier agent left in a directory we hold; True when the attempt has ended by its word."""
-        if not kill_processes_of(directory.path.name):
+        if not self._processes.kill(directory.path.name):
             raise TimeoutError(f"processes of {directory.path.name} are still there although they were killed")
         record = directory.record()
         self._report(directory, directory.attempt(), settle(record, None, seen=False))
@@ -130,7 +130,7 @@ class Settler:
     def _settle_exit(self, exited: Exited) -> None:
         if exited.code != 0:
             # Before the lock: a foreign agent may have leaked it to what it left running.
-            kill_processes_of(exited.path.name)
+            self._processes.kill(exited.path.name)
         exited.started.wait()
         directory = AttemptDirectory.acquire_existing(exited.path)
         if directory is None:

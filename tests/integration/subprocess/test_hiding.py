@@ -72,6 +72,23 @@ def test_the_next_launch_starts_when_what_hides_is_gone(plane, killed_worker, ma
     wait_until(lambda: attempts(tmp_path) == [])
 
 
+def test_another_system_with_the_same_ids_is_left_alone(plane, make_executor, launch, reports, tmp_path):
+    """Two systems on a host, each with a state directory of its own; ids are unique within a system only."""
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint="echo $$; sleep 300")
+    theirs = make_executor(state_dir=str(tmp_path / "state"))
+    agent = psutil.Process(int(theirs.execute(launch()).details["pid"]))
+    wait_until(lambda: plane.text("stdout"))
+    user = psutil.Process(int(plane.text("stdout")[0]))
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint="true")
+    ours = make_executor(state_dir=str(tmp_path / "ours"))
+    assert ours.execute(launch()).already is False
+    wait_until(lambda: list((tmp_path / "ours" / "attempts").iterdir()) == [])
+    ours.execute(launch(launch=2))
+    wait_until(lambda: list((tmp_path / "ours" / "attempts").iterdir()) == [])
+    assert all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in (agent, user))
+    assert reports == []
+
+
 def test_a_task_that_rewrites_whose_it_is_changes_nobody_elses_attempt(plane, make_executor, launch, reports, tmp_path):
     other = json.dumps(AttemptId("victim").to_json())
     done = json.dumps({"attempt": "victim", "state": "success", "exit_code": 0})

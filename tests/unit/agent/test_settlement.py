@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord
-from leoflow_celery.executors.subprocess.directory import as_utf8
+from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.executors.subprocess.directory import as_utf8, system_id
 from leoflow_celery.executors.subprocess.environment import inherited, staging_dir
-from leoflow_celery.executors.subprocess.processes import earlier_names
+from leoflow_celery.executors.subprocess.processes import Processes, earlier_names
 from leoflow_celery.executors.subprocess.settlement import settle
 
 
@@ -96,3 +99,23 @@ def test_earlier_launches_and_tries_are_named():
         assert attempt_name(earlier, "d", "t") in names
     assert attempt_name(attempt, "d", "t") not in names
     assert earlier_names(AttemptId("ti"), "d", "t") == []
+
+
+def test_workers_that_start_together_agree_on_the_systems_id(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        ids = set(pool.map(lambda _: system_id(tmp_path), range(64)))
+    assert len(ids) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["system"]
+
+
+def test_an_id_that_is_not_ours_is_said(tmp_path):
+    (tmp_path / "system").write_text("")
+    with pytest.raises(ConfigurationError, match=r"LEOFLOW_SUBPROCESS_STATE_DIR .*/system does not hold 32"):
+        system_id(tmp_path)
+
+
+def test_two_systems_mark_the_same_attempt_in_another_way():
+    ours, theirs = Processes("a" * 32), Processes("b" * 32)
+    assert ours.limit("leoflow-d-t-1-x") != theirs.limit("leoflow-d-t-1-x")
+    assert ours.variable("leoflow-d-t-1-x") != theirs.variable("leoflow-d-t-1-x")
+    assert 0 < ours.limit("leoflow-d-t-1-x") < 1 << 63
