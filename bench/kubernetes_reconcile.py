@@ -12,9 +12,11 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -85,8 +87,11 @@ def launches(number: int) -> list[LaunchSpec]:
 
 def create_pods(api: KubernetesApi, specs: Sequence[LaunchSpec], threads: int) -> None:
     """One by the executor itself, all others as copies with their own identity, and all of them running."""
-    settings = Settings(kubernetes=KubernetesSettings(namespace=api.namespace, agent_environment="plain"))
-    executor = create_executor(ExecutorType.KUBERNETES, settings, lambda *_: None)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as policy:
+        policy.write("allow: {fields: [spec.schedulerName]}")
+        policy.flush()
+        of_pods = KubernetesSettings(namespace=api.namespace, agent_environment="plain", policy=Path(policy.name))
+        executor = create_executor(ExecutorType.KUBERNETES, Settings(kubernetes=of_pods), lambda *_: None)
     executor.execute(specs[0])
     first = specs[0]
     text = json.dumps(blank(api.get(api.pods_path(first.name), operation="get_pod")))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Self
 
-from leoflow_celery.errors import LeoflowError
+from leoflow_celery.errors import LeaseLost, LeoflowError
 
 log = logging.getLogger(__name__)
 #: What differs between two tellings of one cause: addresses of objects, ports, times.
@@ -106,3 +107,54 @@ class Periodic:
 
     def __exit__(self, *_: object) -> None:
         self.stop(wait_seconds=None)
+
+
+class RenewedLease:
+    """A lease that a thread renews for as long as the block takes. True while it is held.
+
+    Its server judges by its own clock when it runs out. Whoever cannot reach the server counts the time since his last
+    renewal himself, and takes the lease for lost when it would have run out there.
+    """
+
+    def __init__(self, name: str, ttl_seconds: float, renew: Callable[[], bool] | None) -> None:
+        """``renew`` tells whether the lease is still ours; None for one that was never got."""
+        self._name, self._ttl_seconds, self._renew = name, ttl_seconds, renew
+        self._lost = renew is None
+        self._renewed_at = time.monotonic()
+        self._renewals = Periodic(
+            self._turn,
+            ttl_seconds / 3,
+            name=f"leoflow-lease-{name}",
+            failed="lease.not_renewed",
+            fields={"lease": name},
+            at_once=False,
+        )
+
+    def __bool__(self) -> bool:
+        return not self._lost and time.monotonic() - self._renewed_at < self._ttl_seconds
+
+    def check(self) -> None:
+        """Go on only while it is held.
+
+        Raises:
+            LeaseLost: it ran out, or somebody else has it.
+        """
+        if not self:
+            raise LeaseLost(f"lease {self._name!r} was lost; another worker goes on")
+
+    def _turn(self) -> None:
+        asked_at = time.monotonic()
+        if self._renew is None or not self._renew():
+            self._lost = True
+            log.warning("lease.lost", extra={"lease": self._name})
+            self._renewals.stop()
+        else:
+            self._renewed_at = asked_at
+
+    def __enter__(self) -> Self:
+        if self:
+            self._renewals.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._renewals.stop(wait_seconds=None)

@@ -18,6 +18,7 @@
     ├── DecryptionFailed                a payload sealed with a key this process does not have
     ├── ClaimRefused              the attempt may not run (again): terminal, superseded or held
     ├── Fenced                    the writer no longer holds the attempt
+    ├── LeaseLost                 the worker no longer holds the lease of what it does
     ├── XComRejected              payload_too_large, schema_mismatch or invalid_xcom
     ├── LaunchError               an executor could not start the attempt
     │   ├── TransientLaunchError  try again, after ``retry_after_seconds`` when the server said so
@@ -78,6 +79,10 @@ class Unavailable(LeoflowError):
     """A server did not answer. The same call may work later."""
 
 
+class LeaseLost(LeoflowError):
+    """The worker no longer holds the lease of what it does: another one may be doing it."""
+
+
 class BrokerUnavailable(Unavailable):
     """The Celery broker did not answer."""
 
@@ -111,6 +116,10 @@ class InvalidToken(LeoflowError):
 
 class DecryptionFailed(LeoflowError):
     """A sealed payload cannot be opened with the keys this process has."""
+
+
+class MessageExpired(LeoflowError):
+    """A message was good for some time, which is over: the next one is there, or soon will be."""
 
 
 class ClaimRefused(LeoflowError):

@@ -68,6 +68,12 @@ METRICS: dict[str, Metric] = {
     "leoflow_messages_refused_total": Metric(
         "counter", "Messages that a worker refused, by what is wrong with them.", ("queue", "kind")
     ),
+    "leoflow_messages_expired_total": Metric(
+        "counter", "Messages that were not run because they had expired.", ("queue",)
+    ),
+    "leoflow_clock_offset_seconds": Metric(
+        "gauge", "How far this process's clock is ahead of a server's.", ("server",)
+    ),
     "leoflow_dead_letters": Metric("gauge", "Dead letters that are kept."),
     "leoflow_dead_letters_dropped_total": Metric("counter", "Dead letters that went to make room for newer ones."),
     "leoflow_claims_total": Metric("counter", "Claims, by granted or the reason of the refusal.", ("result",)),
@@ -131,7 +137,7 @@ def _count(name: str, *labels: str) -> None:
 
 
 def _observe(name: str, value: float, *labels: str) -> None:
-    # Times are differences between clocks of several hosts and may come out slightly negative.
+    # A clock that was set back makes a difference negative.
     _registered().of(name, *labels).observe(max(value, 0.0))
 
 
@@ -235,6 +241,16 @@ def set_queue_oldest_age(queue: str, seconds: float) -> None:
 def record_refused(queue: str, kind: str) -> None:
     """A worker refused a message of a queue (``decoder.Kind``)."""
     _count("leoflow_messages_refused_total", queue, kind)
+
+
+def record_expired(queue: str) -> None:
+    """A message of a queue was not run: it had expired."""
+    _count("leoflow_messages_expired_total", queue)
+
+
+def set_clock_offset(server: str, seconds: float) -> None:
+    """How far this process's clock is ahead of the clock of ``broker`` or ``database``."""
+    _set("leoflow_clock_offset_seconds", seconds, server)
 
 
 def set_dead_letters(number: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -167,6 +168,7 @@ class LeaseKeeper:
         self._held: dict[str, AttemptId] = {}
         self._must_stop: set[str] = set()
         self._lock = threading.Lock()
+        self._tried_at = time.monotonic()
         self._renewals = Periodic(
             self.renew,
             lease_seconds / _RENEWALS_PER_LEASE,
@@ -178,6 +180,8 @@ class LeaseKeeper:
     def hold(self, holder: str, attempt: AttemptId) -> None:
         """Renew this claim until ``release``."""
         with self._lock:
+            if not self._held:
+                self._tried_at = time.monotonic()
             self._held[holder] = attempt
         self._renewals.start()
 
@@ -187,7 +191,13 @@ class LeaseKeeper:
             self._must_stop.discard(holder)
 
     def must_stop(self, holder: str) -> bool:
-        """Whether the claim was lost or the attempt was cancelled."""
+        """Whether the claim was lost or the attempt was cancelled.
+
+        A process that did nothing for as long as a lease (it was stopped, or its machine was) asks before it answers.
+        One whose database is away has tried meanwhile, and goes on.
+        """
+        if time.monotonic() - self._tried_at > self._lease_seconds:
+            self._renewals.turn()
         return holder in self._must_stop
 
     def renew(self) -> None:
@@ -200,9 +210,12 @@ class LeaseKeeper:
 
         with self._lock:
             beats = [Beat(attempt, holder) for holder, attempt in self._held.items()]
-        if not beats:
-            return
-        verdicts = self._heartbeat(beats, self._lease_seconds)
+        try:
+            if not beats:
+                return
+            verdicts = self._heartbeat(beats, self._lease_seconds)
+        finally:
+            self._tried_at = time.monotonic()
         with self._lock:
             self._must_stop |= (verdicts.fenced | verdicts.cancelled) & self._held.keys()
 

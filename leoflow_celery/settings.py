@@ -231,6 +231,9 @@ class KubernetesSettings(BaseSettings):
     connect_timeout_seconds: float = 5
     #: For the server's next word in one call. A list page of 500 pods takes a loaded API server seconds.
     request_timeout_seconds: float = 30
+    #: How long a credential plugin of the kubeconfig may take before it is ended; the launch is then tried again. Those
+    #: of the large clouds take one to three seconds.
+    credential_timeout_seconds: Annotated[float, Field(gt=0)] = 15
     #: Connections kept open. They are opened when threads need them: more than the worker's concurrency costs nothing.
     max_connections: int = 64
     #: How the agent's token and environment reach the pod: a Secret that the pod owns, or plain values in the pod's
@@ -242,6 +245,9 @@ class KubernetesSettings(BaseSettings):
     agent_token: Literal["secret", "exchange"] = "secret"  # noqa: S105 - a place
     #: YAML or JSON of a Pod, merged over our defaults for all pods of this queue (strategic merge); requests go on top.
     pod_template: Path | None = None
+    #: YAML: what a request's pod_override may set beside the safe defaults, what every pod is forced to have, and what
+    #: is refused. Empty: the safe defaults.
+    policy: OptionalPath = None
     #: Containers cannot write but to /tmp, /staging and other volumes.
     read_only_root: bool = False
     service_account: str = ""
@@ -297,6 +303,8 @@ class DockerSettings(BaseSettings):
     network: str = ""
     #: Host directory with one directory per agent CA config map and per task secret, mounted read-only into containers.
     secrets_dir: str = ""
+    #: YAML: which images may run, and the most of each resource that a container may have. Empty: any.
+    policy: OptionalPath = None
     #: How the agent's token and the request's variables reach the container: in a file that the agent removes, or plain
     #: in the container's configuration (for agents that do not know LEOFLOW_AGENT_ENV_FILE).
     agent_environment: Literal["file", "plain"] = "file"
@@ -349,6 +357,10 @@ class LogSettings(BaseSettings):
     root: Path = Field(default_factory=lambda: state_dir() / "logs")
     #: Logs older than this are pruned; 0 keeps them for ever.
     retention_seconds: int = 30 * 24 * 3600
+    #: Of one line on disk, escapes counted: a longer one is cut and says so. Our own agent sends pieces of 16 KiB.
+    max_line_bytes: int = Field(default=65_536, ge=1_024)
+    #: Of the log of one try on disk. The last line says that it is full; what comes later is dropped.
+    max_try_bytes: int = Field(default=256 * 1024 * 1024, ge=65_536)
 
 
 class MaintenanceSettings(BaseSettings):

@@ -83,6 +83,12 @@ ROWS: dict[str, list[Panel]] = {
             text="Each is a dead letter: leoflow dead-letters list.",
         ),
         Panel(
+            "Messages expired",
+            "ops",
+            {"{{queue}}": rate("leoflow_messages_expired_total", "queue")},
+            text="Nobody took them for minutes, or a clock is wrong.",
+        ),
+        Panel(
             "Dead letters",
             "short",
             {
@@ -92,6 +98,12 @@ ROWS: dict[str, list[Panel]] = {
         ),
     ],
     "Agents and gateway": [
+        Panel(
+            "Clocks",
+            "s",
+            {"{{instance}} against the {{server}}": "leoflow_clock_offset_seconds"},
+            text="How far a process's clock is ahead of the broker's and the database's.",
+        ),
         Panel("Claims", "ops", {"{{result}}": rate("leoflow_claims_total", "result")}),
         Panel(
             "Writes of holders without claim",

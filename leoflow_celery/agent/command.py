@@ -10,6 +10,7 @@ from pathlib import Path
 
 from leoflow_celery.agent.config import AgentConfig
 from leoflow_celery.agent.inputs import Inputs
+from leoflow_celery.domain import strict_json
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.protocol import agent_pb2 as pb
 
@@ -56,7 +57,7 @@ def build_command(
     )
     _add_call_args(command, spec.call_args_json, directory)
     _add_xcoms(command, inputs.xcoms, directory)
-    _add_operator(command, spec, config, directory)
+    _add_operator(command, spec, inputs, config, directory)
     _check(command)
     return command
 
@@ -115,7 +116,7 @@ def _as_text(value: bytes) -> str | None:
     return None if "\x00" in text else text
 
 
-def _add_operator(command: Command, spec: pb.TaskSpec, config: AgentConfig, directory: Path) -> None:
+def _add_operator(command: Command, spec: pb.TaskSpec, inputs: Inputs, config: AgentConfig, directory: Path) -> None:
     match spec.operator:
         case "python":
             command.argv = [config.python, "-m", "leoflow_runtime", spec.entrypoint]
@@ -130,13 +131,15 @@ def _add_operator(command: Command, spec: pb.TaskSpec, config: AgentConfig, dire
         case "http_api":
             # -I: no module beside the user's code can stand in for one of ours.
             command.argv = [sys.executable, "-I", "-m", "leoflow_celery.executors.inline_http"]
-            _add_http_request(command, spec, directory)
+            _add_http_request(command, spec, inputs.xcoms, directory)
         case other:
             raise InvalidRequest(f"operator {other!r} is not known to this agent: python, bash or http_api", "operator")
 
 
-def _add_http_request(command: Command, spec: pb.TaskSpec, directory: Path) -> None:
+def _add_http_request(command: Command, spec: pb.TaskSpec, xcoms: Mapping[str, bytes], directory: Path) -> None:
     text = spec.extra.fields["http_request"].string_value
+    if "{{" in text:
+        text = _filled(text, spec, xcoms)
     command.env["LEOFLOW_TRY_NUMBER"] = str(spec.try_number or 1)
     command.env["LEOFLOW_TIMEOUT_SECONDS"] = str(spec.execution_timeout_seconds)
     if len(text.encode()) <= MAX_STRING_BYTES:
@@ -145,6 +148,23 @@ def _add_http_request(command: Command, spec: pb.TaskSpec, directory: Path) -> N
     path = str(directory / "http_request.json")
     command.files[path] = text.encode()
     command.env["LEOFLOW_HTTP_REQUEST_PATH"] = path
+
+
+def _filled(text: str, spec: pb.TaskSpec, xcoms: Mapping[str, bytes]) -> str:
+    """The call with its values, as the inline worker fills it."""
+    from leoflow_celery.domain.http_call import TemplateError, Values  # these cost a start that needs none of them
+    from leoflow_celery.domain.request import HttpRequest
+
+    try:
+        parsed = {name: strict_json.parse(value) for name, value in xcoms.items()}
+    except ValueError as error:
+        raise InvalidRequest(f"xcom_input: a value is not JSON: {error}; correct its task", "xcom_input") from error
+    args = json.loads(spec.call_args_json or "{}")
+    try:
+        values = Values(args, spec.environment, parsed, spec.xcom_input_mapping)
+        return HttpRequest.model_validate_json(text).filled(values).model_dump_json()
+    except TemplateError as error:
+        raise InvalidRequest(str(error), error.field) from None
 
 
 def _script(command: Command, text: str, directory: Path) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import bootsteps
-from celery.signals import after_task_publish, worker_shutdown
+from celery.signals import after_task_publish, task_revoked, worker_shutdown
 
 from leoflow_celery import metrics
 from leoflow_celery.app.logging import show_fields
@@ -22,9 +22,11 @@ from leoflow_celery.errors import ConfigurationError
 log = logging.getLogger(__name__)
 #: As often as a worker's heartbeats.
 _TOUCH_SECONDS = 2.0
+_MAX_QUEUE_CHARACTERS = 255
 #: Of tasks' modules, by name: a worker loads only what its queues need. Workers of launch queues never import SQL.
 _GAUGES = "leoflow_celery.tasks.gauges:Gauges"
 _LAUNCH_COLLECTOR = "leoflow_celery.tasks.results:LaunchCollector"
+_READ_CLOCKS = "leoflow_celery.app.clocks:ReadClocks"
 _BACK_END_PRESENCE = "leoflow_celery.tasks.back_end_presence:BackEndPresence"
 
 
@@ -34,6 +36,23 @@ class LogFields(bootsteps.Step):
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         show_fields()
+
+
+class BackEndFiles(bootsteps.Step):
+    """Reads the files that an executor's settings name: a worker whose launches would all fail does not start."""
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        # Not when a module is imported: only a worker of these queues has the files, and the clients of the servers.
+        from leoflow_celery.executors.registry import BACK_ENDS, check_executor
+
+        consumed = worker.app.amqp.queues.consume_from
+        for executor_type in BACK_ENDS:
+            if QUEUE_OF[executor_type] in consumed:
+                try:
+                    check_executor(executor_type, worker.app.settings)
+                except ConfigurationError as error:
+                    raise SystemExit(f"the worker does not start: {error}") from error
 
 
 class MetricsEndpoint(bootsteps.StartStopStep):
@@ -98,9 +117,22 @@ class CloseServices(bootsteps.Step):
         self._app.close_services()
 
 
+@task_revoked.connect
+def note_expired(request: Any = None, expired: bool = False, **_: Any) -> None:
+    """A message that its publisher let expire is not run: counted and said, since the reason may be a clock."""
+    if expired and request is not None:
+        record_expired(str((request.delivery_info or {}).get("routing_key") or ""), request.task, request.id)
+
+
+def record_expired(queue: str, task: str, celery_task_id: str) -> None:
+    """Count and log a message that was not run because it had expired."""
+    metrics.record_expired(queue[:_MAX_QUEUE_CHARACTERS])
+    log.warning("message.expired", extra={"queue": queue, "task": task, "celery_task_id": celery_task_id})
+
+
 def steps_of(queues: Sequence[str]) -> dict[str, set[Any]]:
     """The extra steps of a worker of these queues, by blueprint: classes, or where to find them."""
-    worker: set[Any] = {LogFields, MetricsEndpoint, CloseServices}
+    worker: set[Any] = {LogFields, BackEndFiles, MetricsEndpoint, CloseServices, _READ_CLOCKS}
     consumer: set[Any] = {AliveFile}
     if MAINTENANCE_QUEUE in queues:
         worker.add(_GAUGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -51,8 +52,8 @@ def list_letters(as_json: JsonOption = False) -> None:
 
 
 def _printable(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Who can write to the broker can write a letter: nothing of it commands a terminal."""
-    from leoflow_celery.queueing.decoder import printable
+    """Who can write to the broker can write a letter: of bounded length."""
+    from leoflow_celery.domain.fields import printable
 
     return [tuple(printable(cell, 1_000) for cell in row) for row in rows]
 
@@ -69,7 +70,12 @@ def show(
     with _opened() as (letters, _):
         letter = letters.get(letter_id)
         if body:
-            typer.echo(letters.message(letter))
+            from leoflow_celery.domain.fields import printable
+
+            body_text = letters.message(letter)
+            # Exact for a file or a pipe; a terminal gets nothing that it obeys.
+            is_shown = sys.stdout.isatty()
+            typer.echo(printable(body_text.decode(errors="replace"), keep="\n\t") if is_shown else body_text)
             return
     if as_json:
         echo_json(_json(letter))

@@ -25,7 +25,9 @@ class Finding:
         return asdict(self)
 
 
-CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "exchange")
+CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange")
+#: More is worth a look: nothing here depends on it, but logs, tokens and people do.
+_CLOCK_SECONDS = 5.0
 
 
 def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CHECKS) -> list[Finding]:
@@ -49,6 +51,8 @@ def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CH
         findings.append(_workers(settings, findings))
     if "backends" in only:
         findings.append(_back_ends(settings, findings))
+    if "clocks" in only:
+        findings.append(_clocks(settings, findings))
     if "exchange" in only and (settings.kubernetes.exchanges_tokens or len(only) < len(CHECKS)):
         findings.append(_guarded("exchange", lambda: check_exchange(settings)))
     return findings
@@ -64,6 +68,12 @@ def _back_ends(settings: Settings, before: list[Finding]) -> Finding:
     if any(finding.check == "database" and not finding.ok for finding in before):
         return Finding("backends", False, "not asked: the database knows who announced itself")
     return _guarded("backends", lambda: check_back_ends(settings))
+
+
+def _clocks(settings: Settings, before: list[Finding]) -> Finding:
+    if any(finding.check in ("broker", "database") and not finding.ok for finding in before):
+        return Finding("clocks", False, "not compared: the database or the broker does not answer")
+    return _guarded("clocks", lambda: check_clocks(settings))
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
@@ -258,6 +268,36 @@ def check_back_ends(settings: Settings) -> Finding:
         return Finding("backends", True, f"none is needed: the {standard} executor runs tasks in its own worker")
     names = ", ".join(map(str, back_ends))
     return Finding("backends", True, f"{names} announced within the last {seconds} s")
+
+
+def check_clocks(settings: Settings) -> Finding:
+    """How far the clocks of this host, of the servers and of every process are apart."""
+    from leoflow_celery.app.clocks import broker_now, offsets
+    from leoflow_celery.clock import ServerClock
+    from leoflow_celery.services import Services
+
+    services, database, broker = Services(settings), ServerClock(), ServerClock()
+    try:
+        database.read(services.store.now)
+        # "own" cancels out: what is left is how far the servers are apart.
+        here = {"database": database.offset_seconds or 0.0}
+        if broker_now(services) is not None:
+            broker.read(lambda: broker_now(services) or 0.0)
+            here["broker"] = broker.offset_seconds or 0.0
+        said = offsets(services)
+    finally:
+        services.close()
+    measured = {f"this host against the {server}": seconds for server, seconds in here.items()}
+    if "broker" in here:
+        measured["the broker against the database"] = here["database"] - here["broker"]
+    measured |= {f"{one.process} against the broker": one.broker for one in said}
+    measured |= {f"{one.process} against the database": one.database for one in said if one.database is not None}
+    wrong = {name: seconds for name, seconds in measured.items() if abs(seconds) > _CLOCK_SECONDS}
+    if wrong:
+        texts = ", ".join(f"{name} {seconds:+.1f} s" for name, seconds in wrong.items())
+        return Finding("clocks", False, f"{texts} (limit {_CLOCK_SECONDS:.0f} s); let NTP set these hosts' clocks")
+    largest = max(map(abs, measured.values()))
+    return Finding("clocks", True, f"{len(said)} processes and this host differ by {largest:.1f} s at the most")
 
 
 def check_exchange(settings: Settings) -> Finding:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leoflow_celery.cli.output import echo_json, iso, log_line, note, seconds_text, table, view_json
+from leoflow_celery.cli.output import echo, echo_json, iso, json_text, log_line, note, seconds_text, table, view_json
 from leoflow_celery.cli.target import JsonOption, Target, TargetArgument, TenantOption, TryOption
 from leoflow_celery.errors import NotFound
 
@@ -110,11 +110,11 @@ def logs(
         count = 0
         for line in lines:
             count += 1
-            typer.echo(json.dumps(line, ensure_ascii=False) if as_json else log_line(line))
+            typer.echo(json_text(line) if as_json else log_line(line))
         if not count and (tail := _tail(client, view)):
             note("no line was shipped; these are the last ones its executor found")
             for line in tail:
-                typer.echo(json.dumps(line, ensure_ascii=False) if as_json else log_line(line))
+                typer.echo(json_text(line) if as_json else log_line(line))
             return
     if not count:
         note(f"no log lines of {view.task_id!r}, try {view.try_number} (state {view.state})")
@@ -155,7 +155,7 @@ def xcom(
         )
         return
     for task, name, value, _ in chosen:
-        typer.echo(f"{task}.{name} = {json.dumps(value, ensure_ascii=False)}")
+        echo(f"{task}.{name} = {json.dumps(value, ensure_ascii=False)}")
     if not chosen:
         note("no XCom values (never pushed, or expired)")
 
@@ -172,6 +172,6 @@ def cancel(
         echo_json([view_json(view) for view in asked])
         return
     for view in asked:
-        typer.echo(f"asked {view.task_id} (try {view.try_number}) to stop")
+        echo(f"asked {view.task_id} (try {view.try_number}) to stop")
     if not asked:
         note("nothing to cancel: every task named has ended")

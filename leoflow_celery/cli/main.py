@@ -17,6 +17,7 @@ import typer
 from leoflow_celery.agent.linux import hide_from_our_user
 from leoflow_celery.cli import dead_letters, inspect, runs, serve, setup, staging
 from leoflow_celery.cli.lite import commands as lite
+from leoflow_celery.cli.output import note
 from leoflow_celery.errors import LeoflowError
 
 EXIT_USER_ERROR = 2
@@ -85,7 +86,7 @@ def main() -> None:
     try:
         app()
     except LeoflowError as error:
-        typer.echo(f"leoflow: {' '.join(str(error).split())}", err=True)
+        note(f"leoflow: {' '.join(str(error).split())}")
         sys.exit(EXIT_USER_ERROR)
 
 

@@ -34,14 +34,36 @@ _PIPE_WIDTH = 240
 _UNBROKEN = frozenset({"task", "task instance"})
 
 
+def visible(text: str) -> str:
+    """Text that others chose, as a terminal may show it: nothing moves, hides, reverses or commands. Tabs stay."""
+    from leoflow_celery.domain.fields import printable  # with pydantic: --help pays for none of it
+
+    return printable(text, keep="\t")
+
+
+def echo(text: str) -> None:
+    """A line of text on stdout."""
+    typer.echo(visible(text))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON without a character that a terminal obeys; a reader finds the same value in it."""
+    from leoflow_celery.domain.fields import is_printable
+
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    if is_printable(text.replace("\n", "")):
+        return text
+    return "".join(one if one == "\n" or is_printable(one) else json.dumps(one)[1:-1] for one in text)
+
+
 def echo_json(value: Any) -> None:
     """One JSON document on stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json_text(value, indent=2))
 
 
 def note(text: str) -> None:
     """A remark for the person at the terminal: stderr, so that stdout stays data."""
-    typer.echo(text, err=True)
+    typer.echo(visible(text), err=True)
 
 
 def iso(seconds: float | None) -> str | None:
@@ -77,8 +99,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         found.add_column(column, overflow="fold", no_wrap=column in _UNBROKEN)
     for row in rows:
         # Text, not markup: a message may hold square brackets.
-        found.add_row(*(Text(cell, style=STATE_STYLE.get(cell, "")) for cell in row))
-    console.print(Text(title, style="bold"), found, sep="\n")
+        found.add_row(*(Text(visible(cell), style=STATE_STYLE.get(cell, "")) for cell in row))
+    console.print(Text("\n".join(map(visible, title.split("\n"))), style="bold"), found, sep="\n")
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -94,4 +116,4 @@ def log_line(line: dict[str, Any]) -> str:
     """A task's log line for people: time, level, stream when it says more, text."""
     time_of_day = str(line.get("ts", ""))[11:23]
     stream = f" [{line['stream']}]" if line.get("stream") in ("agent", "tail") else ""
-    return f"{time_of_day} {str(line.get('level', '')).upper():<7}{stream} {line.get('msg', '')}"
+    return visible(f"{time_of_day} {str(line.get('level', '')).upper():<7}{stream} {line.get('msg', '')}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from leoflow_celery.cli.output import STATE_STYLE, note, seconds_text
+from leoflow_celery.cli.output import STATE_STYLE, note, seconds_text, visible
 from leoflow_celery.driver import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ class LiveProgress:
         from rich.text import Text
 
         done = sum(row.state in _DONE for row in self._rows.values())
-        title = Text(f"{self._title}  {done} of {len(self._rows)} done", style="italic")
-        waiting = [Text(f"waiting: {self._waiting}", style="yellow")] if self._waiting else []
+        title = Text(f"{visible(self._title)}  {done} of {len(self._rows)} done", style="italic")
+        waiting = [Text(f"waiting: {visible(self._waiting)}", style="yellow")] if self._waiting else []
         return Group(title, self._table(), *waiting)
 
     def _table(self) -> Table:
@@ -128,7 +128,7 @@ class LiveProgress:
         for task_id, row in self._chosen(max(3, self._console.height - 5)):
             seconds = self._clock() - row.since if row.state == "running" else row.seconds
             cells = (task_id, row.state, str(row.try_number), seconds_text(seconds), row.note)
-            found.add_row(*(Text(cell, style=STATE_STYLE.get(cell, "")) for cell in cells))
+            found.add_row(*(Text(visible(cell), style=STATE_STYLE.get(cell, "")) for cell in cells))
         return found
 
     def _chosen(self, room: int) -> list[tuple[str, _Row]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leoflow_celery.cli.output import echo_json, note, view_json
+from leoflow_celery.cli.output import echo, echo_json, note, view_json
 from leoflow_celery.cli.target import JsonOption, TenantOption
 from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
 from leoflow_celery.errors import InvalidRequest
@@ -106,7 +106,7 @@ def report(client: Client, dag: Dag, run_id: str, tenant_id: str) -> None:
         text = json.dumps(value, ensure_ascii=False)
         if len(text) > _SHOWN_VALUE_CHARACTERS:
             text = f"{text[:_SHOWN_VALUE_CHARACTERS]}… ({len(text)} characters, 'leoflow xcom' has all)"
-        typer.echo(f"{task_id}.{key} = {text}")
+        echo(f"{task_id}.{key} = {text}")
     for view in client.task_instances(dag.dag_id, run_id, tenant_id):
         if view.state is TaskState.FAILED:
             lines = list(client.logs(dag.dag_id, run_id, view.task_id, view.try_number, tenant_id))
@@ -132,7 +132,7 @@ def submit(
         echo_json(view_json(view))
     else:
         why = f" - {view.reason}: {view.message}" if view.reason else ""
-        typer.echo(f"{view.task_instance_id} try {view.try_number}: {state}{why} (Celery id {handle.id})")
+        echo(f"{view.task_instance_id} try {view.try_number}: {state}{why} (Celery id {handle.id})")
     if wait and state is not TaskState.SUCCESS:
         raise typer.Exit(1)
 

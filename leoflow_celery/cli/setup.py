@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from leoflow_celery.cli.output import echo_json
+from leoflow_celery.cli.output import echo_json, visible
 from leoflow_celery.cli.target import JsonOption
 
 
@@ -91,6 +91,6 @@ def doctor(
     else:
         for finding in findings:
             mark = typer.style("ok  ", fg="green") if finding.ok else typer.style("FAIL", fg="red")
-            typer.echo(f"{mark} {finding.check:<9} {finding.sentence}")
+            typer.echo(f"{mark} {finding.check:<9} {visible(finding.sentence)}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)

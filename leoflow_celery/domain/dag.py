@@ -92,6 +92,10 @@ class TaskSpec(Frozen):
         if self.type is Operator.HTTP_API:
             if self.http_request is None:
                 raise ValueError("http_request: is missing; an http_api task needs one with method and url")
+            if self.entrypoint:
+                raise ValueError("entrypoint: an http_api task runs no code; remove it, or set another type")
+            has_agent = self.mode == "pod"
+            self.http_request.check_values(self.call_args, self.env, self.xcom_input, self.secrets, has_agent=has_agent)
             return self
         if self.http_request is not None:
             raise ValueError(f"http_request: a {self.type} task makes no call; remove it or set type http_api")
@@ -261,7 +265,7 @@ def task_request(
             resources=task.resources,
             execution=task.execution,
             timeout_seconds=timeout,
-            source=dag.source,
+            source="" if task.type is Operator.HTTP_API else dag.source,
             http_request=task.http_request,
             execution_mode=task.mode,
             xcom_input=task.xcom_input,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, JsonValue
 
 from leoflow_celery.domain import strict_json
+from leoflow_celery.domain.pod_fields import item_path, misfit
 from leoflow_celery.domain.quantity import parse_quantity
 from leoflow_celery.domain.schema import check_schema
 
@@ -33,6 +34,18 @@ _UNPRINTABLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _CLAIM_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 #: Of a Pod object; the API server would drop any other key, and say nothing.
 _POD_KEYS = frozenset({"apiVersion", "kind", "metadata", "spec"})
+#: How an agent is run is for its image and its executor to say: a request that could would break it, or take it over.
+_CONTROL_PREFIXES = ("LEOFLOW_AGENT_", "LEOFLOW_CALL_ARGS_", "LEOFLOW_XCOM_", "LEOFLOW_XCOMFILE_", "LEOFLOW_WARM_")
+_CONTROL_NAMES = frozenset(
+    {
+        *("LEOFLOW_CONTROL_PLANE_ADDR", "LEOFLOW_TASK_INSTANCE_ID", "LEOFLOW_ATTEMPT_NAME", "LEOFLOW_POD_NAME"),
+        *("LEOFLOW_TERMINATION_LOG", "LEOFLOW_STAGING_DIR", "LEOFLOW_SOURCE_DIR", "LEOFLOW_RETURN_VALUE_PATH"),
+        *("LEOFLOW_REASON_PATH", "LEOFLOW_HTTP_REQUEST_JSON", "LEOFLOW_HTTP_REQUEST_PATH", "LEOFLOW_TRY_NUMBER"),
+        *("LEOFLOW_TIMEOUT_SECONDS", "LEOFLOW_MAX_ATTEMPTS_PER_WORKER", "LEOFLOW_MAX_WORKER_LIFETIME_SECONDS"),
+    }
+)
+#: The two that only say how patient one's own agent is and what it keeps on disk, with the least that it takes.
+_TUNING = {"LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS": 0.0, "LEOFLOW_AGENT_SPOOL_BYTES": 65_536.0}
 _NAME_RULE = "a name may hold no '=', NUL or half a surrogate pair and not be empty"
 
 
@@ -56,11 +69,20 @@ def is_printable(text: str) -> bool:
     return not any(unicodedata.category(character) in _UNPRINTABLE_CATEGORIES for character in text)
 
 
-def printable(text: str) -> str:
-    """The text with every character that ``is_printable`` refuses written as its escape."""
+def printable(text: str, characters: int | None = None, keep: str = "") -> str:
+    """The text with every character that ``is_printable`` refuses, but for those to ``keep``, written as its escape.
+
+    At most so many of its ``characters`` are shown.
+    """
+    if characters is not None and len(text) > characters:
+        return f"{printable(text[:characters], keep=keep)}…"
     if is_printable(text):
         return text
-    return "".join(one if is_printable(one) else one.encode("unicode_escape").decode() for one in text)
+    return "".join(one if one in keep or is_printable(one) else _escape(one) for one in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def _label(value: str) -> str:
@@ -113,6 +135,27 @@ def _variable_name(value: str) -> str:
     return _label(value)
 
 
+def control_variable_problem(name: str, value: Any) -> str:
+    """Why a task's variable of this name cannot be: a sentence with the fix, or nothing. The value is not quoted."""
+    if name in _TUNING:
+        if not isinstance(value, str) or _is_number(value, _TUNING[name]):
+            return ""
+        return f"variable {name!r}: its value must be a number of at least {_TUNING[name]:g}"
+    if name in _CONTROL_NAMES or name.startswith(_CONTROL_PREFIXES):
+        return (
+            f"variable {name!r} controls the agent and is set by the executor alone; remove it, or give the variable "
+            "another name"
+        )
+    return ""
+
+
+def _is_number(text: str, at_least: float) -> bool:
+    try:
+        return at_least <= float(text) < float("inf")
+    except ValueError:
+        return False
+
+
 def _environment(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
         if not is_variable_name(name) or not is_storable(text):
@@ -121,12 +164,8 @@ def _environment(value: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"variable {shown!r}: {_NAME_RULE}, a value no NUL or half a surrogate pair")
         if not is_printable(name):
             raise ValueError(f"variable {name!r}: its name holds a control, bidirectional or invisible character")
-    return value
-
-
-def _header(value: str) -> str:
-    if re.search(r"[\r\n]", _text(value)):
-        raise ValueError("is one line of an HTTP message: no line break")
+        if problem := control_variable_problem(name, text):
+            raise ValueError(problem)
     return value
 
 
@@ -140,7 +179,22 @@ def _pod_part(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         raise ValueError(
             f"has the key {unknown[0]!r}; a Pod has metadata and spec: write spec.{unknown[0]}, or the like"
         )
+    if found := misfit(value):
+        raise ValueError(printable(str(found)))
+    for path, name, text in _pod_variables(value):
+        if problem := control_variable_problem(name, text):
+            raise ValueError(f"{printable(path)}: {problem}")
     return value
+
+
+def _pod_variables(part: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Place, name and value of each variable that a part of a Pod, whose kinds were checked, gives a container."""
+    spec = part.get("spec") or {}
+    for kind in ("containers", "initContainers", "ephemeralContainers"):
+        for number, container in enumerate(spec.get(kind) or ()):
+            for one in (container or {}).get("env") or ():
+                if isinstance(one, dict) and isinstance(one.get("name"), str) and one.get("$patch") != "delete":
+                    yield f"{item_path(f'spec.{kind}', number, container)}.env", one["name"], one.get("value")
 
 
 def _schema(value: dict[str, Any]) -> dict[str, Any]:
@@ -152,20 +206,6 @@ def _mount_path(value: str) -> str:
     if value and (not value.startswith("/") or ":" in value):
         raise ValueError("is a directory in the container: an absolute path without a colon, e.g. /secrets")
     return _label(value)
-
-
-def _url(value: str) -> str:
-    if not _names_a_host(_label(value)):
-        raise ValueError("names no host and port that can be called; write for example https://api.example.com:8443/v1")
-    return value
-
-
-def _names_a_host(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets around what is no address, a port that is no number, characters that hide others
-        return False
 
 
 def _parameters(value: dict[str, Item]) -> dict[str, Item]:
@@ -189,9 +229,6 @@ Text = Annotated[str, AfterValidator(_text)]
 #: Text that becomes a name, a label or part of a log line.
 Label = Annotated[str, AfterValidator(_label)]
 Name = Annotated[Label, Field(max_length=MAX_NAME_CHARACTERS)]
-#: The value of an HTTP header.
-Header = Annotated[str, AfterValidator(_header)]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+\S*$", max_length=8_192), AfterValidator(_url)]
 Identifier = Annotated[str, AfterValidator(_identifier)]
 PlainIdentifier = Annotated[str, AfterValidator(_plain_identifier)]
 ClaimName = Annotated[str, AfterValidator(_claim_name)]

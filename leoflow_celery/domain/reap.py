@@ -5,6 +5,7 @@ Times are seconds; ages are measured by the caller against one clock.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from leoflow_celery.domain.reasons import FailureReason
@@ -35,15 +36,25 @@ class Verdict:
     message: str
 
 
-def reap_silent(seconds_since_heartbeat: float | None, policy: ReapPolicy) -> Verdict | None:
-    """agent_lost for a holder whose heartbeats stopped; one that never sent any is left alone (None)."""
-    if seconds_since_heartbeat is None or seconds_since_heartbeat <= policy.heartbeat_timeout_seconds:
-        return None
+def silent_verdict(seconds_since_heartbeat: float | None, policy: ReapPolicy) -> Verdict:
+    """On a holder that was silent for too long. Its claim was the first sign of life, whether or not a heartbeat came.
+
+    None, or a heartbeat that is yet to come: it was of a clock that was set back since.
+    """
+    limit = f"(limit {policy.heartbeat_timeout_seconds:.0f} s)"
+    if seconds_since_heartbeat is None or seconds_since_heartbeat < 0:
+        return Verdict(FailureReason.AGENT_LOST, f"the agent sent no heartbeat after its claim {limit}")
     return Verdict(
-        FailureReason.AGENT_LOST,
-        f"the agent's last heartbeat was {seconds_since_heartbeat:.0f} s ago "
-        f"(limit {policy.heartbeat_timeout_seconds:.0f} s)",
+        FailureReason.AGENT_LOST, f"the agent's last heartbeat was {seconds_since_heartbeat:.0f} s ago {limit}"
     )
+
+
+def age_seconds(since: float, now: float, even_seconds: float) -> float:
+    """How long ago ``since`` was, at least: both are by one clock, which has run evenly for ``even_seconds``.
+
+    What began before the clock was set began no later than that; a time that is yet to come was written before it.
+    """
+    return even_seconds if since > now + 1 and math.isfinite(even_seconds) else min(now - since, even_seconds)
 
 
 def may_judge_silence(listening_seconds: float | None, timeout_seconds: float) -> bool:

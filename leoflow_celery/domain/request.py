@@ -17,7 +17,6 @@ from leoflow_celery.domain.fields import (
     MAX_NAME_CHARACTERS,
     ClaimName,
     Environment,
-    Header,
     Identifier,
     Json,
     JsonObject,
@@ -32,11 +31,11 @@ from leoflow_celery.domain.fields import (
     PodPart,
     Quantity,
     Text,
-    Url,
     VariableName,
     is_printable,
     printable,
 )
+from leoflow_celery.domain.http_call import Headers, TemplateError, Url, Values, check_call, fill
 from leoflow_celery.domain.outcome import storable
 from leoflow_celery.errors import InvalidRequest, RequestTooLarge
 
@@ -106,14 +105,63 @@ class Execution(Frozen):
 
 
 class HttpRequest(Frozen):
-    """The call of an http_api task. ``body`` is any JSON; ``timeout_seconds`` bounds one attempt of the call."""
+    """The call of an http_api task. ``body`` is any JSON; ``timeout_seconds`` bounds one attempt of the call.
+
+    ``url``, header values and the strings of ``body`` may hold placeholders, see ``domain/http_call.py``.
+    """
 
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
     url: Url
-    headers: dict[Label, Header] = Field(default_factory=dict)
+    headers: Headers = Field(default_factory=dict)
     body: Json = None
     timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60
-    success_status_codes: NotEmpty[Annotated[int, Field(ge=100, le=599)]] = (200, 201, 202, 204)
+    success_status_codes: NotEmpty[Annotated[int, Field(ge=200, le=599)]] = (200, 201, 202, 204)
+    #: How often the call is made at the most, when it fails in a way that may pass. None is the executor's own number
+    #: for a call that may be repeated, and 1 for POST and PATCH.
+    attempts: Annotated[int, Field(ge=1, le=10)] | None = None
+    #: Whether results, logs and errors name the URL's path; it may hold a token. Query and user are never named.
+    show_path: bool = False
+
+    @model_validator(mode="after")
+    def _one_authorization(self) -> HttpRequest:
+        has_user = "@" in self.url.partition("://")[2].partition("/")[0].partition("?")[0].partition("#")[0]
+        if has_user and any(name.lower() == "authorization" for name in self.headers):
+            raise PydanticCustomError(
+                "rule", "has a header Authorization beside the user of the url, and one call can carry one; remove one"
+            )
+        return self
+
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether making the call twice is the same as making it once (RFC 9110, 9.2.2)."""
+        return self.method not in ("POST", "PATCH")
+
+    def filled(self, values: Values) -> HttpRequest:
+        """The call with its values, as it is sent.
+
+        Raises:
+            TemplateError: names the field, the value and the fix.
+        """
+        filled = fill(self.url, self.headers, self.body, values)
+        return self.model_copy(update={"url": filled.url, "headers": filled.headers, "body": filled.body})
+
+    def check_values(
+        self,
+        call_args: dict[str, Any],
+        env: dict[str, str],
+        xcom_input: dict[str, str],
+        secrets: tuple[SecretReference, ...],
+        *,
+        has_agent: bool,
+    ) -> None:
+        """Refuse a placeholder that nothing fills, and a value that goes nowhere.
+
+        Raises:
+            TemplateError: names the field, the value and the fix.
+        """
+        names = frozenset(secret.name for secret in secrets)
+        values = Values(call_args, env, xcom_names=xcom_input, secret_names=names)
+        check_call(self.url, self.headers, self.body, values, has_agent=has_agent)
 
 
 class SecretReference(Frozen):
@@ -196,12 +244,25 @@ class TaskRequest(Frozen):
                 if not self.entrypoint.strip():
                     raise _wrong("entrypoint", "is empty; a bash task needs the command to run")
             case Operator.HTTP_API:
-                if self.http_request is None:
-                    raise _wrong("http_request", "is missing; an http_api task needs method and url")
+                self._check_call()
+        if self.http_request is not None and self.operator is not Operator.HTTP_API:
+            raise _wrong("http_request", f"a {self.operator} task makes no call; remove it or set operator http_api")
         if self.operator is not Operator.HTTP_API and (self.execution_mode == "inline" or self.executor == "inline"):
             field = "executor" if self.executor == "inline" else "execution_mode"
             raise _wrong(field, f"'inline' is for http_api tasks; a {self.operator} task is run by an agent")
         return self
+
+    def _check_call(self) -> None:
+        if self.http_request is None:
+            raise _wrong("http_request", "is missing; an http_api task needs method and url")
+        for field in ("entrypoint", "source"):
+            if getattr(self, field):
+                raise _wrong(field, "an http_api task runs no code; remove it, or set another operator")
+        has_agent = self.execution_mode == "pod" or self.executor not in (None, "inline")
+        try:
+            self.http_request.check_values(self.call_args, self.env, self.xcom_input, self.secrets, has_agent=has_agent)
+        except TemplateError as error:
+            raise _wrong(error.field, error.text) from error
 
     @model_validator(mode="after")
     def _task_secret(self) -> TaskRequest:

@@ -32,6 +32,9 @@ QUEUE_OF: dict[ExecutorType, str] = {
 }
 DISPATCH_QUEUE = "dispatch"
 RESULTS_QUEUE = "results"
+#: What is said again every so often expires after this. Celery sets it by the sender's clock and compares it with the
+#: receiver's: minutes, which no two clocks that anybody looks after differ by.
+EXPIRY_SECONDS = 600.0
 MAINTENANCE_QUEUE = "maintenance"
 LAUNCH_QUEUES = tuple(QUEUE_OF.values())
 ALL_QUEUES = (*LAUNCH_QUEUES, DISPATCH_QUEUE, RESULTS_QUEUE, MAINTENANCE_QUEUE)

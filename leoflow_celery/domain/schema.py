@@ -1,86 +1,83 @@
-"""JSON Schemas that users hand over: checked at the door, held against values, and never a reason to fetch anything."""
+"""JSON Schemas that users hand over: checked at the door, held against values, and never a reason to fetch anything.
+
+Both is done by ``schema_engine`` in processes of its own, with a limit of processor time and memory: whoever writes a
+schema chooses how long it takes. Nobody waits for it on an event loop.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from leoflow_celery.confined import Confined, TooCostly
 from leoflow_celery.domain import strict_json
 
-if TYPE_CHECKING:
-    from jsonschema.protocols import Validator
-    from referencing import Registry
+#: As JSON. A schema travels with its request and is compiled in every process that meets it.
+MAX_SCHEMA_BYTES = 131_072
+#: Processor time to compile one, which takes milliseconds, and to hold a value against it, which takes up to a tenth
+#: of a second for 256 KiB.
+COMPILE_CPU_SECONDS = 1.0
+VALUE_CPU_SECONDS = 2.0
+#: Questions at a time in one process: one that is slow keeps nobody else waiting.
+PROCESSES = 2
 
-_SHOWN_CHARACTERS = 200
+_engines: dict[int, Confined] = {}
 
 
 def check_schema(schema: dict[str, Any]) -> None:
     """Refuse what no value can be held against.
 
     Raises:
-        ValueError: it is no JSON Schema, or refers to something that it does not hold itself.
+        ValueError: it is not a JSON Schema, refers to something that it does not hold itself, or costs too much.
+        Unavailable: it cannot be checked now.
     """
     strict_json.check(schema)
-    _validator(json.dumps(schema))
+    text = json.dumps(schema)
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise ValueError(f"has {len(text)} bytes as JSON, the limit is {MAX_SCHEMA_BYTES}; make it smaller")
+    if wrong := _problem(text):
+        raise ValueError(wrong)
 
 
-def violation(value: Any, schema: dict[str, Any]) -> str | None:
-    """How a value breaks its schema, None when it does not. A schema that cannot be applied accepts nothing."""
+def violation(value: bytes, schema: dict[str, Any]) -> str | None:
+    """How a value (strict JSON) breaks its schema, None when it does not. One that cannot be applied accepts nothing.
+
+    Raises:
+        TooCostly: nobody can tell within the time and memory that a value may take.
+        Unavailable: it cannot be checked now.
+    """
     try:
-        validator = _validator(json.dumps(schema))
+        check_schema(schema)
     except ValueError as error:
         return f"xcom_schema: {error}"
-    from jsonschema.exceptions import best_match
-
-    try:
-        broken = best_match(validator.iter_errors(value))
-    except Exception as error:  # noqa: BLE001 - references in a circle, numbers no float holds: what a schema may do
-        return f"xcom_schema cannot be applied: {type(error).__name__}"
-    if broken is None:
+    found = json.loads(_engine().ask(json.dumps(schema).encode() + b"\x00" + value, VALUE_CPU_SECONDS))
+    if "rule" not in found:
         return None
-    place = "/".join(str(part) for part in broken.absolute_path) or "the value"
     # Only the rule and the place: the value itself may be a secret and this text reaches logs and events.
-    return f"{place} breaks the rule {broken.validator!r} of xcom_schema"
+    return f"{found['place']} breaks the rule {found['rule']!r} of xcom_schema"
 
 
-# Checking one costs ten milliseconds, and a process meets the same few schemas over and over.
-@lru_cache(maxsize=64)
-def _validator(text: str) -> Validator:
-    import jsonschema  # 60 ms that only tasks with a schema should pay
-
-    # The standard's own documents; the registry that jsonschema takes by itself fetches others.
-    from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
-
-    schema = json.loads(text)
+@lru_cache(maxsize=256)
+def _problem(text: str) -> str:
     try:
-        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        kind.check_schema(schema)
-        dangling = _dangling_reference(schema, str(kind.META_SCHEMA.get("$schema")), REGISTRY)
-    except jsonschema.SchemaError as error:
-        raise ValueError(f"is not a JSON Schema: {error.message[:_SHOWN_CHARACTERS]}") from error
-    except Exception as error:
-        raise ValueError(f"is not a JSON Schema: {type(error).__name__} while it was read") from error
-    if dangling is not None:
-        shown = repr(dangling[:_SHOWN_CHARACTERS])
-        raise ValueError(f"refers to {shown}, which it does not hold, and nothing is fetched; put that below $defs")
-    return kind(schema, registry=REGISTRY)
+        return str(json.loads(_engine().ask(text.encode(), COMPILE_CPU_SECONDS)).get("schema", ""))
+    except TooCostly:
+        return (
+            f"takes more than {COMPILE_CPU_SECONDS:g} s or too much memory to read; use fewer references to the same "
+            "schemas, above all beside unevaluatedProperties and unevaluatedItems, and fewer or smaller patterns"
+        )
 
 
-def _dangling_reference(schema: Any, dialect: str, registry: Registry[Any]) -> str | None:
-    """The first ``$ref`` that leads out of the schema and of the registry."""
-    from referencing.exceptions import Unresolvable
-    from referencing.jsonschema import DRAFT202012, specification_with
+def _engine() -> Confined:
+    """The one of this process: a fork must not talk into the pipes of its parent."""
+    pid = os.getpid()
+    if pid not in _engines:
+        _engines[pid] = Confined("leoflow_celery.domain.schema_engine", PROCESSES)
+    return _engines[pid]
 
-    root = specification_with(dialect, default=DRAFT202012).create_resource(schema)
-    waiting = [(root, registry.resolver_with_root(root))]
-    while waiting:
-        resource, resolver = waiting.pop()
-        reference = resource.contents.get("$ref") if isinstance(resource.contents, dict) else None
-        if isinstance(reference, str):
-            try:
-                resolver.lookup(reference)
-            except Unresolvable:
-                return reference
-        waiting += [(child, resolver.in_subresource(child)) for child in resource.subresources()]
-    return None
+
+def close_engine() -> None:
+    """End the processes that wait for the next question."""
+    _engine().close()

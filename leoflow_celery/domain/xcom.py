@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from leoflow_celery.confined import TooCostly
 from leoflow_celery.domain import strict_json
 from leoflow_celery.domain.schema import violation
 from leoflow_celery.errors import XComRejected
@@ -74,14 +75,23 @@ def check_value(
 
     Raises:
         XComRejected: ``payload_too_large`` over the limit, ``invalid_xcom`` for JSON that not every reader takes
-            (see ``strict_json``), ``schema_mismatch`` for a value its JSON Schema refuses.
+            (see ``strict_json``) and for a value that its JSON Schema cannot decide about in bounded time and memory,
+            ``schema_mismatch`` for a value its JSON Schema refuses.
+        Unavailable: the schema cannot be applied now.
     """
     if len(value) > max_bytes:
         raise XComRejected("payload_too_large", f"the value has {len(value)} bytes, the limit is {max_bytes}")
     if not is_json(content_type):
         return
-    parsed = _parsed(value)
-    if schema is not None and (wrong := violation(parsed, schema)):
+    _parsed(value)
+    if schema is None:
+        return
+    try:
+        wrong = violation(value, schema)
+    except TooCostly as error:
+        text = "xcom_schema takes too much time or memory on this value; give it fewer alternatives and references"
+        raise XComRejected("invalid_xcom", text) from error
+    if wrong:
         raise XComRejected("schema_mismatch", wrong)
 
 

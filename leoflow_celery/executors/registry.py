@@ -1,11 +1,14 @@
 """The back ends: one dict. A back end is a module with ``create(settings, reporter, observer) -> Executor``.
 
+One that has files of the operator's to read has ``check(settings)`` as well, which a worker calls when it starts.
+
 Modules are named, not imported: a worker of one queue does not pay for the clients of the others.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import cast
 
 from leoflow_celery.domain.routing import ExecutorType
@@ -32,6 +35,21 @@ def create_executor(
         raise ConfigurationError(
             "the inline executor starts nothing: its worker makes the call and waits for the answer"
         )
+    module = _module_of(executor_type)
+    return cast(Executor, module.create(settings, reporter, observer or Observer()))
+
+
+def check_executor(executor_type: ExecutorType, settings: Settings) -> None:
+    """Read what the settings of a type name, as a launch would: a worker with a wrong file starts nothing.
+
+    Raises:
+        ConfigurationError: names the setting, the file and what is wrong.
+    """
+    if executor_type in BACK_ENDS and (check := getattr(_module_of(executor_type), "check", None)) is not None:
+        check(settings)
+
+
+def _module_of(executor_type: ExecutorType) -> ModuleType:
     module_name = BACK_ENDS.get(executor_type)
     if module_name is None:
         raise ConfigurationError(
@@ -39,7 +57,7 @@ def create_executor(
             f"executor, to one of {', '.join(BACK_ENDS)}"
         )
     try:
-        module = import_module(module_name)
+        return import_module(module_name)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == __name__.split(".")[0]:
             raise
@@ -47,4 +65,3 @@ def create_executor(
             f"the {executor_type} executor needs the package {error.name!r}: "
             f"pip install 'leoflow-celery[{executor_type}]'"
         ) from error
-    return cast(Executor, module.create(settings, reporter, observer or Observer()))

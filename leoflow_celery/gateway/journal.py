@@ -18,7 +18,7 @@ from leoflow_celery.gateway.log_lines import Replay, record_of
 from leoflow_celery.gateway.sessions import Recent
 from leoflow_celery.gateway.threads import LOG_THREADS
 from leoflow_celery.protocol import agent_pb2 as pb
-from leoflow_celery.store.logs import LogKey, LogStore, LogWriter
+from leoflow_celery.store.logs import LogKey, LogStore, LogWriter, cut_text
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ _GATHER_SECONDS = 0.05
 _MAX_WAITING_BYTES = 256 * 1024
 #: How long a report, or the next holder of a log, waits for a write that is under way.
 _SLOW_DISK_SECONDS = 5.0
+_STREAM_CHARACTERS = 32
 #: What a line costs in memory beside its text.
 _LINE_OVERHEAD_BYTES = 200
 
@@ -85,10 +86,10 @@ class HolderLog:
             if self._writer is None:
                 self._writer = store.writer(self.key)
                 self._replay = Replay.of_file(store.path(self.key)) if self._compare else None
-            records: Sequence = [record_of(line) for line in lines]  # type: ignore[type-arg]
+            written: Sequence[bytes] = [record_of(line).line(store.limits) for line in lines]
             if self._replay is not None:
-                records = self._replay.fresh(records)
-            self._writer.append(records)
+                written = self._replay.fresh(written)
+            self._writer.append_lines(written)
         except OSError as error:
             return error
         return None
@@ -177,7 +178,10 @@ class Journal:
         return True
 
     def take(self, entry: HolderLog, line: pb.LogLine) -> None:
-        """Keep a line until the next write."""
+        """Keep a line until the next write. What is longer than any line may be is not kept whole."""
+        if len(line.message) > self._store.limits.line_bytes:
+            line.message = cut_text(line.message, self._store.limits.line_bytes)
+        line.stream = line.stream[:_STREAM_CHARACTERS]
         if not entry.take(line):
             entry.notify()
         elif entry not in self._dirty:

@@ -93,7 +93,7 @@ class Lifecycle:
     @staticmethod
     def _measure_start(view: TaskInstanceView) -> None:
         if view.state is TaskState.QUEUED:
-            metrics.record_cold_start(view.dag_id, time.time() - view.queued_at)
+            metrics.record_cold_start(view.dag_id, view.read_at - view.queued_at)
 
     async def report_state(self, caller: Caller, request: pb.ReportStateRequest) -> pb.ReportStateResponse:
         """Record that the task runs, or how it ended."""

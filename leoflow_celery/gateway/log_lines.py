@@ -55,14 +55,14 @@ class Replay:
         except FileNotFoundError:
             return cls(b"")
 
-    def fresh(self, records: Sequence[LogRecord]) -> Sequence[LogRecord]:
-        """The records that are not on disk yet."""
+    def fresh(self, lines: Sequence[bytes]) -> Sequence[bytes]:
+        """The lines, as they are on disk, that are not there yet."""
         if self._lines is None:
-            return records
-        for index, record in enumerate(records):
-            text = record.to_json().encode("utf-8", "replace")
+            return lines
+        for index, line in enumerate(lines):
+            text = line.removesuffix(b"\n")
             if self._lines[text] <= 0:
                 self._lines = None
-                return records[index:]
+                return lines[index:]
             self._lines[text] -= 1
         return ()

@@ -28,6 +28,7 @@ from leoflow_celery.errors import (
     NotFound,
     Unavailable,
 )
+from leoflow_celery.gateway.threads import Turns
 from leoflow_celery.protocol.service import METHODS, REFUSED_KEY, SERVICE, Method, serialize
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ _FOREIGN_LOGGERS = ("grpc", "grpc._cython.cygrpc", "grpc.aio", "grpc.aio._server
 #: The logger of exchanges that were not granted.
 REFUSED_EXCHANGES = "leoflow_celery.gateway.exchange.refused"
 _LOGGED_PER_MINUTE = 20
+#: Unary calls of one attempt that run, and that wait.
+_CALLS_AT_A_TIME, _CALLS_WAITING = 16, 48
 _MINUTE_SECONDS = 60.0
 
 
@@ -127,20 +130,23 @@ def agent_service(
 
     ``otherwise`` authenticates the methods it names; their functions take what it returns instead of a ``Caller``.
     """
+    # An agent makes three at a time. Streams have a limit of their own (see ``log_streams``).
+    turns = Turns(_CALLS_AT_A_TIME, _CALLS_WAITING, "calls of one attempt")
     handlers = {
         method.name: _stream_handler(method, streams[method.name], authenticate)
         if method.streaming
-        else _unary_handler(method, unary[method.name], otherwise.get(method.name, authenticate))
+        else _unary_handler(method, unary[method.name], otherwise.get(method.name, authenticate), turns)
         for method in METHODS.values()
     }
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
-def _unary_handler(method: Method, function: Unary, authenticate: Authenticate) -> Any:
+def _unary_handler(method: Method, function: Unary, authenticate: Authenticate, turns: Turns) -> Any:
     async def call(raw: bytes, context: Context) -> Any:
         try:
             caller = authenticate(context.invocation_metadata(), context.peer, method.name)
-            answer = await function(caller, decoded(method.request, raw))
+            async with turns.turn(getattr(caller, "attempt", None) or caller):
+                answer = await function(caller, decoded(method.request, raw))
         except Exception as error:  # noqa: BLE001 - one bad call must not take the others down
             return await _abort(context, method, error)
         if not isinstance(answer, Answer):

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc.aio
 
+from leoflow_celery.app.clocks import reading
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.gateway.exchange import Exchange, open_reviewer
 from leoflow_celery.gateway.health import Health
@@ -38,6 +39,8 @@ _OPTIONS: list[tuple[str, Any]] = [
     # Identity only: the limit above is on what arrives, and a kilobyte of it could unpack to a gigabyte before anybody
     # is asked for a token.
     ("grpc.compression_enabled_algorithms_bitset", 1),
+    # Of one connection; the rest waits at its sender. A proxy may bring the agents of a whole cluster over one.
+    ("grpc.max_concurrent_streams", 1_000),
     # Two gateways on one port would each see half of the agents; the second one must fail instead.
     ("grpc.so_reuseport", 0),
     # Agents behind NAT keep idle connections open with pings; a dead agent's connection is noticed within a minute.
@@ -60,6 +63,7 @@ class GatewayServer:
         """
         self._settings = settings.gateway
         self._services = Services(settings)
+        self._clocks = reading(lambda: self._services, "gateway", with_sql=True)
         policy = ChannelPolicy.of(settings.gateway)
         self._secrets = SecretReader.of(settings.gateway)
         authenticate = Authenticator(self._services.tokens)
@@ -158,6 +162,7 @@ class GatewayServer:
         await server.start()
         self._watch = asyncio.create_task(self._serve_again())
         self._checking_rights = asyncio.create_task(self._exchange.warn_of_missing_rights())
+        self._clocks.start()
         self._loops = [asyncio.create_task(loop) for loop in (self._heartbeats.run(), self._journal.run())]
         log.info("gateway.listening", extra={"address": self.address})
         return self.port
@@ -216,6 +221,7 @@ class GatewayServer:
         await self._secrets.close()
         await asyncio.to_thread(self._threads.close)
         self._exchange.close()
+        await asyncio.to_thread(self._clocks.stop, wait_seconds=None)
         self._services.close()
 
     async def abort(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from leoflow_celery import metrics
@@ -50,7 +49,9 @@ class XComMethods:
             raise InvalidArgument(f"content_type must have at most {_MAX_CONTENT_TYPE_CHARACTERS} characters, no NUL")
         schema = (await self._specs.wiring(caller)).schema if key.key == RETURN_VALUE else None
         try:
-            await self._threads.store(self._put, caller, key, request.value, content_type, schema)
+            # One after the other for each tenant, and before SQL is asked for anything.
+            await self._threads.check(caller.identity.tenant_id, self._check, key, request.value, content_type, schema)
+            await self._threads.store(self._put, caller, key, request.value, content_type)
         except XComRejected as rejected:
             await self._claims.require(caller)
             metrics.record_xcom_rejected(rejected.reason)
@@ -61,13 +62,13 @@ class XComMethods:
         metrics.record_xcom_push(caller.identity.dag_id, len(request.value))
         return pb.PushXComResponse(accepted=True, ttl_seconds=self._settings.ttl_seconds)
 
-    def _put(
-        self, caller: Caller, key: XComKey, value: bytes, content_type: str, schema: dict[str, Any] | None
-    ) -> None:
+    def _check(self, key: XComKey, value: bytes, content_type: str, schema: dict[str, Any] | None) -> None:
         if key.key == RETURN_VALUE and not is_json(content_type):
             raise XComRejected("invalid_xcom", f"a return value is {JSON_CONTENT_TYPE}, not {content_type!r}")
         check_value(value, content_type, schema, self._settings.max_bytes)
-        item = (key, XComValue(value, content_type, time.time()))
+
+    def _put(self, caller: Caller, key: XComKey, value: bytes, content_type: str) -> None:
+        item = (key, XComValue(value, content_type))
         self._store.claims.put_xcoms(caller.attempt, caller.holder, [item])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from leoflow_celery.background import Periodic
+from leoflow_celery.background import RenewedLease
 from leoflow_celery.errors import BrokerUnavailable
 
 log = logging.getLogger(__name__)
@@ -25,14 +25,17 @@ class BrokerLocks:
         self._client, self._prefix = client, key_prefix
 
     @contextmanager
-    def single_flight(self, name: str, ttl_seconds: float) -> Iterator[bool]:
+    def single_flight(self, name: str, ttl_seconds: float) -> Iterator[RenewedLease]:
         """True inside for the one who holds the lock, which is renewed for as long as the block takes.
+
+        One that lost it hears it from ``check``.
 
         Raises:
             BrokerUnavailable: the broker did not answer.
         """
         if self._client is None:
-            yield True
+            with RenewedLease(name, ttl_seconds, lambda: True) as lease:
+                yield lease
             return
         from redis.exceptions import LockError, RedisError
 
@@ -44,11 +47,18 @@ class BrokerLocks:
         except RedisError as error:
             raise BrokerUnavailable(f"lock {name!r}: the broker did not answer: {error}") from error
         if not held:
-            yield False
+            yield RenewedLease(name, ttl_seconds, None)
             return
+
+        def renew() -> bool:  # a broker that does not answer is asked again: there is another third of the lock's life
+            try:
+                return bool(lock.reacquire())
+            except LockError:
+                return False
+
         try:
-            with _renewed(lock, name, ttl_seconds / 3):
-                yield True
+            with RenewedLease(name, ttl_seconds, renew) as lease:
+                yield lease
         finally:
             try:
                 lock.release()
@@ -68,25 +78,3 @@ class BrokerLocks:
         log.warning("lock.foreign", extra={"lock": key, "milliseconds_left": left})
         self._client.delete(key)
         return True
-
-
-def _renewed(lock: Any, name: str, interval_seconds: float) -> Periodic:
-    """The lock starts anew every so often, until the block ends or the lock was lost."""
-    from redis.exceptions import LockError
-
-    def renew() -> None:  # a broker that does not answer is asked again: there is another third of the lock's life
-        try:
-            lock.reacquire()
-        except LockError:
-            log.warning("lock.lost", extra={"lock": name})
-            renewal.stop()
-
-    renewal = Periodic(
-        renew,
-        interval_seconds,
-        name=f"leoflow-lock-{name}",
-        failed="lock.not_renewed",
-        fields={"lock": name},
-        at_once=False,
-    )
-    return renewal

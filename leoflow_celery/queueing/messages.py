@@ -24,10 +24,11 @@ Beat holds no key. It sends the maintenance tasks without content, and they look
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
+from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport, text_in
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.expectation import Expectation
@@ -36,7 +37,7 @@ from leoflow_celery.domain.request import TaskRequest, check_size
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.domain.states import TERMINAL
-from leoflow_celery.errors import DecryptionFailed
+from leoflow_celery.errors import DecryptionFailed, MessageExpired
 from leoflow_celery.security import KeyRing, Scope
 
 #: The scope of the launch workers of an executor. The inline worker is part of the control plane.
@@ -50,7 +51,8 @@ SCOPE_OF: dict[ExecutorType, Scope] = {
 EXECUTOR_OF: dict[str, ExecutorType] = {
     scope: executor for executor, scope in SCOPE_OF.items() if executor is not ExecutorType.INLINE
 }
-#: Minutes, since the clocks of two hosts may differ: what is older was sent again by somebody else.
+#: By the broker's clock, on both sides. Minutes, for a process that could not read it yet: what is older was sent again
+#: by somebody else.
 _MAX_AGE_SECONDS = 600.0
 _MAX_LOG_TAIL_LINES = 200
 
@@ -70,9 +72,15 @@ class Message(Protocol):
 M = TypeVar("M", bound=Message)
 
 
-def seal_message(keys: KeyRing, scope: str, message: Message) -> str:
-    """A message as only the holders of the scope's key can read or make it."""
-    content = {"purpose": message.purpose, "at": time.time(), "message": message.to_json()}
+def seal_message(keys: KeyRing, scope: str, message: Message, good_for_seconds: float | None = None) -> str:
+    """A message as only the holders of the scope's key can read or make it.
+
+    ``good_for_seconds``: it is said again by then, and worth nothing afterwards.
+    """
+    now = broker_clock.time()
+    content = {"purpose": message.purpose, "at": now, "message": message.to_json()}
+    if good_for_seconds is not None:
+        content["until"] = now + good_for_seconds
     return keys.sealer(scope).seal(content)
 
 
@@ -82,6 +90,7 @@ def open_message(keys: KeyRing, scope: str, kind: type[M], sealed: object) -> M:
     Raises:
         DecryptionFailed: it is not sealed with the scope's key, is of another kind, is too old, or is of a version that
             this process does not know.
+        MessageExpired: it was good for some time, by the broker's clock on both sides.
     """
     if not isinstance(sealed, str):
         raise DecryptionFailed(f"a message for {kind.purpose!r} is not sealed")
@@ -89,12 +98,14 @@ def open_message(keys: KeyRing, scope: str, kind: type[M], sealed: object) -> M:
     if content.get("purpose") != kind.purpose:
         raise DecryptionFailed(f"a sealed message is not for {kind.purpose!r}")
     try:
-        age = time.time() - float(content["at"])
+        age = broker_clock.time() - float(content["at"])
         if kind.max_age_seconds is not None and not abs(age) <= kind.max_age_seconds:  # an age that is no number too
             raise DecryptionFailed(
                 f"a message for {kind.purpose!r} is {age:.0f} s old, {kind.max_age_seconds:.0f} s are allowed; "
                 "it was sent again, or a clock is wrong"
             )
+        if broker_clock.time() > float(content.get("until", math.inf)):
+            raise MessageExpired(f"a message for {kind.purpose!r} is {age:.0f} s old")
         return kind.from_json(content["message"])
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DecryptionFailed(
@@ -104,7 +115,7 @@ def open_message(keys: KeyRing, scope: str, kind: type[M], sealed: object) -> M:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start an attempt. ``tried_since``: when its first start failed, in epoch seconds."""
+    """Start an attempt. ``tried_since``: when its first start failed, by the broker's clock."""
 
     purpose: ClassVar[str] = "launch"
     max_age_seconds: ClassVar[float | None] = None

@@ -22,7 +22,7 @@ from leoflow_celery.domain.memory import with_memory_limit
 from leoflow_celery.domain.quantity import format_bytes
 from leoflow_celery.domain.relaunch import RelaunchPolicy
 from leoflow_celery.domain.request import TaskRequest
-from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, ExecutorType, TaskName
+from leoflow_celery.domain.routing import EXPIRY_SECONDS, QUEUE_OF, RECONCILED, ExecutorType, TaskName
 from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed
 from leoflow_celery.queueing.depths import safe_url
 from leoflow_celery.queueing.messages import (
@@ -173,27 +173,29 @@ class Publisher:
         wish = requested_grace(self._parts.keys, view)
         return group.termination_grace_seconds if wish is None else wish
 
-    def reconcile(self, back_end: BackEnd, message: Reconcile, expires_seconds: float) -> None:
+    def reconcile(self, back_end: BackEnd, message: Reconcile, good_for_seconds: float) -> None:
         """Ask a back end to compare what exists with what SQL expects.
 
         Raises:
             BrokerUnavailable: the broker did not take it.
         """
-        self._tell(back_end, "reconcile", message, expires=expires_seconds)
+        self._tell(back_end, "reconcile", message, good_for_seconds, expires=EXPIRY_SECONDS)
 
-    def collect_staging(self, back_end: BackEnd, message: CollectStaging, expires_seconds: float) -> None:
+    def collect_staging(self, back_end: BackEnd, message: CollectStaging, good_for_seconds: float) -> None:
         """Ask a back end to delete staging volumes.
 
         Raises:
             BrokerUnavailable: the broker did not take it.
         """
-        self._tell(back_end, "staging", message, expires=expires_seconds)
+        self._tell(back_end, "staging", message, good_for_seconds, expires=EXPIRY_SECONDS)
 
-    def _tell(self, back_end: BackEnd, kind: str, message: Message, **options: Any) -> None:
+    def _tell(
+        self, back_end: BackEnd, kind: str, message: Message, good_for_seconds: float | None = None, **options: Any
+    ) -> None:
         executor = back_end.executor
         self._send(
             TaskName.of(kind, executor),
-            {"sealed": seal_message(self._parts.keys, SCOPE_OF[executor], message)},
+            {"sealed": seal_message(self._parts.keys, SCOPE_OF[executor], message, good_for_seconds)},
             queue=back_end.queue,
             priority=_FIRST,
             shown={"to": str(back_end)},
@@ -230,14 +232,16 @@ class Publisher:
         shown = {"back_end": str(message.back_end), "claims": sorted(message.claims)}
         self._report_patiently(TaskName.RECORD_STAGING, SCOPE_OF[message.back_end.executor], message, shown)
 
-    def present(self, message: Present, expires_seconds: float) -> None:
+    def present(self, message: Present, good_for_seconds: float) -> None:
         """Tell that a worker holds a back end now; tried once, since the next word follows soon.
 
         Raises:
             BrokerUnavailable: the broker did not take it.
         """
         scope, shown = SCOPE_OF[message.back_end.executor], {"back_end": str(message.back_end)}
-        self._report(TaskName.RECORD_PRESENCE, scope, message, shown, priority=_FIRST, expires=expires_seconds)
+        payload = self._said(scope, message, good_for_seconds)
+        name, expires = TaskName.RECORD_PRESENCE, EXPIRY_SECONDS
+        self._send(name, payload, queue=name.queue, shown=shown, priority=_FIRST, expires=expires)
 
     @retry(
         retry=retry_if_exception_type(BrokerUnavailable),
@@ -250,8 +254,11 @@ class Publisher:
         self._report(task, scope, message, shown)
 
     def _report(self, task: TaskName, scope: Scope, message: Message, shown: dict[str, Any], **options: Any) -> None:
-        payload = {"speaker": scope.value, "sealed": seal_message(self._parts.keys, scope, message)}
-        self._send(task, payload, queue=task.queue, shown=shown, **options)
+        self._send(task, self._said(scope, message), queue=task.queue, shown=shown, **options)
+
+    def _said(self, scope: Scope, message: Message, good_for_seconds: float | None = None) -> dict[str, Any]:
+        sealed = seal_message(self._parts.keys, scope, message, good_for_seconds)
+        return {"speaker": scope.value, "sealed": sealed}
 
     # -- all of them ----------------------------------------------------------------------------------------------
 

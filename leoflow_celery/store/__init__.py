@@ -17,7 +17,8 @@ from leoflow_celery.store.completions import CompletionStore
 from leoflow_celery.store.database import Database
 from leoflow_celery.store.events import EventStore, HistoryStore
 from leoflow_celery.store.leases import LeaseStore
-from leoflow_celery.store.logs import LogStore
+from leoflow_celery.store.logs import LogLimits, LogStore
+from leoflow_celery.store.models import database_now
 from leoflow_celery.store.presence import PresenceStore
 from leoflow_celery.store.reaper_queries import ReaperQueries
 from leoflow_celery.store.runs import RunStore
@@ -32,6 +33,15 @@ class Store:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.database = Database(settings.database)
+
+    def now(self) -> float:
+        """The time by the database's clock, in seconds since the epoch.
+
+        Raises:
+            DatabaseUnavailable: it did not answer.
+        """
+        with self.database.reading() as connection:
+            return database_now(connection)
 
     @cached_property
     def xcom(self) -> XComStore:
@@ -98,7 +108,7 @@ class Store:
 
     @cached_property
     def logs(self) -> LogStore:
-        return LogStore(self._settings.logs.root)
+        return LogStore(self._settings.logs.root, LogLimits.of(self._settings.logs))
 
     def close(self) -> None:
         self.database.close()

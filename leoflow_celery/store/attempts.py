@@ -6,7 +6,6 @@ must still hold it. A write that finds nothing to change says why.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -76,9 +75,9 @@ class FinishCondition:
     """Under which condition a writer may end an attempt; a set field must hold.
 
     ``holder``: the claim is mine. ``unclaimed``: nobody has claimed it (a launch failed before any agent called).
-    ``unlaunched``: no executor has told that it started it. ``silent_since``: no heartbeat came after this time (a
-    reaper saw silence and must not kill what woke up). ``executor``: it was given to this executor. ``back_end``
-    (``BackEnd`` as text): it runs there, or nobody knows yet where and its queue leads there.
+    ``unlaunched``: no executor has told that it started it. ``silent_since``: no sign of life came after this one, the
+    view's ``last_seen_at`` (a reaper saw silence and must not kill what woke up). ``executor``: it was given to this
+    executor. ``back_end`` (``BackEnd`` as text): it runs there, or nobody knows yet where and its queue leads there.
     """
 
     holder: str | None = None
@@ -118,7 +117,6 @@ class _End:
     attempt: AttemptId
     outcome: Outcome
     condition: FinishCondition
-    now: float
     may_relaunch: bool
 
 
@@ -174,13 +172,11 @@ class AttemptStore:
             ClaimRefused: why is unknown, terminal, superseded (a later launch or try exists) or held (by a live holder,
                 or by one whose heartbeats nobody could hear).
         """
-        now = time.time()
         parameters = {
             **attempt_parameters(attempt),
             "p_holder": holder,
             "p_hostname": storable(hostname)[:_HOSTNAME_CHARACTERS],
-            "p_until": now + lease_seconds,
-            "p_now": now,
+            "p_lease": lease_seconds,
         }
         with self._database.transaction() as connection:
             free = _read(connection, task_instance_sql.claim(ClaimMode.UNCLAIMED, start), parameters)
@@ -193,14 +189,14 @@ class AttemptStore:
                 raise ClaimRefused("held", f"attempt {attempt} is held, and its holder's heartbeats may come late")
             # The same holder asking again begins nothing: what it pushed meanwhile stays.
             if free or not again:
-                self._begin(connection, view, now, replaces=not free)
+                self._begin(connection, view, replaces=not free)
         return view
 
-    def _begin(self, connection: sa.Connection, view: TaskInstanceView, now: float, *, replaces: bool) -> None:
+    def _begin(self, connection: sa.Connection, view: TaskInstanceView, *, replaces: bool) -> None:
         if replaces or view.try_number > 1 or view.launch > 1:
             # A consumer must never see a value of a try, launch or holder that did not succeed.
             self._xcom.delete_task(view.tenant_id, view.dag_id, view.run_id, view.task_id, connection)
-        append_event(connection, view.attempt, "claimed", {"hostname": view.hostname}, now)
+        append_event(connection, view.attempt, "claimed", {"hostname": view.hostname})
 
     def _refusal(self, connection: sa.Connection, attempt: AttemptId) -> ClaimRefused:
         try:
@@ -222,7 +218,7 @@ class AttemptStore:
         Raises:
             Fenced: the holder lost the attempt.
         """
-        parameters = {**attempt_parameters(attempt), "p_holder": holder, "p_now": time.time()}
+        parameters = {**attempt_parameters(attempt), "p_holder": holder}
         with self._database.transaction() as connection:
             if connection.execute(task_instance_sql.start(), parameters).rowcount == 0:
                 raise Fenced(f"attempt {attempt} is not held by the writer any more")
@@ -231,9 +227,8 @@ class AttemptStore:
         """Renew many claims in one transaction and say which holders must stop."""
         if not beats:
             return BeatVerdicts(frozenset(), frozenset())
-        now, renew = time.time(), task_instance_sql.renew_held()
         with self._database.transaction() as connection:
-            return BeatVerdicts.find(connection, renew, beats, p_now=now, p_until=now + lease_seconds)
+            return BeatVerdicts.find(connection, task_instance_sql.renew_held(), beats, p_lease=lease_seconds)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -263,7 +258,7 @@ class AttemptStore:
             raise InvalidRequest(
                 f"state: {outcome.state} is no end of an attempt; use success, failed or skipped", "state"
             )
-        end = _End(attempt, outcome, condition, time.time(), may_relaunch)
+        end = _End(attempt, outcome, condition, may_relaunch)
         with self._database.transaction() as connection:
             finished, current = self._end(connection, end, seen)
             if finished is None:
@@ -309,18 +304,18 @@ class AttemptStore:
         conditions = end.condition.names() | ({"uncancelled"} if uncancelled else set())
         if relaunch:
             statement = task_instance_sql.next_launch(conditions)
-            values: dict[str, object] = {"p_now": end.now, "p_send_after": end.now + relaunch.delay_seconds}
-            values["p_growths"] = int(relaunch.growth is not None)
+            growths = int(relaunch.growth is not None)
+            values: dict[str, object] = {"p_delay": relaunch.delay_seconds, "p_growths": growths}
         else:
             statement = task_instance_sql.end(outcome.state, conditions)
-            values = _end_parameters(outcome, end.now)
+            values = _end_parameters(outcome)
         parameters = {**attempt_parameters(end.attempt), **end.condition.parameters(), **values}
         view = _read(connection, statement, parameters)
         if view is None:
             return None
         name = "relaunched" if relaunch else "finished"
         growth = {"memory_limit": str(relaunch.growth)} if relaunch and relaunch.growth else {}
-        append_event(connection, end.attempt, name, {**outcome.to_json(), **growth}, end.now)
+        append_event(connection, end.attempt, name, {**outcome.to_json(), **growth})
         return Finished(True, relaunch, view)
 
     def _too_late(self, connection: sa.Connection, end: _End, current: TaskInstanceView | None) -> Finished:
@@ -336,7 +331,7 @@ class AttemptStore:
             and current.is_terminal
         ):
             return Finished(True, None, current)
-        append_event(connection, end.attempt, "late_report", end.outcome.to_json(), end.now)
+        append_event(connection, end.attempt, "late_report", end.outcome.to_json())
         return Finished(False, None, current)
 
     # -- launching ----------------------------------------------------------------------------------------------
@@ -347,11 +342,10 @@ class AttemptStore:
         A report is believed about an attempt of the back end it names (of ``executor``, when the caller knows who
         speaks). The first one counts: again changes nothing.
         """
-        now = time.time()
         with self._database.transaction() as connection:
             # In one order everywhere: a second delivery of some of them may be recorded at the same time.
             ordered = sorted(reports, key=lambda one: (one.attempt.task_instance_id, one.attempt.try_number))
-            return frozenset(one.attempt for one in ordered if _is_launched(connection, one, executor, now))
+            return frozenset(one.attempt for one in ordered if _is_launched(connection, one, executor))
 
     def request_cancel(self, task_instance_id: str, try_number: int | None = None) -> TaskInstanceView:
         """Ask a try to stop. One that nobody runs yet ends at once; a holder is told at its next call.
@@ -359,18 +353,17 @@ class AttemptStore:
         Raises:
             NotFound: no such task instance or try.
         """
-        now = time.time()
-        parameters = {"p_ti": task_instance_id, "p_now": now, **({} if try_number is None else {"p_try": try_number})}
+        parameters = {"p_ti": task_instance_id, **({} if try_number is None else {"p_try": try_number})}
         with self._database.transaction() as connection:
             request = task_instance_sql.request_cancel(newest=try_number is None)
             view = _read(connection, request, parameters)
             if view is None:
                 return self._get(connection, task_instance_id, try_number)
-            append_event(connection, view.attempt, "cancel_requested", {}, now)
+            append_event(connection, view.attempt, "cancel_requested", {})
             if view.holder is not None:
                 return view
             outcome = Outcome.failed(FailureReason.CANCELLED, "cancelled before it ran")
-            end = _End(view.attempt, outcome, FinishCondition(unclaimed=True), now, may_relaunch=False)
+            end = _End(view.attempt, outcome, FinishCondition(unclaimed=True), may_relaunch=False)
             finished = self._write(connection, end, outcome, None)
             return finished.view if finished and finished.view else view
 
@@ -381,13 +374,12 @@ def _read(connection: sa.Connection, statement: sa.Executable, parameters: dict[
     return None if row is None else TaskInstanceView.from_row(row)
 
 
-def _is_launched(connection: sa.Connection, report: LaunchReport, executor: ExecutorType | None, now: float) -> bool:
+def _is_launched(connection: sa.Connection, report: LaunchReport, executor: ExecutorType | None) -> bool:
     named = BackEnd.parse(report.back_end).executor if report.back_end else executor
     if executor not in (None, named):
         return False
     parameters = {
         **attempt_parameters(report.attempt),
-        "p_now": now,
         "p_external_name": report.external_name,
         "p_back_end": report.back_end,
         "p_hostname": storable(report.hostname)[:_HOSTNAME_CHARACTERS],
@@ -398,7 +390,7 @@ def _is_launched(connection: sa.Connection, report: LaunchReport, executor: Exec
     return connection.execute(statement, parameters).rowcount > 0
 
 
-def _end_parameters(outcome: Outcome, now: float) -> dict[str, object]:
+def _end_parameters(outcome: Outcome) -> dict[str, object]:
     return {
         "p_state": outcome.state.value,
         "p_reason": outcome.reason.value if outcome.reason else None,
@@ -406,7 +398,6 @@ def _end_parameters(outcome: Outcome, now: float) -> dict[str, object]:
         "p_exit_code": outcome.exit_code,
         "p_last_event": outcome.last_event,
         "p_log_tail": list(outcome.log_tail),
-        "p_ended_at": now,
     }
 
 

@@ -6,7 +6,6 @@ workers from completing the same id at once; a worker that dies loses it and ano
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +19,7 @@ from leoflow_celery.domain.fields import is_storable
 from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
-from leoflow_celery.store.models import TaskCompletion, table_of
+from leoflow_celery.store.models import DatabaseTime, TaskCompletion, table_of
 from leoflow_celery.store.task_instance_sql import ended_try
 
 _TABLE = table_of(TaskCompletion)
@@ -59,7 +58,7 @@ class CompletionStore:
             "task_instance_id": task_instance_id,
             "try_number": try_number,
             "context": context,
-            "created_at": time.time(),
+            "created_at": DatabaseTime(),
         }
         with self._database.transaction() as connection:
             insert = self._database.insert(_TABLE).values(row).on_conflict_do_nothing()
@@ -99,8 +98,7 @@ class CompletionStore:
         if task_instance_id:
             with self._database.transaction() as connection:
                 return take_of_try(connection, lease_seconds, task_instance_id, try_number, limit)
-        now = time.time()
-        parameters = {"p_now": now, "p_until": now + lease_seconds, "p_limit": limit}
+        parameters = {"p_lease": lease_seconds, "p_limit": limit}
         with self._database.transaction() as connection:
             statement = _take(one_try=False, locking=not self._database.is_sqlite)
             return [Waiting(*row) for row in connection.execute(statement, parameters)]
@@ -113,24 +111,22 @@ class CompletionStore:
         delay = min(_FIRST_DELAY_SECONDS * 2.0 ** min(waiting.failures, 30), _LAST_DELAY_SECONDS)
         update = sa.update(_TABLE).where(_TABLE.c.celery_task_id == waiting.celery_task_id, _TABLE.c.done_at.is_(None))
         with self._database.transaction() as connection:
-            connection.execute(update.values(failures=_TABLE.c.failures + 1, lease_until=time.time() + delay))
+            connection.execute(update.values(failures=_TABLE.c.failures + 1, lease_until=DatabaseTime(delay)))
         return delay
 
     def done(self, celery_task_ids: list[str]) -> None:
         """Record that these ids have their result."""
         if not celery_task_ids:
             return
-        now = time.time()
         with self._database.transaction() as connection:
-            connection.execute(_complete(), [{"p_id": name, "p_now": now} for name in sorted(celery_task_ids)])
+            connection.execute(_complete(), [{"p_id": name} for name in sorted(celery_task_ids)])
 
 
 def take_of_try(
     connection: sa.Connection, lease_seconds: float, task_instance_id: str, try_number: int, limit: int = 100
 ) -> list[Waiting]:
     """Lease what is due of one try, in the transaction of ``connection``, which may be the one that ended it."""
-    now = time.time()
-    parameters: dict[str, object] = {"p_now": now, "p_until": now + lease_seconds, "p_limit": limit}
+    parameters: dict[str, object] = {"p_lease": lease_seconds, "p_limit": limit}
     parameters |= {"p_ti": task_instance_id, "p_try": try_number}
     statement = _take(one_try=True, locking=connection.dialect.name != "sqlite")
     return [Waiting(*row) for row in connection.execute(statement, parameters)]
@@ -146,10 +142,12 @@ def _check_owner(celery_task_id: str, named: tuple[str, int], owner: tuple[str, 
 
 @cache
 def _take(one_try: bool, locking: bool) -> sa.Executable:
-    """Lease up to ``p_limit`` completions that are due at ``p_now`` until ``p_until``; of one try, or of all."""
+    """Lease up to ``p_limit`` completions that are due, for ``p_lease`` seconds; of one try, or of all."""
     columns = _TABLE.c
     ended = ended_try(columns.task_instance_id, columns.try_number)
-    free = sa.or_(columns.lease_until.is_(None), columns.lease_until < sa.bindparam("p_now"))
+    # One that lies further ahead than any delay was written before the clock was set back.
+    is_past = sa.or_(columns.lease_until < DatabaseTime(), columns.lease_until > DatabaseTime(2 * _LAST_DELAY_SECONDS))
+    free = sa.or_(columns.lease_until.is_(None), is_past)
     due = sa.select(columns.celery_task_id).where(columns.done_at.is_(None), free, ended)
     if one_try:
         due = due.where(columns.task_instance_id == sa.bindparam("p_ti"), columns.try_number == sa.bindparam("p_try"))
@@ -161,7 +159,7 @@ def _take(one_try: bool, locking: bool) -> sa.Executable:
     return (
         sa.update(_TABLE)
         .where(columns.celery_task_id.in_(sa.select(taken.c.celery_task_id)))
-        .values(lease_until=sa.bindparam("p_until"))
+        .values(lease_until=DatabaseTime(sa.bindparam("p_lease", type_=sa.Double())))
         .returning(
             columns.celery_task_id,
             columns.task_instance_id,
@@ -175,7 +173,5 @@ def _take(one_try: bool, locking: bool) -> sa.Executable:
 
 @cache
 def _complete() -> sa.Executable:
-    """The completion ``p_id`` is done at ``p_now``; run with a list of parameters (an expanded IN is compiled anew)."""
-    return (
-        sa.update(_TABLE).where(_TABLE.c.celery_task_id == sa.bindparam("p_id")).values(done_at=sa.bindparam("p_now"))
-    )
+    """The completion ``p_id`` is done; run with a list of parameters (an expanded IN is compiled anew)."""
+    return sa.update(_TABLE).where(_TABLE.c.celery_task_id == sa.bindparam("p_id")).values(done_at=DatabaseTime())

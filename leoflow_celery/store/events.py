@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,10 @@ import sqlalchemy as sa
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.models import DagRun, StagingVolume, TaskCompletion, TaskEvent, table_of
+from leoflow_celery.store.models import DagRun, DatabaseTime, StagingVolume, TaskCompletion, TaskEvent, table_of
 
 _TABLE = table_of(TaskEvent)
-_INSERT = sa.insert(_TABLE)
+_INSERT = sa.insert(_TABLE).values(at=DatabaseTime())
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +26,23 @@ class EventView:
     details: dict[str, Any]
 
 
-def append_event(
-    connection: sa.Connection, attempt: AttemptId, event: str, details: dict[str, Any], at: float | None = None
-) -> None:
+def append_event(connection: sa.Connection, attempt: AttemptId, event: str, details: dict[str, Any]) -> None:
     """Add one event inside the caller's transaction."""
-    append_events(connection, [event_row(attempt, event, details, at)])
+    append_events(connection, [event_row(attempt, event, details)])
 
 
 def append_events(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
-    """Add events (see ``event_row``) inside the caller's transaction."""
+    """Add events (see ``event_row``) inside the caller's transaction, at the time by the database's clock."""
     if rows:
         connection.execute(_INSERT, rows)
 
 
-def event_row(attempt: AttemptId, event: str, details: dict[str, Any], at: float | None = None) -> dict[str, Any]:
+def event_row(attempt: AttemptId, event: str, details: dict[str, Any]) -> dict[str, Any]:
     """The row of one event, for bulk inserts."""
     return {
         "task_instance_id": attempt.task_instance_id,
         "try_number": attempt.try_number,
         "launch": attempt.launch,
-        "at": at or time.time(),
         "event": event,
         "details": details,
     }
@@ -86,7 +82,7 @@ class HistoryStore:
         A task instance goes as a whole, when its newest try is old enough: what is left of a younger one still tells
         late messages that their try is superseded.
         """
-        old = task_instance_sql.old_tries(time.time() - older_than_seconds, limit)
+        old = task_instance_sql.old_tries(older_than_seconds, limit)
         with self._database.transaction() as connection:
             tries = [{"p_ti": ti, "p_try": number} for ti, number in connection.execute(old)]
             for table in (_TABLE, table_of(TaskCompletion), task_instance_sql.TABLE) if tries else ():
@@ -95,7 +91,7 @@ class HistoryStore:
 
     def prune_runs(self, older_than_seconds: float) -> int:
         """Remove runs that ended longer ago than that and have no task left, and records of deleted volumes."""
-        before, run, volume = time.time() - older_than_seconds, table_of(DagRun), table_of(StagingVolume)
+        before, run, volume = DatabaseTime(-older_than_seconds), table_of(DagRun), table_of(StagingVolume)
         runs = sa.delete(run).where(run.c.ended_at < before, ~task_instance_sql.any_of_run(run))
         volumes = sa.delete(volume).where(volume.c.deleted_at < before)
         with self._database.transaction() as connection:

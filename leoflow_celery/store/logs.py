@@ -7,12 +7,13 @@ last line, which readers leave alone until it ends.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from leoflow_celery.domain.attempt import digest
+from leoflow_celery.settings import LogSettings
 
 _MAX_COMPONENT_BYTES = 200
 _SAFE = re.compile(r"[^\w.:+=@ -]", re.UNICODE)
@@ -32,7 +34,26 @@ _LEVELS = (
 #: Only the head of a line names its level; a megabyte of JSON is not searched.
 _LEVEL_SEARCH_CHARACTERS = 512
 _LAST_LINES, _LAST_LINE_CHARACTERS, _LAST_BYTES = 50, 2_000, 1 << 16
+#: Time, level, stream and the quotes and commas of a line; a stream's name is escaped as well.
+_STREAM_CHARACTERS, _ENVELOPE_BYTES = 32, 320
+#: At the most: a control character as its escape.
+_BYTES_OF_A_CHARACTER, _PIECE_CHARACTERS = 6, 256
+#: How a full log ends, so that the next writer knows it.
+_FULL = "the log of this try is full (LEOFLOW_LOGS_MAX_TRY_BYTES): every line after this one is dropped"
+_READ_BYTES = 1 << 16
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class LogLimits:
+    """What may be written, in bytes on disk: of one line, and of all lines of one try."""
+
+    line_bytes: int = 65_536
+    try_bytes: int = 256 * 1024 * 1024
+
+    @classmethod
+    def of(cls, settings: LogSettings) -> LogLimits:
+        return cls(settings.max_line_bytes, settings.max_try_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +85,32 @@ class LogRecord:
         }
         return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
+    def line(self, limits: LogLimits) -> bytes:
+        """The line as it is on disk, cut to its limit. The same record gives the same bytes every time."""
+        cut = replace(self, stream=self.stream[:_STREAM_CHARACTERS], msg=cut_text(self.msg, limits.line_bytes))
+        return f"{cut.to_json()}\n".encode("utf-8", "replace")
+
+
+def cut_text(text: str, line_bytes: int) -> str:
+    """The text, or as much of it as a line has room for when it is escaped, and a remark that it was cut.
+
+    Cut text is not cut again. The time is linear in the limit, however long the text is.
+    """
+    room = line_bytes - _ENVELOPE_BYTES
+    if len(text) * _BYTES_OF_A_CHARACTER <= room or (len(text) <= room and _escaped(text) <= room):
+        return text
+    remark = f"… [cut here: {len(text)} characters are more than LEOFLOW_LOGS_MAX_LINE_BYTES={line_bytes} allows]"
+    room -= len(remark) + 2
+    end = 0
+    while (size := _escaped(text[end : end + _PIECE_CHARACTERS])) <= room:
+        room -= size
+        end += _PIECE_CHARACTERS
+    return text[: end + room // _BYTES_OF_A_CHARACTER] + remark
+
+
+def _escaped(text: str) -> int:
+    return len(json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")) - 2
+
 
 def _moment(ts: float) -> datetime:
     try:
@@ -88,16 +135,31 @@ def safe_component(text: str) -> str:
 
 
 class LogWriter:
-    """Appends to one try's log. Not thread-safe: one writer per stream."""
+    """Appends to one try's log, within its limits. Not thread-safe: one writer per stream."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: LogLimits | None = None) -> None:
+        self._limits = limits or LogLimits()
         self._descriptor = _open_for_append(path)
         _end_torn_line(path, self._descriptor)
+        self._full = _ends_full(path)
 
     def append(self, records: Iterable[LogRecord]) -> None:
-        data = memoryview("".join(f"{record.to_json()}\n" for record in records).encode("utf-8", "replace"))
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        """Write the records that fit."""
+        self.append_lines([record.line(self._limits) for record in records])
+
+    def append_lines(self, lines: Sequence[bytes]) -> None:
+        """Write the lines (see ``LogRecord.line``) that fit. The first one that does not is answered by the last."""
+        if self._full or not lines:
+            return
+        room = self._limits.try_bytes - os.fstat(self._descriptor).st_size
+        data = b"".join(lines)
+        if len(data) > room:
+            kept = list(itertools.takewhile(lambda end: end <= room, itertools.accumulate(map(len, lines))))
+            notice = LogRecord(time.time(), "warning", "agent", _FULL).line(self._limits)
+            data, self._full = data[: kept[-1] if kept else 0] + notice, True
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -125,6 +187,13 @@ def _open_in_new_directory(path: Path) -> int:
     return os.open(path, _APPEND, 0o640)
 
 
+def _ends_full(path: Path) -> bool:
+    """Whether the last line says that the log is full: each writer would else add its own last line."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 512))
+        return file.read().endswith(f'"{_FULL}"}}\n'.encode())
+
+
 def _end_torn_line(path: Path, descriptor: int) -> None:
     # A writer killed in the middle of a line left it without an end; the next line must not be glued to it.
     size = os.fstat(descriptor).st_size
@@ -138,8 +207,8 @@ def _end_torn_line(path: Path, descriptor: int) -> None:
 class LogStore:
     """All logs below one root."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, limits: LogLimits | None = None) -> None:
+        self.root, self.limits = root, limits or LogLimits()
 
     def path(self, key: LogKey) -> Path:
         parts = (safe_component(part) for part in (key.tenant_id, key.dag_id, key.run_id, key.task_id))
@@ -147,7 +216,7 @@ class LogStore:
 
     def writer(self, key: LogKey) -> LogWriter:
         """Open a try's log for appending; several writers of one try may append at once."""
-        return LogWriter(self.path(key))
+        return LogWriter(self.path(key), self.limits)
 
     def read(self, key: LogKey) -> Iterator[dict[str, Any]]:
         """Every line so far; none when there is no log yet."""
@@ -155,15 +224,21 @@ class LogStore:
 
     def follow(self, key: LogKey, ended: Callable[[], bool], poll_seconds: float = 0.2) -> Iterator[dict[str, Any]]:
         """Every line, waiting for more until ``ended()`` was true before a look that found nothing new."""
-        path, offset, rest = self.path(key), 0, b""
+        path, offset = self.path(key), 0
+        rest: list[bytes] = []
         while True:
             last_look = ended()
             if path.exists():
                 with path.open("rb") as file:
                     file.seek(offset)
-                    while chunk := file.read(1 << 16):
+                    while chunk := file.read(_READ_BYTES):
                         offset += len(chunk)
-                        *lines, rest = (rest + chunk).split(b"\n")
+                        first, *others = chunk.split(b"\n")
+                        rest.append(first)
+                        if not others:
+                            continue  # joined once, when the line ends: it may be long
+                        lines = (b"".join(rest), *others[:-1])
+                        rest = [others[-1]]
                         yield from (parsed for line in lines if (parsed := _parse(line)) is not None)
             if last_look:
                 return
@@ -184,7 +259,7 @@ class LogStore:
     def last_lines(self, key: LogKey) -> tuple[str, ...]:
         """What a failure keeps of its log: the last lines, shortened. None of a log that cannot be read here."""
         try:
-            lines = self.tail(key, _LAST_BYTES)
+            lines = self.tail(key, max(_LAST_BYTES, 2 * self.limits.line_bytes))
         except OSError:
             return ()
         return tuple(str(line.get("msg", ""))[:_LAST_LINE_CHARACTERS] for line in lines[-_LAST_LINES:])
@@ -226,6 +301,6 @@ def _remove_if_empty(directory: Path) -> None:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         parsed = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # the torn last line of a writer that was killed
     return parsed if isinstance(parsed, dict) else None

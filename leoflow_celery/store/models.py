@@ -43,21 +43,52 @@ class DatabaseTime(FunctionElement[float]):
     inherit_cache = True
     type = Timestamp()
 
-    def __init__(self, seconds: float | sa.BindParameter[float] = 0.0) -> None:
-        super().__init__(sa.literal(seconds, sa.Double()) if isinstance(seconds, float) else seconds)
+    def __init__(self, seconds: float | sa.BindParameter[float] | None = None) -> None:
+        """``seconds`` as a number, or as a parameter of the statement; none: now."""
+        shift = sa.literal(float(seconds), sa.Double()) if isinstance(seconds, int | float) else seconds
+        super().__init__(*(() if shift is None else (shift,)))
+
+
+_NOW = sa.select(DatabaseTime())
+
+
+def database_now(connection: sa.Connection) -> float:
+    """The time by the database's clock."""
+    return float(connection.execute(_NOW).scalar_one())
+
+
+#: No time that was written lies further ahead than this, unless the database's clock was set back since: by a
+#: correction, or because another server took over. Smaller steps make what was written last longer by as much.
+CLOCK_STEP_SECONDS = 60.0
+
+
+def is_over(column: Any, seconds: float) -> sa.ColumnElement[bool]:
+    """A time that was written is at least so long ago, or cannot be true: it is of a clock that was set back since.
+
+    Both count, for whoever writes such a time anew while he lives: nothing is held until the old clock's time comes.
+    """
+    return sa.or_(column < DatabaseTime(-seconds), is_ahead(column))
+
+
+def is_ahead(column: Any) -> sa.ColumnElement[bool]:
+    """A time was written by the database's clock as it was before it was set back."""
+    ahead: sa.ColumnElement[bool] = column > DatabaseTime(CLOCK_STEP_SECONDS)
+    return ahead
 
 
 @compiles(DatabaseTime, "postgresql")
 def _postgresql_time(element: DatabaseTime, compiler: SQLCompiler, **kwargs: Any) -> str:
     # Not now(): a transaction may have waited for a lock since it began.
-    return f"(statement_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kwargs)}))"
+    shift = compiler.process(element.clauses, **kwargs)
+    return f"(statement_timestamp() + make_interval(secs => {shift}))" if shift else "statement_timestamp()"
 
 
 @compiles(DatabaseTime, "sqlite")
 def _sqlite_time(element: DatabaseTime, compiler: SQLCompiler, **kwargs: Any) -> str:
     # Milliseconds, written as the microseconds of a Timestamp: as text, times compare digit by digit.
-    seconds = compiler.process(element.clauses, **kwargs)
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+    shift = compiler.process(element.clauses, **kwargs)
+    moved = f", printf('%+.3f seconds', {shift})" if shift else ""
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{moved})"
 
 
 class Base(DeclarativeBase):

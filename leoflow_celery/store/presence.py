@@ -7,6 +7,9 @@ Agents are heard by gateways, which need the database as well.
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Collection
 from contextlib import nullcontext
 from enum import StrEnum
@@ -17,8 +20,9 @@ from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.reap import may_judge_silence
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.models import DatabaseTime, Presence, table_of
+from leoflow_celery.store.models import CLOCK_STEP_SECONDS, DatabaseTime, Presence, database_now, table_of
 
+log = logging.getLogger(__name__)
 _TABLE = table_of(Presence)
 #: A back end that was not heard of for four announcements is away.
 BACK_END_GAP_SECONDS = 60.0
@@ -38,6 +42,8 @@ class Kind(StrEnum):
     GATEWAY = "gateway"
     #: The reaper can look.
     REAPER = "reaper"
+    #: The database's clock runs evenly.
+    CLOCK = "clock"
 
 
 class PresenceStore:
@@ -50,27 +56,53 @@ class PresenceStore:
             Kind.GATEWAY: _GATEWAY_GAP_SECONDS,
             Kind.REAPER: _REAPER_GAPS * reap_interval_seconds,
         }
+        #: The database's clock and our own monotonic one, when they were last compared.
+        self._compared: tuple[float, float] | None = None
         now, ago = DatabaseTime(), DatabaseTime(sa.bindparam("p_gap", type_=sa.Double()))
-        since = sa.case((_TABLE.c.seen_at < ago, now), else_=_TABLE.c.since)
+        # Last seen in the future: the database's clock was set back.
+        ahead = DatabaseTime(sa.bindparam("p_ahead", type_=sa.Double()))
+        since = sa.case((sa.or_(_TABLE.c.seen_at < ago, _TABLE.c.seen_at > ahead), now), else_=_TABLE.c.since)
         names: dict[str, object] = {name: sa.bindparam(f"p_{name}") for name in ("kind", "name")}
         self._keep = (
             database.insert(_TABLE)
             .values(**names, since=now, seen_at=now)
             .on_conflict_do_update(index_elements=["kind", "name"], set_={"since": since, "seen_at": now})
         )
+        self._begin = (
+            database.insert(_TABLE)
+            .values(kind=Kind.CLOCK.value, name="", since=now, seen_at=now)
+            .on_conflict_do_update(index_elements=["kind", "name"], set_={"since": now, "seen_at": now})
+        )
 
     def keep_present(self, kind: Kind, name: str = "") -> None:
         """Say "still here". After an absence longer than the kind's gap the presence starts anew."""
-        parameters = {"p_kind": kind.value, "p_name": name, "p_gap": -self._gaps[kind]}
+        gap = self._gaps[kind]
+        parameters = {"p_kind": kind.value, "p_name": name, "p_gap": -gap, "p_ahead": gap}
         with self._database.transaction() as connection:
             connection.execute(self._keep, parameters)
 
     def leave(self, kind: Kind, name: str) -> None:
         """Say "gone", and forget whoever of the kind was not heard of for an hour."""
-        long_ago = _TABLE.c.seen_at < DatabaseTime(sa.literal(-_FORGOTTEN_SECONDS, sa.Double()))
+        long_ago = _TABLE.c.seen_at < DatabaseTime(-_FORGOTTEN_SECONDS)
         gone = sa.and_(_TABLE.c.kind == kind.value, sa.or_(_TABLE.c.name == name, long_ago))
         with self._database.transaction() as connection:
             connection.execute(sa.delete(_TABLE).where(gone))
+
+    def even_seconds(self) -> float:
+        """For how long the database's clock has run evenly, as far as anybody who called this has seen.
+
+        A clock that was set, by a correction or because another server took over, makes every time that was written
+        before it older or younger by the step: an age that reaches back beyond it says nothing.
+        """
+        since = sa.select(_TABLE.c.since, DatabaseTime()).where(_TABLE.c.kind == Kind.CLOCK.value)
+        with self._database.transaction() as connection:
+            now, monotonic = database_now(connection), time.monotonic()
+            if self._compared is not None and abs(step := _step(self._compared, now, monotonic)) > CLOCK_STEP_SECONDS:
+                log.warning("database.clock_was_set", extra={"seconds": round(step, 3)})
+                connection.execute(self._begin)
+            self._compared = (now, monotonic)
+            found = connection.execute(since).first()
+        return math.inf if found is None else max(found[1] - found[0], 0.0)
 
     def gateways(self) -> dict[str, float]:
         """The gateways that are present and for how many seconds; "" is any of them, without a gap between two."""
@@ -97,5 +129,10 @@ class PresenceStore:
             return {
                 (Kind(kind), name): now - since
                 for kind, name, since, seen_at, now in reader.execute(query)
-                if seen_at >= now - self._gaps[Kind(kind)]
+                if abs(now - seen_at) <= self._gaps[Kind(kind)]
             }
+
+
+def _step(before: tuple[float, float], now: float, monotonic: float) -> float:
+    """By how much more the database's clock went on than ours, which nobody sets."""
+    return (now - before[0]) - (monotonic - before[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
@@ -11,6 +10,7 @@ from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
 from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType
 from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database
+from leoflow_celery.store.models import database_now
 from leoflow_celery.store.views import TaskInstanceView
 
 
@@ -21,22 +21,22 @@ class ReaperQueries:
         self._database = database
 
     def silent(self, heartbeat_timeout_seconds: float, page: int = 500) -> Iterator[TaskInstanceView]:
-        """Claimed attempts whose last heartbeat is older than the timeout."""
-        return self._live(task_instance_sql.is_silent(time.time() - heartbeat_timeout_seconds), page)
+        """Claimed attempts whose last sign of life is older than the timeout."""
+        return self._live(task_instance_sql.is_silent(heartbeat_timeout_seconds), page)
 
     def waiting(self, at_least_seconds: float, page: int = 500) -> Iterator[TaskInstanceView]:
         """Sent but unclaimed attempts, queued at least that long."""
-        return self._live(task_instance_sql.is_waiting(time.time() - at_least_seconds), page)
+        return self._live(task_instance_sql.is_waiting(at_least_seconds), page)
 
     def cancelled(self, grace_seconds: float, page: int = 500) -> Iterator[TaskInstanceView]:
         """Attempts asked to stop that have not stopped within the grace."""
-        return self._live(task_instance_sql.is_cancelled(time.time() - grace_seconds), page)
+        return self._live(task_instance_sql.is_cancelled(grace_seconds), page)
 
     def expectations(self, executors: Collection[str]) -> dict[str, Expectation]:
         """What must exist outside, per executor: every live attempt of it, in one query for all of them."""
         found: dict[str, list[ExpectedAttempt]] = {executor: [] for executor in executors}
-        now = time.time()
         with self._database.reading() as connection:
+            now = database_now(connection)
             for row in connection.execute(task_instance_sql.expected(executors)):
                 attempt = AttemptId(row.task_instance_id, row.try_number, row.launch)
                 name, host = attempt_name(attempt, row.dag_id, row.task_id), _host(row.back_end)
@@ -45,10 +45,10 @@ class ReaperQueries:
         return {executor: Expectation.of(now, attempts) for executor, attempts in found.items()}
 
     def oldest_waiting(self) -> dict[str, float]:
-        """Since when the oldest task instance of each launch queue has waited for a worker; none for an empty one."""
+        """For how many seconds the oldest task instance of each launch queue has waited; none for an empty one."""
         with self._database.reading() as connection:
             rows = connection.execute(task_instance_sql.oldest_waiting()).all()
-        return {name or QUEUE_OF[ExecutorType(executor)]: float(at) for executor, name, at in rows}
+        return {name or QUEUE_OF[ExecutorType(executor)]: max(now - at, 0.0) for executor, name, at, now in rows}
 
     def _live(self, condition: task_instance_sql.Condition, page: int) -> Iterator[TaskInstanceView]:
         """All that fit, the longest queued first, page by page: many that are in order must not hide one that is not.

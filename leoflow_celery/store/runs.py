@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import sqlalchemy as sa
 
 from leoflow_celery.domain.request import new_run
@@ -11,7 +9,7 @@ from leoflow_celery.domain.states import TERMINAL_RUN, RunState
 from leoflow_celery.errors import NotFound
 from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.models import DagRun, table_of
+from leoflow_celery.store.models import DagRun, DatabaseTime, table_of
 from leoflow_celery.store.views import RunView, TaskInstanceView
 
 _RUN = table_of(DagRun)
@@ -32,7 +30,7 @@ class RunStore:
         row = {
             **new_run(tenant_id, dag_id, run_id, dag_version).model_dump(),
             "state": RunState.RUNNING.value,
-            "started_at": time.time(),
+            "started_at": DatabaseTime(),
         }
         insert = self._database.insert(_RUN).values(row)
         upsert = insert.on_conflict_do_update(
@@ -64,7 +62,7 @@ class RunStore:
         update = (
             sa.update(_RUN)
             .where(_is_run(tenant_id, dag_id, run_id), _RUN.c.state.in_(open_states))
-            .values(state=state.value, ended_at=time.time())
+            .values(state=state.value, ended_at=DatabaseTime())
         )
         with self._database.transaction() as connection:
             return connection.execute(update).rowcount > 0

@@ -5,7 +5,6 @@ This is the contract's StagingStore: ``record_staging_volume``, ``mark_staging_d
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -15,7 +14,7 @@ from leoflow_celery.domain.states import RunState
 from leoflow_celery.errors import NotFound
 from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.models import DagRun, StagingVolume, table_of
+from leoflow_celery.store.models import DagRun, DatabaseTime, StagingVolume, table_of
 from leoflow_celery.store.volume_placement import insert_volume
 
 _TABLE = table_of(StagingVolume)
@@ -86,7 +85,6 @@ class StagingStore:
             "run_id": run_id,
             "size": size,
             "backend": backend,
-            "created_at": time.time(),
         }
         with self._database.transaction() as connection:
             connection.execute(insert_volume(self._database), row)
@@ -102,7 +100,7 @@ class StagingStore:
         if back_end is not None:
             active = sa.and_(active, _TABLE.c.backend == back_end)
         mounted = task_instance_sql.is_mounted(_TABLE.c.claim_name)
-        values = {"deleted_at": time.time(), "deleted_reason": reason}
+        values = {"deleted_at": DatabaseTime(), "deleted_reason": reason}
         with self._database.transaction() as connection:
             # Locked first: a submitter that holds the row has recorded its try when we look for one.
             connection.execute(sa.select(_TABLE.c.claim_name).where(active).with_for_update()).first()
@@ -129,7 +127,11 @@ class StagingStore:
     def list_deleted(self, limit: int = 100) -> list[DeletedVolume]:
         """The volumes deleted last, the newest first."""
         columns = (_TABLE.c[name] for name in (*_NAMES, "deleted_at", "deleted_reason"))
-        query = sa.select(*columns).where(_TABLE.c.deleted_at.is_not(None)).order_by(_TABLE.c.deleted_at.desc())
+        query = (
+            sa.select(*columns)
+            .where(_TABLE.c.deleted_at.is_not(None))
+            .order_by(_TABLE.c.deleted_at.desc(), _TABLE.c.claim_name.desc())
+        )
         with self._database.reading() as connection:
             return [DeletedVolume(*row) for row in connection.execute(query.limit(limit))]
 

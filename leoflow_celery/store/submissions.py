@@ -5,7 +5,6 @@ A row is written before its message: a crash in between delays the task until th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.events import append_events, event_row
-from leoflow_celery.store.models import TaskCompletion, table_of
+from leoflow_celery.store.models import DatabaseTime, TaskCompletion, table_of
 from leoflow_celery.store.presence import PresenceStore
 from leoflow_celery.store.task_instance_sql import attempt_parameters
 from leoflow_celery.store.views import Submitted, TaskInstanceView, needs_host
@@ -70,8 +69,11 @@ class SubmissionStore:
         self._database, self._xcom, self._presence = database, xcom, presence
         self._default_staging_size = default_staging_size
         # Made once: see ``task_instance_sql``.
-        self._insert_tries = task_instance_sql.insert_tries(database.insert)
-        self._insert_completions = database.insert(table_of(TaskCompletion)).on_conflict_do_nothing()
+        self._insert_tries = {
+            ended: task_instance_sql.insert_tries(database.insert, ended=ended) for ended in (False, True)
+        }
+        waiting = database.insert(table_of(TaskCompletion)).values(created_at=DatabaseTime())
+        self._insert_completions = waiting.on_conflict_do_nothing()
         self._insert_volumes = insert_volume(database)
 
     def record(self, tries: Sequence[NewTry], state: TaskState = TaskState.QUEUED) -> list[Submitted]:
@@ -88,12 +90,11 @@ class SubmissionStore:
             raise InvalidRequest(f"state: a try cannot be recorded as {state}; use queued or a terminal state", "state")
         if not tries:
             return []
-        now = time.time()
         # In one order everywhere: two submitters of the same tries would deadlock otherwise.
         distinct = dict(sorted({_key(item): item for item in reversed(tries)}.items(), key=lambda pair: pair[0]))
         with self._database.transaction() as connection:
-            rows = [_row(item, state, now) for item in distinct.values()]
-            inserted = connection.execute(self._insert_tries, rows).all()
+            rows = [_row(item, state) for item in distinct.values()]
+            inserted = connection.execute(self._insert_tries[state in TERMINAL], rows).all()
             created = {(ti, number) for ti, number, _ in inserted}
             fresh = [item for key, item in distinct.items() if key in created]
             queues: dict[str, str] = {}
@@ -102,23 +103,21 @@ class SubmissionStore:
                 # One that ends here is never claimed, which is when the values of an earlier try go.
                 again = {(ti, number) for ti, number, again in inserted if again or state is not TaskState.QUEUED}
                 self._forget_values(connection, [item.request for item in fresh if _key(item) in again])
-                queues = self._record_fresh(connection, fresh, state, now)
+                queues = self._record_fresh(connection, fresh, state)
                 for chunk in batched([item.request.task_instance_id for item in fresh], CHUNK_ROWS):
-                    _end_older(connection, task_instance_sql.supersede(named=True), {"p_ids": chunk}, now)
+                    _end_older(connection, task_instance_sql.supersede(named=True), {"p_ids": chunk})
         return [_submitted(item, created, queues, ids) for item in tries]
 
-    def _record_fresh(
-        self, connection: sa.Connection, fresh: Sequence[NewTry], state: TaskState, now: float
-    ) -> dict[str, str]:
+    def _record_fresh(self, connection: sa.Connection, fresh: Sequence[NewTry], state: TaskState) -> dict[str, str]:
         details = [{"executor": item.executor.value, "state": state.value} for item in fresh]
-        events = [event_row(i.request.attempt, "submitted", d, now) for i, d in zip(fresh, details, strict=True)]
+        events = [event_row(i.request.attempt, "submitted", d) for i, d in zip(fresh, details, strict=True)]
         append_events(connection, events)
         if state is not TaskState.QUEUED:
             return {}
-        connection.execute(self._insert_completions, [_completion_row(item, now) for item in fresh])
+        connection.execute(self._insert_completions, [_completion_row(item) for item in fresh])
         mounting = [item for item in fresh if item.staging_claim]
         uses = [Use(item.request, item.executor) for item in mounting]
-        queues = record_volumes(connection, self._presence, self._insert_volumes, uses, self._default_staging_size, now)
+        queues = record_volumes(connection, self._presence, self._insert_volumes, uses, self._default_staging_size)
         # Once the new volumes are there: of two runs that name a new one at once, the second sees the first's.
         check_owners(connection, (item.request for item in fresh))
         _set_queues(connection, [(*_key(item), queues[item.staging_claim]) for item in mounting])
@@ -134,20 +133,19 @@ class SubmissionStore:
         On PostgreSQL neither of them sees the other's row.
         """
         with self._database.transaction() as connection:
-            return _end_older(connection, task_instance_sql.supersede(named=False), {}, time.time())
+            return _end_older(connection, task_instance_sql.supersede(named=False), {})
 
     def mark_sent(self, attempts: Sequence[AttemptId]) -> None:
         """Record that the broker has the messages of these launches."""
         if not attempts:
             return
-        now = time.time()
-        rows = [{**attempt_parameters(attempt), "p_now": now} for attempt in _ordered(attempts)]
+        rows = [attempt_parameters(attempt) for attempt in _ordered(attempts)]
         with self._database.transaction() as connection:
             connection.execute(task_instance_sql.mark_sent(), rows)
 
     def unsent(self, grace_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
         """Unclaimed tries whose message is due and was not sent; the grace spares submits that are under way."""
-        return self._views(task_instance_sql.unsent(time.time(), grace_seconds, limit))
+        return self._views(task_instance_sql.unsent(grace_seconds, limit))
 
     def place(self, limit: int = 500) -> int:
         """Give tries that wait for a host of their staging volume one that is present; how many got one."""
@@ -159,21 +157,19 @@ class SubmissionStore:
 
     def unplaced(self, at_least_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
         """Tries that have waited that long for a host of their staging volume."""
-        return self._views(task_instance_sql.unplaced(time.time() - at_least_seconds, limit))
+        return self._views(task_instance_sql.unplaced(at_least_seconds, limit))
 
     def _views(self, query: task_instance_sql.Rows) -> list[TaskInstanceView]:
         with self._database.reading() as connection:
             return [TaskInstanceView.from_row(row) for row in connection.execute(query).mappings()]
 
 
-def _end_older(
-    connection: sa.Connection, statement: sa.Executable, parameters: Mapping[str, object], now: float
-) -> int:
+def _end_older(connection: sa.Connection, statement: sa.Executable, parameters: Mapping[str, object]) -> int:
     """Run ``task_instance_sql.supersede``; how many tries it ended."""
     outcome = Outcome.failed(FailureReason.SUPERSEDED, "a newer try was submitted")
-    values = {"p_state": outcome.state, "p_reason": outcome.reason, "p_message": outcome.message, "p_now": now}
+    values = {"p_state": outcome.state, "p_reason": outcome.reason, "p_message": outcome.message}
     ended = [AttemptId(*row) for row in connection.execute(statement, {**values, **parameters})]
-    append_events(connection, [event_row(old, "finished", outcome.to_json(), now) for old in ended])
+    append_events(connection, [event_row(old, "finished", outcome.to_json()) for old in ended])
     return len(ended)
 
 
@@ -212,7 +208,7 @@ def _submitted(
     return Submitted(item.request.attempt, ids.get(key) or celery_task_id(*key), is_created, queue, waits)
 
 
-def _row(item: NewTry, state: TaskState, now: float) -> dict[str, Any]:
+def _row(item: NewTry, state: TaskState) -> dict[str, Any]:
     request = item.request
     return {
         "task_instance_id": request.task_instance_id,
@@ -237,13 +233,10 @@ def _row(item: NewTry, state: TaskState, now: float) -> dict[str, Any]:
         "staging_claim": item.staging_claim,
         "memory_limit": item.memory_limit,
         "oom_memory_factor": item.oom_memory_factor,
-        "queued_at": now,
-        "send_after": now,
-        "ended_at": None if state is TaskState.QUEUED else now,
     }
 
 
-def _completion_row(item: NewTry, now: float) -> dict[str, Any]:
+def _completion_row(item: NewTry) -> dict[str, Any]:
     request = item.request
     callback = request.result_callback
     return {
@@ -252,5 +245,4 @@ def _completion_row(item: NewTry, now: float) -> dict[str, Any]:
         "try_number": request.try_number,
         "context": {"task": TaskName.of("execute", item.executor).value, **item.context},
         "result_callback": callback.model_dump() if callback else None,
-        "created_at": now,
     }

@@ -3,6 +3,9 @@
 Building a statement in SQLAlchemy costs more than running it on SQLite, so what every task executes is made once, with
 named parameters. Parameters are prefixed with ``p_``: plain column names belong to the VALUES clause. Statements that
 return tries return whole rows: nobody has to read again what a write left behind.
+
+Every time here is written and compared by the database's clock. A row comes with the time at which it was read
+(``read_at``), so that who computes an age needs no clock of his own.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TERMINAL, TaskState, sources_of
-from leoflow_celery.store.models import LIVE, DatabaseTime, TaskCompletion, TaskInstance, table_of
+from leoflow_celery.store.models import LIVE, DatabaseTime, TaskCompletion, TaskInstance, is_ahead, is_over, table_of
 from leoflow_celery.store.views import needs_host
 
 TABLE = table_of(TaskInstance)
 _T = TABLE.c
 _TASK = ("tenant_id", "dag_id", "run_id", "task_id")
 _RUN = ("tenant_id", "dag_id", "run_id")
-_END_COLUMNS = ("state", "reason", "message", "exit_code", "last_event", "log_tail", "ended_at")
+_END_COLUMNS = ("state", "reason", "message", "exit_code", "last_event", "log_tail")
 _CLEARED = ("holder", "lease_until", "last_heartbeat_at", "sent_at", "launched_at", "started_at")
+#: A whole row, and the time by the same clock.
+_ROW = (*_T, DatabaseTime().label("read_at"))
 #: The longest waiting first; the ids make the order total.
 _ORDER = (_T.queued_at, _T.task_instance_id, _T.try_number)
 
@@ -107,7 +112,7 @@ def is_mounted(claim_name: sa.ColumnElement[str]) -> Condition:
 @cache
 def select_try(newest: bool) -> Rows:
     """A row by ``p_ti``, and by ``p_try`` unless the newest try is asked for."""
-    query = sa.select(TABLE).where(_T.task_instance_id == sa.bindparam("p_ti"))
+    query = sa.select(*_ROW).where(_T.task_instance_id == sa.bindparam("p_ti"))
     if newest:
         return query.order_by(_T.try_number.desc()).limit(1)
     return query.where(_T.try_number == sa.bindparam("p_try"))
@@ -122,18 +127,20 @@ def lock_try() -> Rows:
 @cache
 def select_ended() -> Rows:
     """The rows of those tries of the task instances ``p_ids`` that are over."""
-    return sa.select(TABLE).where(_T.task_instance_id.in_(sa.bindparam("p_ids", expanding=True)), _has_ended())
+    return sa.select(*_ROW).where(_T.task_instance_id.in_(sa.bindparam("p_ids", expanding=True)), _has_ended())
 
 
 # -- submitting --------------------------------------------------------------------------------------------------------
 
 
-def insert_tries(insert: Any) -> Any:
+def insert_tries(insert: Any, ended: bool) -> Any:
     """Insert tries that are not there; returns the ids of those that were inserted, each with ``_runs_again``.
 
-    ``insert`` is ``Database.insert``. The caller keeps the statement.
+    ``insert`` is ``Database.insert``. With ``ended`` they are over at once. The caller keeps the statement.
     """
-    statement = insert(TABLE).on_conflict_do_nothing()
+    now = DatabaseTime()
+    times = {"queued_at": now, "send_after": now, **({"ended_at": now} if ended else {})}
+    statement = insert(TABLE).values(times).on_conflict_do_nothing()
     return statement.returning(_T.task_instance_id, _T.try_number, _runs_again())
 
 
@@ -150,7 +157,7 @@ def _runs_again() -> sa.ColumnElement[bool]:
 
 @cache
 def supersede(named: bool) -> sa.Executable:
-    """End the live tries that have a newer try, at ``p_now``: of the task instances ``p_ids``, or of all."""
+    """End the live tries that have a newer try: of the task instances ``p_ids``, or of all."""
     newer = TABLE.alias("newer")
     is_older = sa.exists().where(newer.c.task_instance_id == _T.task_instance_id, newer.c.try_number > _T.try_number)
     update = sa.update(TABLE).where(is_live(), is_older)
@@ -160,14 +167,14 @@ def supersede(named: bool) -> sa.Executable:
         state=sa.bindparam("p_state"),
         reason=sa.bindparam("p_reason"),
         message=sa.bindparam("p_message"),
-        ended_at=sa.bindparam("p_now"),
+        ended_at=DatabaseTime(),
     ).returning(_T.task_instance_id, _T.try_number, _T.launch)
 
 
 @cache
 def mark_sent() -> sa.Executable:
-    """The broker has the message of the attempt since ``p_now``."""
-    return sa.update(TABLE).where(_is_attempt()).values(sent_at=sa.bindparam("p_now"))
+    """The broker has the message of the attempt now."""
+    return sa.update(TABLE).where(_is_attempt()).values(sent_at=DatabaseTime())
 
 
 @cache
@@ -176,17 +183,19 @@ def set_queue() -> sa.Executable:
     return sa.update(TABLE).where(of_try(TABLE)).values(queue_name=sa.bindparam("p_queue"))
 
 
-def unsent(now: float, grace_seconds: float, limit: int) -> Rows:
+def unsent(grace_seconds: float, limit: int) -> Rows:
     """Unclaimed tries whose message is due and was not sent."""
-    is_due = sa.and_(_T.holder.is_(None), _T.sent_at.is_(None), ~_needs_host(), _T.send_after <= now)
-    is_old = sa.or_(_T.launch > 1, _T.queued_at <= now - grace_seconds)
-    return sa.select(TABLE).where(is_live(), is_due, is_old).order_by(_T.queued_at).limit(limit)
+    # A delay is no longer than the step that makes queued_at impossible.
+    is_time = sa.or_(_T.send_after <= DatabaseTime(), is_ahead(_T.queued_at))
+    is_due = sa.and_(_T.holder.is_(None), _T.sent_at.is_(None), ~_needs_host(), is_time)
+    is_old = sa.or_(_T.launch > 1, is_over(_T.queued_at, grace_seconds))
+    return sa.select(*_ROW).where(is_live(), is_due, is_old).order_by(_T.queued_at).limit(limit)
 
 
-def unplaced(queued_before: float, limit: int) -> Rows:
-    """Tries that wait for a host of their staging volume, queued before that."""
-    waiting = sa.and_(is_live(), _needs_host(), _T.queued_at <= queued_before)
-    return sa.select(TABLE).where(waiting).order_by(_T.queued_at).limit(limit)
+def unplaced(at_least_seconds: float, limit: int) -> Rows:
+    """Tries that have waited that long for a host of their staging volume."""
+    waiting = sa.and_(is_live(), _needs_host(), is_over(_T.queued_at, at_least_seconds))
+    return sa.select(*_ROW).where(waiting).order_by(_T.queued_at).limit(limit)
 
 
 def unplaced_claims(limit: int) -> Rows:
@@ -214,7 +223,10 @@ def release_queue() -> sa.Executable:
 
 @cache
 def claim(mode: ClaimMode, start: bool) -> sa.Executable:
-    """Give the attempt to ``p_holder`` on ``p_hostname`` until ``p_until``; ``start`` makes it running at ``p_now``."""
+    """Give the attempt to ``p_holder`` on ``p_hostname`` for ``p_lease`` seconds; ``start`` makes it running.
+
+    The claim is the first sign of life of its holder.
+    """
     newer = TABLE.alias("newer")
     superseded = sa.exists().where(
         newer.c.task_instance_id == sa.bindparam("p_ti"), newer.c.try_number > sa.bindparam("p_try")
@@ -222,36 +234,42 @@ def claim(mode: ClaimMode, start: bool) -> sa.Executable:
     condition = {
         ClaimMode.UNCLAIMED: _T.holder.is_(None),
         ClaimMode.SAME_HOLDER: _T.holder == sa.bindparam("p_holder"),
-        ClaimMode.EXPIRED: _T.lease_until < sa.bindparam("p_now"),
+        ClaimMode.EXPIRED: _has_run_out(),
     }[mode]
-    now: sa.BindParameter[float] = sa.bindparam("p_now")
     values: dict[str, object] = {
         "holder": sa.bindparam("p_holder"),
         "hostname": sa.bindparam("p_hostname"),
-        "lease_until": sa.bindparam("p_until"),
+        **_renewed(),
     }
     if start:
-        # This holder lives in the worker that writes its heartbeats, so they have begun.
-        values |= {"state": TaskState.RUNNING.value, "started_at": _first("started_at"), "last_heartbeat_at": now}
-    elif mode is not ClaimMode.SAME_HOLDER:
-        # An agent that never sends any must not be taken for one that fell silent.
-        values["last_heartbeat_at"] = None
+        values |= {"state": TaskState.RUNNING.value, "started_at": _first("started_at")}
     return (
         sa.update(TABLE)
         .where(_is_attempt(), is_live(), _T.cancel_requested_at.is_(None), condition, ~superseded)
         .values(values)
-        .returning(*_T)
+        .returning(*_ROW)
     )
 
 
+def _renewed() -> dict[str, object]:
+    """A holder lives now, and holds for ``p_lease`` seconds."""
+    lease: sa.BindParameter[float] = sa.bindparam("p_lease", type_=sa.Double())
+    return {"last_heartbeat_at": DatabaseTime(), "lease_until": DatabaseTime(lease)}
+
+
+def _has_run_out() -> Condition:
+    """The lease is over, or was given by a clock that was set back since (a lease may be of any length)."""
+    return sa.or_(_T.lease_until < DatabaseTime(), is_ahead(_T.last_heartbeat_at))
+
+
 def _first(column: str) -> sa.ColumnElement[float]:
-    """A time as it was, or ``p_now``."""
-    return sa.func.coalesce(_T[column], sa.bindparam("p_now", type_=_T[column].type))
+    """A time as it was, or now."""
+    return sa.func.coalesce(_T[column], DatabaseTime(), type_=_T[column].type)
 
 
 @cache
 def start() -> sa.Executable:
-    """User code runs: by ``p_holder``, at ``p_now``."""
+    """User code runs: by ``p_holder``, from now on."""
     return (
         sa.update(TABLE)
         .where(_is_attempt(), _T.holder == sa.bindparam("p_holder"), _from_states(TaskState.RUNNING))
@@ -303,10 +321,8 @@ def select_held() -> Rows:
 
 @cache
 def renew_held() -> sa.Executable:
-    """The same, with claims renewed at ``p_now`` until ``p_until``."""
-    update = sa.update(TABLE).where(_held())
-    renewed = update.values(last_heartbeat_at=sa.bindparam("p_now"), lease_until=sa.bindparam("p_until"))
-    return renewed.returning(*_CLAIM, _T.cancel_requested_at)
+    """The same, with claims renewed for ``p_lease`` seconds."""
+    return sa.update(TABLE).where(_held()).values(_renewed()).returning(*_CLAIM, _T.cancel_requested_at)
 
 
 # -- launches and ends -------------------------------------------------------------------------------------------------
@@ -314,7 +330,7 @@ def renew_held() -> sa.Executable:
 
 @cache
 def launched(of_executor: bool, at_back_end: bool) -> sa.Executable:
-    """An executor started the attempt at ``p_now``: ``p_external_name`` at ``p_back_end``, by ``p_hostname``.
+    """An executor started the attempt: ``p_external_name`` at ``p_back_end``, by ``p_hostname``.
 
     Only an attempt that was given to ``p_executor`` and to that back end, where they are named: a second delivery may
     have started it elsewhere too, and only one of them is served. The first report counts, another one changes nothing.
@@ -336,17 +352,14 @@ def launched(of_executor: bool, at_back_end: bool) -> sa.Executable:
 
 @cache
 def end(state: TaskState, conditions: frozenset[str]) -> sa.Executable:
-    """The attempt ends in ``state``; every column of the end is a parameter ``p_<column>``."""
-    return _ending(state, conditions, _end_values())
-
-
-def _end_values() -> dict[str, object]:
-    return {name: sa.bindparam(f"p_{name}", type_=_T[name].type) for name in _END_COLUMNS}
+    """The attempt ends in ``state``; every other column of the end is a parameter ``p_<column>``."""
+    values = {name: sa.bindparam(f"p_{name}", type_=_T[name].type) for name in _END_COLUMNS}
+    return _ending(state, conditions, {**values, "ended_at": DatabaseTime()})
 
 
 @cache
 def next_launch(conditions: frozenset[str]) -> sa.Executable:
-    """The try goes on with its next launch, queued at ``p_now``, to be sent after ``p_send_after``.
+    """The try goes on with its next launch, queued now, to be sent ``p_delay`` seconds later.
 
     ``p_growths`` is 1 when its memory limit grows.
     """
@@ -354,8 +367,8 @@ def next_launch(conditions: frozenset[str]) -> sa.Executable:
         "state": TaskState.QUEUED.value,
         "launch": _T.launch + 1,
         "oom_relaunches": _T.oom_relaunches + sa.bindparam("p_growths", type_=sa.Integer()),
-        "queued_at": sa.bindparam("p_now"),
-        "send_after": sa.bindparam("p_send_after"),
+        "queued_at": DatabaseTime(),
+        "send_after": DatabaseTime(sa.bindparam("p_delay", type_=sa.Double())),
         "hostname": "",
         "external_name": "",
         "back_end": "",
@@ -369,7 +382,7 @@ def _ending(state: TaskState, names: frozenset[str], values: dict[str, object]) 
         "holder": _T.holder == sa.bindparam("p_holder"),
         "unclaimed": _T.holder.is_(None),
         "unlaunched": _T.launched_at.is_(None),
-        "silent_since": _T.last_heartbeat_at <= sa.bindparam("p_silent_since"),
+        "silent_since": sa.and_(_T.holder.is_not(None), _said_nothing_since()),
         "executor": _T.executor == sa.bindparam("p_executor"),
         "back_end": _runs_at(),
         "uncancelled": _T.cancel_requested_at.is_(None),
@@ -378,13 +391,19 @@ def _ending(state: TaskState, names: frozenset[str], values: dict[str, object]) 
         sa.update(TABLE)
         .where(_is_attempt(), _from_states(state), *(conditions[name] for name in sorted(names)))
         .values(values)
-        .returning(*_T)
+        .returning(*_ROW)
     )
+
+
+def _said_nothing_since() -> Condition:
+    """Nothing was written of the holder after the sign of life that was read: ``p_silent_since``."""
+    read = sa.bindparam("p_silent_since", type_=_T.last_heartbeat_at.type)
+    return sa.func.coalesce(_T.last_heartbeat_at, _T.lease_until, type_=read.type) == read
 
 
 @cache
 def request_cancel(newest: bool) -> sa.Executable:
-    """Ask a live try to stop, since ``p_now``: the newest, or ``p_try``. One that was asked before is left as it is."""
+    """Ask a live try to stop: the newest, or ``p_try``. One that was asked before is left as it is."""
     number: Any = sa.bindparam("p_try")
     if newest:
         other = TABLE.alias("other")
@@ -392,30 +411,31 @@ def request_cancel(newest: bool) -> sa.Executable:
         number = sa.select(sa.func.max(other.c.try_number)).where(of_task).scalar_subquery()
     is_try = sa.and_(_T.task_instance_id == sa.bindparam("p_ti"), _T.try_number == number)
     update = sa.update(TABLE).where(is_try, is_live(), _T.cancel_requested_at.is_(None))
-    return update.values(cancel_requested_at=sa.bindparam("p_now")).returning(*_T)
+    return update.values(cancel_requested_at=DatabaseTime()).returning(*_ROW)
 
 
 # -- what the reapers look at ------------------------------------------------------------------------------------------
 
 
-def is_silent(before: float) -> Condition:
-    """Claimed, and the last heartbeat is older."""
-    return sa.and_(_T.holder.is_not(None), _T.last_heartbeat_at < before)
+def is_silent(timeout_seconds: float) -> Condition:
+    """Claimed, and the last sign of life is so long ago; of one that gave none, the lease has run out."""
+    never = sa.and_(_T.last_heartbeat_at.is_(None), is_over(_T.lease_until, 0))
+    return sa.and_(_T.holder.is_not(None), sa.or_(is_over(_T.last_heartbeat_at, timeout_seconds), never))
 
 
-def is_waiting(before: float) -> Condition:
-    """Unclaimed, and its message was sent before that."""
-    return sa.and_(_T.holder.is_(None), _T.sent_at < before)
+def is_waiting(at_least_seconds: float) -> Condition:
+    """Unclaimed, and its message was sent so long ago."""
+    return sa.and_(_T.holder.is_(None), is_over(_T.sent_at, at_least_seconds))
 
 
-def is_cancelled(before: float) -> Condition:
-    """It was asked to stop before that."""
-    return _T.cancel_requested_at < before
+def is_cancelled(at_least_seconds: float) -> Condition:
+    """It was asked to stop so long ago."""
+    return is_over(_T.cancel_requested_at, at_least_seconds)
 
 
 def live(condition: Condition, page: int, after: tuple[float, str, int] | None) -> Rows:
     """One page of the live tries, the longest queued first; ``after`` is where the page before it ended."""
-    query = sa.select(TABLE).where(is_live(), condition).order_by(*_ORDER).limit(page)
+    query = sa.select(*_ROW).where(is_live(), condition).order_by(*_ORDER).limit(page)
     return query if after is None else query.where(_is_after(*after))
 
 
@@ -437,10 +457,12 @@ def expected(executors: Collection[str]) -> Rows:
 
 
 def oldest_waiting() -> Rows:
-    """(executor, queue name, time): since when the oldest try of each launch queue has waited for a worker."""
+    """(executor, queue name, time, now): since when the oldest try of each launch queue has waited for a worker."""
     since = sa.func.min(sa.func.coalesce(_T.sent_at, _T.queued_at), type_=_T.queued_at.type)
     waiting = sa.and_(is_live(), _T.holder.is_(None), _T.launched_at.is_(None))
-    return sa.select(_T.executor, _T.queue_name, since).where(waiting).group_by(_T.executor, _T.queue_name)
+    return (
+        sa.select(_T.executor, _T.queue_name, since, DatabaseTime()).where(waiting).group_by(_T.executor, _T.queue_name)
+    )
 
 
 # -- runs and history --------------------------------------------------------------------------------------------------
@@ -449,11 +471,12 @@ def oldest_waiting() -> Rows:
 def of_run(tenant_id: str, dag_id: str, run_id: str) -> Rows:
     """Every try of a run, a younger one of a task instance after an older one."""
     is_run = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id, _T.run_id == run_id)
-    return sa.select(TABLE).where(is_run).order_by(_T.try_number)
+    return sa.select(*_ROW).where(is_run).order_by(_T.try_number)
 
 
-def old_tries(before: float, limit: int) -> Rows:
-    """Tries of task instances that ended before that as a whole and whose results were delivered."""
+def old_tries(older_than_seconds: float, limit: int) -> Rows:
+    """Tries of task instances that ended so long ago as a whole and whose results were delivered."""
+    before = DatabaseTime(-older_than_seconds)
     completion, other = table_of(TaskCompletion), TABLE.alias("other")
     undelivered = sa.exists().where(
         completion.c.task_instance_id == _T.task_instance_id,

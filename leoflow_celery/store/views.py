@@ -29,7 +29,7 @@ def needs_host(executor: Any, staging_claim: Any, queue_name: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class TaskInstanceView:
-    """One try of a task instance. Times are seconds since the epoch."""
+    """One try of a task instance. Times are seconds since the epoch, by the database's clock, ``read_at`` too."""
 
     task_instance_id: str
     try_number: int
@@ -68,6 +68,8 @@ class TaskInstanceView:
     started_at: float | None
     ended_at: float | None
     cancel_requested_at: float | None
+    #: When this was read: what ages are measured against.
+    read_at: float = field(compare=False)
 
     @classmethod
     def from_row(cls, row: RowMapping) -> TaskInstanceView:
@@ -84,6 +86,11 @@ class TaskInstanceView:
     @property
     def is_terminal(self) -> bool:
         return self.state in TERMINAL
+
+    @property
+    def last_seen_at(self) -> float | None:
+        """The last sign of life of its holder; of one that gave none since its claim, the end of its lease."""
+        return self.lease_until if self.last_heartbeat_at is None else self.last_heartbeat_at
 
     @property
     def queue(self) -> str:

@@ -17,7 +17,7 @@ from leoflow_celery.domain.routing import RECONCILED, ExecutorType
 from leoflow_celery.domain.staging import claims_named
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
-from leoflow_celery.store.models import StagingVolume, table_of
+from leoflow_celery.store.models import DatabaseTime, StagingVolume, table_of
 from leoflow_celery.store.presence import PresenceStore
 
 _VOLUME = table_of(StagingVolume)
@@ -42,7 +42,7 @@ def insert_volume(database: Database) -> sa.Executable:
 
     It stays the volume of its first run.
     """
-    insert = database.insert(_VOLUME)
+    insert = database.insert(_VOLUME).values(created_at=DatabaseTime())
     names = ("size", "backend", "created_at")
     return insert.on_conflict_do_update(  # type: ignore[no-any-return]
         index_elements=["claim_name"],
@@ -57,7 +57,6 @@ def record_volumes(
     insert: sa.Executable,
     uses: Sequence[Use],
     default_size: str,
-    now: float,
 ) -> dict[str, str]:
     """Record the volumes that fresh tries mount; the queue of each claim, empty while it has no host.
 
@@ -68,7 +67,7 @@ def record_volumes(
     first = {use.request.staging_claim: use for use in sorted(uses, key=lambda use: use.request.staging_claim)}
     if not first:
         return {}
-    connection.execute(insert, [_row(use, default_size, now) for use in first.values()])
+    connection.execute(insert, [_row(use, default_size) for use in first.values()])
     rows = {str(row["claim_name"]): row for row in _active(connection, first)}
     for use in uses:
         _check_place(use, rows[use.request.staging_claim])
@@ -104,14 +103,13 @@ def _active(connection: sa.Connection, claims: Iterable[str]) -> list[sa.RowMapp
     return rows
 
 
-def _row(use: Use, default_size: str, now: float) -> dict[str, object]:
+def _row(use: Use, default_size: str) -> dict[str, object]:
     request = use.request
     return {
         "claim_name": request.staging_claim,
         **{name: getattr(request, name) for name in _OWNER},
         "size": request.staging_size or default_size,
         "backend": use.executor.value,
-        "created_at": now,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import NOT_LAUNCHED
@@ -44,8 +43,9 @@ def advance_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None 
 
 
 def _send_launch(task: LeoflowTask, view: TaskInstanceView) -> None:
-    delay = view.send_after - time.time()
-    if delay > 0:
+    delay = view.send_after - view.read_at
+    # Unless it was written before the database's clock was set back: a delay begins when the try was queued.
+    if delay > 0 and view.queued_at <= view.read_at + 1:
         task.publisher.advance_try(view.task_instance_id, view.try_number, countdown_seconds=delay)
         return
     task.publisher.launch_again(view, task.services.store.relaunch_policy)

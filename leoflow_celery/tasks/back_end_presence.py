@@ -20,6 +20,8 @@ from leoflow_celery.tasks.context import services_of
 from leoflow_celery.tasks.executors import executor_of
 
 _EVERY_SECONDS = 15.0
+#: Two announcements: a slow control worker need not forget one that the next is only about to replace.
+_GOOD_FOR_SECONDS = 2 * _EVERY_SECONDS
 
 
 class BackEndPresence(bootsteps.StartStopStep):
@@ -73,7 +75,7 @@ def announce(consumer: Any, executor_type: ExecutorType) -> None:
     # Looked at each time: a worker that lost its broker in between may have forgotten what it was about to do.
     if back_end.host and not _consumes(consumer, back_end.queue):
         consumer.call_soon(_consume, consumer, back_end.queue)
-    Publisher(consumer.app, services_of(consumer.app)).present(Present(back_end), _EVERY_SECONDS)
+    Publisher(consumer.app, services_of(consumer.app)).present(Present(back_end), _GOOD_FOR_SECONDS)
 
 
 def _consumes(consumer: Any, queue: str) -> bool:

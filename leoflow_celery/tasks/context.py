@@ -9,8 +9,9 @@ from celery import Celery, Task, shared_task
 from celery.exceptions import Ignore, Reject
 
 from leoflow_celery.app import LeoflowCelery
+from leoflow_celery.app.extras import record_expired
 from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
-from leoflow_celery.errors import ConfigurationError, DecryptionFailed
+from leoflow_celery.errors import ConfigurationError, DecryptionFailed, MessageExpired
 from leoflow_celery.queueing.dead_letters import DeadLetters, envelope_of, keep_refused
 from leoflow_celery.queueing.decoder import Kind
 from leoflow_celery.queueing.messages import EXECUTOR_OF, M, open_message
@@ -69,12 +70,20 @@ class LeoflowTask(Task[Any, Any]):
         """The content of this task's message, sealed with the key of ``scope``.
 
         Raises:
-            Ignore: it cannot be opened; that is a dead letter now.
+            Ignore: it cannot be opened, and is a dead letter now; or it has expired.
         """
         try:
             return open_message(self.services.keys, scope, kind, sealed)
         except DecryptionFailed as error:
             raise self.refused(str(error)) from error
+        except MessageExpired as error:
+            record_expired(self._queue, self.name, str(self.request.id))
+            raise Ignore(str(error)) from error
+
+    @property
+    def _queue(self) -> str:
+        """Where this task's message was."""
+        return str((self.request.delivery_info or {}).get("routing_key") or TaskName(self.name).queue)
 
     def heard(self, kind: type[M], sealed: str, speaker: str) -> tuple[ExecutorType, M]:
         """What the launch workers of an executor say; ``speaker`` names the key that it is sealed with.
@@ -98,7 +107,7 @@ class LeoflowTask(Task[Any, Any]):
 
     def keep_as_dead_letter(self, why: str, kind: Kind) -> None:
         """Keep this task's message, count and log it."""
-        queue = str((self.request.delivery_info or {}).get("routing_key") or TaskName(self.name).queue)
+        queue = self._queue
         letters = DeadLetters(self.services.settings, self.services.queues.client)
         raw = envelope_of(self.name, queue, self.request)
         keep_refused(letters, queue, why, self.name, kind=kind, raw=raw, celery_id=str(self.request.id))

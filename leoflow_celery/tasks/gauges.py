@@ -83,9 +83,11 @@ class Looks:
         self._host_queues |= ({one.queue for one in present} | oldest.keys()) - set(ALL_QUEUES)
         launch_queues = {*LAUNCH_QUEUES, *self._host_queues}
         for queue in launch_queues:
-            metrics.set_queue_oldest_age(queue, time.time() - oldest[queue] if queue in oldest else 0)
+            metrics.set_queue_oldest_age(queue, oldest.get(queue, 0))
         for queue in set(ALL_QUEUES) - launch_queues:
-            metrics.set_queue_oldest_age(queue, self._heads.age(queue, services.queues.oldest_tag(queue), time.time()))
+            metrics.set_queue_oldest_age(
+                queue, self._heads.age(queue, services.queues.oldest_tag(queue), time.monotonic())
+            )
         metrics.set_queue_depths(depths_of(services, {*ALL_QUEUES, *launch_queues}), launch_queues)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 from celery.exceptions import Ignore
 from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -21,7 +23,7 @@ from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.domain.xcom import XComKey, XComValue, check_value
+from leoflow_celery.domain.xcom import XComKey, XComValue, check_value, parse_value
 from leoflow_celery.errors import ClaimRefused, DecryptionFailed, Unavailable, XComRejected
 from leoflow_celery.executors.inline_http import HttpResult, HttpTaskError
 from leoflow_celery.queueing.messages import SCOPE_OF, LaunchInline, open_request
@@ -78,7 +80,7 @@ def _claim(services: Services, attempt: AttemptId, holder: str) -> TaskInstanceV
         log.info("claim.refused", extra={"attempt": str(attempt), "why": refusal.why})
         raise Ignore from refusal
     metrics.record_claim("granted")
-    metrics.record_cold_start(view.dag_id, time.time() - view.queued_at)
+    metrics.record_cold_start(view.dag_id, view.read_at - view.queued_at)
     metrics.record_transition(TaskState.QUEUED, TaskState.RUNNING, view.dag_id)
     return view
 
@@ -87,7 +89,9 @@ def _call(services: Services, view: TaskInstanceView, must_stop: Callable[[], bo
     """The outcome of the call and the JSON it returned. Never raises for what the task did wrong."""
     try:
         request = open_request(services.keys, view.sealed_request)
-        result = services.inline.run(request, view.attempt, must_stop)
+        inputs = _inputs(services, view, request)
+        _check_held(must_stop)
+        result = services.inline.run(request, view.attempt, must_stop, inputs)
         _log(services, view, "info", result.summary)
         return Outcome.success(), _checked_value(services, request, result)
     except HttpTaskError as error:
@@ -99,13 +103,49 @@ def _call(services: Services, view: TaskInstanceView, must_stop: Callable[[], bo
         outcome = Outcome.failed(FailureReason.INVALID_SPEC, str(error))
     except Unavailable:
         raise
-    except Exception as error:
-        log.exception("inline.unexpected_error", extra={"attempt": str(view.attempt)})
+    except Exception as error:  # noqa: BLE001 - whatever it is, the call may have been made
+        # Where it happened, and not its text: a library's words may repeat the whole URL.
+        where = "".join(traceback.format_tb(error.__traceback__))
+        fields = {"attempt": str(view.attempt), "error": type(error).__name__, "where": where}
+        log.error("inline.unexpected_error", extra=fields)  # noqa: TRY400
         # The call may have been made: whether it is made again is the scheduler's decision, and no relaunch.
         message = f"the inline worker failed: {type(error).__name__} (see its log); the call may have been made"
         outcome = Outcome.failed(FailureReason.HTTP_ERROR, message)
     _log(services, view, "error", f"{outcome.reason}: {outcome.message}")
     return outcome.evolve(log_tail=services.store.logs.last_lines(view.log_key)), None
+
+
+def _inputs(services: Services, view: TaskInstanceView, request: TaskRequest) -> dict[str, Any]:
+    """Parameter → value of the task's inputs; one whose task left none is not in it.
+
+    Raises:
+        XComRejected: a stored value that is not what its writer said.
+    """
+    found = {}
+    for parameter, task_id in request.xcom_input.items():
+        stored = _stored(services, XComKey(view.tenant_id, view.dag_id, view.run_id, task_id))
+        if stored is not None:
+            found[parameter] = parse_value(stored)
+    return found
+
+
+@retry(
+    retry=retry_if_exception_type(Unavailable),
+    wait=wait_random_exponential(max=5),
+    stop=stop_after_delay(_RECORD_SECONDS),
+    before_sleep=before_sleep_log(log, logging.WARNING),
+    reraise=True,
+)
+def _stored(services: Services, key: XComKey) -> XComValue | None:
+    return services.store.xcom.get(key)
+
+
+def _check_held(must_stop: Callable[[], bool]) -> None:
+    """Before what cannot be undone: this process may have been stopped since it claimed."""
+    if must_stop():
+        raise HttpTaskError(
+            FailureReason.CANCELLED, "the claim was lost, or the task cancelled, before the call was made"
+        )
 
 
 def _checked_value(services: Services, request: TaskRequest, result: HttpResult) -> bytes | None:

@@ -20,6 +20,7 @@ from celery.worker.request import Request as CeleryRequest
 from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from leoflow_celery import metrics
+from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
@@ -137,8 +138,8 @@ def _execute(task: LeoflowTask, launch_spec: LaunchSpec) -> Launched:
 
 
 def _retry_or_give_up(task: LeoflowTask, order: Launch, error: TransientLaunchError) -> None:
-    tried_since = time.time() if order.tried_since is None else order.tried_since
-    tried = time.time() - tried_since
+    tried_since = broker_clock.time() if order.tried_since is None else order.tried_since
+    tried = broker_clock.time() - tried_since
     delay = next_try_seconds(task.request.retries, tried, _patience_seconds(task, error), error.retry_after_seconds)
     if delay is None:
         reason = parse_reason(error.reason, FailureReason.LAUNCH_FAILED)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import replace
 from functools import cache, partial
 
 from leoflow_celery import metrics
+from leoflow_celery.background import RenewedLease
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reap import (
     ReapPolicy,
     Verdict,
+    age_seconds,
     cancel_overdue,
     reap_queued,
-    reap_silent,
+    silent_verdict,
     unplaced_verdict,
 )
 from leoflow_celery.domain.reasons import FailureReason
@@ -40,13 +41,15 @@ _UNSENT_GRACE_SECONDS = 5
 
 
 @maintenance_task(TaskName.SEND_DUE)
-def send_due(self: LeoflowTask) -> int:
+def send_due(self: LeoflowTask, lease: RenewedLease) -> int:
     """Send the messages that a crash or an unreachable broker kept back, and relaunches whose delay is over."""
     submissions, sent = self.services.store.submissions, 0
     while submissions.place():
-        pass
+        lease.check()
     while due := submissions.unsent(_UNSENT_GRACE_SECONDS):
-        sent += sum(_send(self, view) for view in due)
+        for view in due:
+            lease.check()
+            sent += _send(self, view)
     return sent
 
 
@@ -63,24 +66,25 @@ def _send(task: LeoflowTask, view: TaskInstanceView) -> bool:
 
 
 @maintenance_task(TaskName.COMPLETE_DUE)
-def complete_all(self: LeoflowTask) -> int:
+def complete_all(self: LeoflowTask, lease: RenewedLease) -> int:
     """Complete what ended without being completed."""
     total = 0
     while count := complete_due(self.app, self.services):
         total += count
+        lease.check()
     return total
 
 
 @maintenance_task(TaskName.REAP)
-def reap(self: LeoflowTask) -> int:
+def reap(self: LeoflowTask, lease: RenewedLease) -> int:
     """Give up attempts that are silent, lost on the way, asked to stop or older than a try that was submitted."""
     policy = _policy(self)
     return (
         self.services.store.submissions.end_superseded()
-        + _reap_cancelled(self, policy)
-        + _reap_silent(self, policy)
-        + _reap_queued(self, policy)
-        + _reap_unplaced(self, policy)
+        + _reap_cancelled(self, policy, lease)
+        + _reap_silent(self, policy, lease)
+        + _reap_queued(self, policy, lease)
+        + _reap_unplaced(self, policy, lease)
     )
 
 
@@ -95,27 +99,28 @@ def _policy(task: LeoflowTask) -> ReapPolicy:
     )
 
 
-def _reap_silent(task: LeoflowTask, policy: ReapPolicy) -> int:
+def _reap_silent(task: LeoflowTask, policy: ReapPolicy, lease: RenewedLease) -> int:
     store, count = task.services.store, 0
     store.presence.keep_present(Kind.REAPER)
     may_judge = cache(lambda executor: store.presence.may_judge(executor, policy.heartbeat_timeout_seconds))
     for view in store.reaper_queries.silent(policy.heartbeat_timeout_seconds):
-        last = view.last_heartbeat_at
-        verdict = reap_silent(None if last is None else time.time() - last, policy)
-        if verdict is not None and may_judge(view.executor):
+        lease.check()
+        if may_judge(view.executor):
+            last = view.last_heartbeat_at
+            verdict = silent_verdict(None if last is None else view.read_at - last, policy)
             # It may have woken up since it was read: only silence since then ends it.
-            count += _give_up(task, view, verdict, FinishCondition(silent_since=last))
+            count += _give_up(task, view, verdict, FinishCondition(silent_since=view.last_seen_at))
     return count
 
 
-def _reap_queued(task: LeoflowTask, policy: ReapPolicy) -> int:
-    count, look = 0, cache(partial(_look, task))
+def _reap_queued(task: LeoflowTask, policy: ReapPolicy, lease: RenewedLease) -> int:
+    count, look, even = 0, cache(partial(_look, task)), task.services.store.presence.even_seconds()
     youngest = min(policy.lost_message_seconds, policy.launch_timeout_seconds)
     for view in task.services.store.reaper_queries.waiting(youngest):
+        lease.check()
         depth, all_told = look(view.queue)
-        now = time.time()
-        launched = None if view.launched_at is None else now - view.launched_at
-        waited = now - (view.sent_at or view.queued_at)
+        launched = None if view.launched_at is None else age_seconds(view.launched_at, view.read_at, even)
+        waited = age_seconds(view.sent_at or view.queued_at, view.read_at, even)
         patience, bound_to, started_as = _patience(task, view, policy), _bound_to(view), _started_as(view)
         verdict = reap_queued(waited, view.queue, depth, launched, patience, bound_to, started_as, all_told=all_told)
         if verdict is not None:
@@ -161,25 +166,34 @@ def _bound_to(view: TaskInstanceView) -> str:
     return f"host {host!r}, where staging volume {view.staging_claim!r} is"
 
 
-def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy) -> int:
+def _reap_unplaced(task: LeoflowTask, policy: ReapPolicy, lease: RenewedLease) -> int:
     if not policy.queued_timeout_seconds:
         return 0
     views = task.services.store.submissions.unplaced(policy.queued_timeout_seconds)
-    verdicts = ((view, unplaced_verdict(time.time() - view.queued_at, view.staging_claim)) for view in views)
-    # Nothing was started, so there is nothing to start again.
-    return sum(
-        _give_up(task, view, verdict, FinishCondition(unclaimed=True), may_relaunch=False) for view, verdict in verdicts
-    )
+    even, count = task.services.store.presence.even_seconds(), 0
+    for view in views:
+        lease.check()
+        seconds = age_seconds(view.queued_at, view.read_at, even)
+        if seconds >= policy.queued_timeout_seconds:
+            verdict = unplaced_verdict(seconds, view.staging_claim)
+            # Nothing was started, so there is nothing to start again.
+            count += _give_up(task, view, verdict, FinishCondition(unclaimed=True), may_relaunch=False)
+    return count
 
 
-def _reap_cancelled(task: LeoflowTask, policy: ReapPolicy) -> int:
-    verdict = Verdict(FailureReason.CANCELLED, "did not stop within the grace")
+def _reap_cancelled(task: LeoflowTask, policy: ReapPolicy, lease: RenewedLease) -> int:
+    count, verdict = 0, Verdict(FailureReason.CANCELLED, "did not stop within the grace")
     views = task.services.store.reaper_queries.cancelled(policy.cancel_grace_seconds)
-    return sum(_give_up(task, view, verdict, FinishCondition()) for view in views if _had_its_grace(task, view, policy))
+    even = task.services.store.presence.even_seconds()
+    for view in views:
+        lease.check()
+        if _had_its_grace(task, view, policy, even):
+            count += _give_up(task, view, verdict, FinishCondition())
+    return count
 
 
-def _had_its_grace(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> bool:
-    asked = time.time() - (view.cancel_requested_at or 0.0)
+def _had_its_grace(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy, even_seconds: float) -> bool:
+    asked = age_seconds(view.cancel_requested_at or 0.0, view.read_at, even_seconds)
     return cancel_overdue(asked, requested_grace(task.services.keys, view), policy)
 
 
@@ -214,20 +228,20 @@ def _give_up(
 
 
 @maintenance_task(TaskName.EXPIRE_XCOMS)
-def expire_xcoms(self: LeoflowTask) -> int:
+def expire_xcoms(self: LeoflowTask, lease: RenewedLease) -> int:  # noqa: ARG001 - one step
     """Remove XCom values past their time to live."""
     return self.services.store.xcom.delete_expired()
 
 
 @maintenance_task(TaskName.PRUNE_LOGS)
-def prune_logs(self: LeoflowTask) -> int:
+def prune_logs(self: LeoflowTask, lease: RenewedLease) -> int:  # noqa: ARG001 - one step
     """Remove task logs past their retention."""
     retention = self.services.settings.logs.retention_seconds
     return self.services.store.logs.prune(retention) if retention else 0
 
 
 @maintenance_task(TaskName.PRUNE_HISTORY)
-def prune_history(self: LeoflowTask) -> int:
+def prune_history(self: LeoflowTask, lease: RenewedLease) -> int:
     """Remove tries, runs and records of volumes past their retention."""
     retention = self.services.settings.maintenance.history_retention_seconds
     if not retention:
@@ -235,4 +249,5 @@ def prune_history(self: LeoflowTask) -> int:
     total, history = 0, self.services.store.history
     while count := history.prune(retention):
         total += count
+        lease.check()
     return total + history.prune_runs(retention)

@@ -20,8 +20,8 @@ from leoflow_celery.tasks import executors
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 
 log = logging.getLogger(__name__)
-#: Two messages of beat: a worker that died in a reconcile is replaced by the next but one. A live one renews its lock.
-_LOCK_SECONDS = 30
+#: A worker that died in a reconcile is replaced by the next message. A live one renews its lock.
+_LOCK_SECONDS = 10
 #: A cancellation is tried again for so long; after that the reconcile stops what is no longer expected.
 _STOP_RETRIES = 3
 

@@ -5,10 +5,10 @@ Only to back ends that announced themselves: nobody would consume the queue of a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 
+from leoflow_celery.background import RenewedLease
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.routing import RECONCILED, ExecutorType, TaskName
@@ -20,13 +20,14 @@ from leoflow_celery.tasks.single_flight import maintenance_task
 
 
 @maintenance_task(TaskName.REQUEST_RECONCILE)
-def reconcile(self: LeoflowTask) -> int:
+def reconcile(self: LeoflowTask, lease: RenewedLease) -> int:
     """Send every present back end what must exist there."""
     back_ends = present_back_ends(self)
     if not back_ends:
         return 0
     expected = self.services.store.reaper_queries.expectations({one.executor.value for one in back_ends})
     for one in back_ends:
+        lease.check()
         interval = self.services.settings.maintenance.interval_seconds
         self.publisher.reconcile(one, Reconcile(_of_host(expected[one.executor], one)), interval)
     return 0
@@ -44,13 +45,14 @@ def _of_host(expectation: Expectation, back_end: BackEnd) -> Expectation:
 
 
 @maintenance_task(TaskName.REQUEST_STAGING)
-def collect_staging(self: LeoflowTask) -> int:
+def collect_staging(self: LeoflowTask, lease: RenewedLease) -> int:
     """Send every present back end the staging volumes to delete, and those to keep."""
-    now, ttl = time.time(), self.services.settings.staging.ttl_seconds
+    now, ttl = self.services.store.now(), self.services.settings.staging.ttl_seconds
     volumes = self.services.store.staging.list_active()
     # Never bound to a host, so it never came into being.
     _mark_deleted(self, plan_staging((one for one in volumes if one.backend == ExecutorType.DOCKER), now, ttl))
     for one in present_back_ends(self):
+        lease.check()
         plan = plan_staging((volume for volume in volumes if volume.backend == str(one)), now, ttl)
         interval = self.services.settings.maintenance.staging_interval_seconds
         self.publisher.collect_staging(one, CollectStaging(plan), interval)

@@ -37,7 +37,8 @@ def leaks(text: str) -> list[str]:
 
 def secret_call(target: HttpTarget, name: str, status: int = 200, **fields: Any) -> dict[str, Any]:
     url = target.url(name, status).replace("http://", f"http://{CANARY['user']}:pw@") + f"?key={CANARY['query']}"
-    call = {"headers": {"Authorization": f"Bearer {CANARY['header']}"}, "body": {"password": CANARY["body"]}}
+    headers = {"X-Key": f"Bearer {CANARY['header']}", "X-Token": "{{ env.TOKEN }}"}
+    call = {"headers": headers, "body": {"password": CANARY["body"]}}
     return http_task(url, method="POST", http=call, env={"TOKEN": CANARY["env"]}, **fields)
 
 

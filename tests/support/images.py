@@ -26,6 +26,8 @@ _TASK_BASE = (
     "leoflow_celery/errors.py",
     "leoflow_celery/broker_url.py",
     "leoflow_celery/settings.py",
+    "leoflow_celery/background.py",
+    "leoflow_celery/confined.py",
     "leoflow_celery/domain",
     "leoflow_celery/protocol",
     "leoflow_celery/agent",

@@ -20,6 +20,8 @@ import psutil
 from tests.support.environment import SESSION_VARIABLE
 
 _GRACE_SECONDS = 15.0
+#: Lives as long as the process that first met a schema, and ends with it.
+_STAYS = "leoflow_celery.domain.schema_engine"
 _kept: set[int] = set()
 _lists: list[Callable[[], Iterable[str]]] = []
 
@@ -107,7 +109,7 @@ def _our_processes(orphans: bool) -> set[int]:
         kept = _kept.union(*(_descendants(pid) for pid in _kept))
         marker = f"{SESSION_VARIABLE}={os.environ.get(SESSION_VARIABLE, '-')}".encode()
         found |= {pid for pid in psutil.pids() if pid not in kept and pid != os.getpid() and _has_marker(pid, marker)}
-    return {pid for pid in found if not _is_gone(pid)}
+    return {pid for pid in found if not _is_gone(pid) and _STAYS not in _command(pid)}
 
 
 def _descendants(pid: int) -> set[int]:

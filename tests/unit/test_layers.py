@@ -15,7 +15,7 @@ PACKAGES = ("leoflow_celery", "leoflow_runtime", "workers")
 #: The only places that may import each foreign client; a folder stands for everything in it.
 OWNERS = {
     "kubernetes": ("leoflow_celery/executors/kubernetes/",),
-    "yaml": ("leoflow_celery/executors/kubernetes/",),
+    "yaml": ("leoflow_celery/executors/kubernetes/", "leoflow_celery/executors/policy.py"),
     "docker": ("leoflow_celery/executors/docker/engine.py",),
     "requests": ("leoflow_celery/executors/inline_http/", "leoflow_celery/executors/docker/engine.py"),
     "grpc": ("leoflow_celery/gateway/", "leoflow_celery/agent/client.py", "leoflow_celery/cli/doctor.py"),
@@ -78,7 +78,7 @@ def test_a_foreign_client_is_imported_only_by_its_owners(client: str) -> None:
 
 def test_the_agent_loads_none_of_the_servers_libraries() -> None:
     """It starts once per task, often in a container: what it imports is latency and memory of every single task."""
-    heavy = {"pydantic", "sqlalchemy", "requests", "celery", "kombu", "redis", "jsonschema", "kubernetes", "docker"}
+    heavy = {"pydantic", "sqlalchemy", "requests", "celery", "kombu", "redis", "jsonschema_rs", "kubernetes", "docker"}
     assert loaded_by("import leoflow_celery.agent.__main__") & heavy == set()
 
 

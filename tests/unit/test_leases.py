@@ -76,3 +76,31 @@ def test_a_verdict_on_a_holder_that_let_go_is_forgotten(keeper: LeaseKeeper, hea
     keeper.hold("a", AttemptId("1"))
     wait_until(lambda: heartbeats.beats)
     assert not keeper.must_stop("z")
+
+
+def test_a_process_that_was_stopped_for_a_lease_asks_before_it_goes_on(
+    heartbeats: Heartbeats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("leoflow_celery.services.time.monotonic", lambda: now)
+    keeper = LeaseKeeper(heartbeats, lease_seconds=600)  # no renewal of its own comes within this test
+    keeper.hold("a", AttemptId("1"))
+    heartbeats.answer = BeatVerdicts(frozenset("a"), NOTHING)
+    assert not keeper.must_stop("a")
+    assert heartbeats.beats == []
+    now += 601
+    assert keeper.must_stop("a")
+    keeper.close()
+
+
+def test_a_database_that_is_away_stops_nobody(heartbeats: Heartbeats, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("leoflow_celery.services.time.monotonic", lambda: now)
+    keeper = LeaseKeeper(heartbeats, lease_seconds=600)
+    keeper.hold("a", AttemptId("1"))
+    heartbeats.answer = DatabaseUnavailable("away")
+    now += 601
+    assert not keeper.must_stop("a")
+    assert not keeper.must_stop("a")
+    assert len(heartbeats.beats) == 1  # it is asked again by the next renewal, not by every look
+    keeper.close()

@@ -35,6 +35,8 @@ NAMES = {
     "leoflow_tasks_undispatchable_total": {"reason"},
     "leoflow_auth_failures_total": {"reason"},
     "leoflow_messages_refused_total": {"queue", "kind"},
+    "leoflow_messages_expired_total": {"queue"},
+    "leoflow_clock_offset_seconds": {"server"},
     "leoflow_dead_letters": set(),
     "leoflow_dead_letters_dropped_total": set(),
     "leoflow_queue_depth": {"queue"},
@@ -73,6 +75,8 @@ def record_everything():
     metrics.record_at_capacity()
     metrics.record_undispatchable("invalid_spec")
     metrics.record_refused("dispatch", "body")
+    metrics.record_expired("maintenance")
+    metrics.set_clock_offset("broker", -120)
     metrics.set_dead_letters(3)
     metrics.record_dead_letters_dropped(2)
     metrics.set_queue_depths({"k8s": 3, "inline": 4, "results": 5}, ["k8s", "inline"])

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from leoflow_celery.executors.base import FailureReporter, Observer
 from leoflow_celery.executors.docker.executor import DockerExecutor
+from leoflow_celery.executors.policy import ExecutorPolicy, load_policy
 from leoflow_celery.settings import Settings
 
-__all__ = ["DockerExecutor", "create"]
+__all__ = ["DockerExecutor", "check", "create"]
+
+
+def check(settings: Settings) -> None:
+    """See ``leoflow_celery.executors.registry.check_executor``."""
+    load_policy(settings.docker.policy, "LEOFLOW_DOCKER_POLICY", ExecutorPolicy)
 
 
 def create(settings: Settings, reporter: FailureReporter, observer: Observer) -> DockerExecutor:  # noqa: ARG001

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.reasons import FailureReason
@@ -31,6 +32,7 @@ from leoflow_celery.executors.docker.labels import another_system, system_in, sy
 from leoflow_celery.executors.docker.reconcile import Reconciler
 from leoflow_celery.executors.docker.volumes import StagingVolumes
 from leoflow_celery.executors.identity import attempt_in
+from leoflow_celery.executors.policy import ExecutorPolicy, load_policy
 from leoflow_celery.settings import Settings
 
 _CREATED = "created"
@@ -41,9 +43,10 @@ class DockerExecutor:
     """Starts attempts as containers of one Engine. Thread-safe."""
 
     def __init__(self, settings: Settings, reporter: FailureReporter) -> None:
-        """Calls no server: a worker starts without its Engine."""
+        """Calls no server: a worker starts without its Engine. Raises ConfigurationError for an unusable policy."""
         self._settings, self._reporter = settings.docker, reporter
         self._system = system_name(settings.docker.system, settings.broker)
+        self._policy = load_policy(settings.docker.policy, "LEOFLOW_DOCKER_POLICY", ExecutorPolicy)
         self._engine = Engine(settings.docker)
         self._volumes = StagingVolumes(self._engine, self._system)
         self._names = _Names()
@@ -62,6 +65,7 @@ class DockerExecutor:
             TransientLaunchError: the Engine is busy or away, or the registry is.
             PermanentLaunchError: the Engine or the registry refused; the message is theirs.
         """
+        launch = replace(launch, request=self._policy.within(launch.request))
         with self._names.one_at_a_time(launch.name), _launch_errors():
             facts = self._engine.facts()
             environment = build_environment(launch, self._settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import http.client
 import logging
 import os
 import select
@@ -11,6 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -22,21 +24,36 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from leoflow_celery.background import Periodic
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.inline_http.errors import CallStopped
 from leoflow_celery.executors.inline_http.limits import CallLimits, current_limits
 
 #: Hosts whose connection a thread keeps open.
 KEPT_HOSTS = 16
+MAX_IDLE_SECONDS = 30.0
+#: For a call that is made once: servers close idle connections after 2 s and more, and may do so as the call is sent.
+MAX_IDLE_SECONDS_OF_ONE_ATTEMPT = 1.0
+#: Of one answer, the interim ones included.
+MAX_STATUS_LINES = 10
+#: A peer that is gone is noticed within 30 s, whether we wait (keepalive) or send (user timeout).
+SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
+]
 
 
 def _outside_calls(_: logging.LogRecord) -> bool:
     return current_limits() is None
 
 
-for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
+for _name in ("connection", "connectionpool", "poolmanager", "response", "util.retry"):
     # Their debug lines hold the whole path and query, which may be secret.
-    logging.getLogger(_name).addFilter(_outside_calls)
+    logging.getLogger(f"urllib3.{_name}").addFilter(_outside_calls)
 
 Result = TypeVar("Result")
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
@@ -45,7 +62,11 @@ AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 class _DeadlineSocket(socket.socket):
     """A socket whose every wait ends at the deadline of the thread's call, however often the peer moves."""
 
+    is_over = False
+
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        if self.is_over:
+            raise BlockingIOError(errno.EAGAIN, "the answer is read")
         return _limited(self, partial(super().recv_into, *args, **kwargs))
 
     def send(self, *args: Any, **kwargs: Any) -> int:
@@ -67,7 +88,11 @@ class _DeadlineTLSSocket(ssl.SSLSocket):
             self.close()  # as ssl does after the errors it knows
             raise
 
+    is_over = False
+
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        if self.is_over:
+            raise BlockingIOError(errno.EAGAIN, "the answer is read")
         return _limited(self, partial(super().recv_into, *args, **kwargs))
 
     def send(self, *args: Any, **kwargs: Any) -> int:
@@ -80,9 +105,14 @@ def _limited(sock: socket.socket, operation: Callable[[], Result]) -> Result:
     while limits is not None:
         sock.settimeout(limits.wait_seconds())
         try:
-            return operation()
-        except TimeoutError:
+            result = operation()
+        except TimeoutError as error:
+            if error.errno:  # the kernel gave the peer up, and says so once
+                raise ConnectionAbortedError(error.errno, os.strerror(error.errno)) from error
             continue  # a slice of the wait is over, or all of it: wait_seconds knows
+        if isinstance(result, int):
+            limits.count(result)
+        return result
     return operation()
 
 
@@ -174,35 +204,149 @@ def _finish_connecting(sock: socket.socket, number: int, limits: CallLimits, unt
         raise OSError(number, os.strerror(number))
 
 
+class _StrictResponse(http.client.HTTPResponse):
+    """An answer that says once and clearly where it ends, and whose connection is dropped when more came behind it."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._sock, self._statuses = sock, 0
+
+    def _read_status(self) -> Any:
+        self._statuses += 1
+        if self._statuses > MAX_STATUS_LINES:
+            raise http.client.HTTPException("the server sends interim answers only")
+        return super()._read_status()  # type: ignore[misc]
+
+    def begin(self) -> None:
+        """Read the head. Interim answers are passed over, or the true one would answer the next call."""
+        while True:
+            super().begin()
+            if self.status == http.client.SWITCHING_PROTOCOLS:
+                raise http.client.HTTPException("the server switches to a protocol that nobody asked for")
+            if self.status >= 200:
+                break
+            self.headers = self.msg = None  # type: ignore[assignment]
+        self._check_framing()
+
+    def _check_framing(self) -> None:
+        lengths = {length.strip() for length in self.headers.get_all("content-length", [])}
+        encodings = [value.strip().lower() for value in self.headers.get_all("transfer-encoding", [])]
+        if len(lengths) > 1 or any(not (length.isascii() and length.isdigit()) for length in lengths):
+            raise http.client.HTTPException("two lengths, or one that is no number")
+        if encodings not in ([], ["chunked"]):
+            raise http.client.HTTPException("an unknown transfer coding")
+        if self.headers.defects or (lengths and encodings):
+            self.will_close = True
+
+    def _close_conn(self) -> None:
+        if self.fp is not None and not self.will_close and _has_more(self._sock, self.fp):
+            with suppress(OSError):  # closed already, which is what we want
+                self._sock.shutdown(socket.SHUT_RDWR)
+        super()._close_conn()  # type: ignore[misc]
+
+
+def _has_more(sock: Any, stream: Any) -> bool:
+    """Whether bytes that nobody asked for were received already; waits for none."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    sock.is_over = True
+    try:
+        return bool(stream.peek(1))
+    except (OSError, ValueError):
+        return True
+    finally:
+        sock.is_over = False
+
+
+class KeptConnections:
+    """Closes kept connections that nobody used for 30 s: a firewall in between may have forgotten them by then."""
+
+    def __init__(self) -> None:
+        self._since: dict[HTTPConnection, float] = {}
+        self._lock = threading.Lock()
+        self._sweeper = Periodic(self.sweep, 5, name="leoflow-idle", failed="inline.sweep_failed", at_once=False)
+
+    def keep(self, connection: HTTPConnection) -> None:
+        with self._lock:
+            self._since[connection] = time.monotonic()
+            is_first = len(self._since) == 1
+        if is_first:
+            self._sweeper.start()
+
+    def take(self, connection: HTTPConnection, max_idle_seconds: float) -> None:
+        """Take a connection into use; one that was idle for longer is closed, and opened anew when it is used."""
+        with self._lock:
+            since = self._since.pop(connection, None)
+        if since is not None and time.monotonic() - since > max_idle_seconds:
+            connection.close()
+
+    def sweep(self) -> None:
+        """Close what is idle for too long. Under the lock: nobody opens a connection again that is being closed."""
+        with self._lock:
+            limit = time.monotonic() - MAX_IDLE_SECONDS
+            for connection in [one for one, since in self._since.items() if since < limit]:
+                del self._since[connection]
+                connection.close()
+
+    def close(self) -> None:
+        """Forget all connections; their pools close them."""
+        self._sweeper.stop(None)
+        with self._lock:
+            self._since.clear()
+
+
 # urllib3's own SOCKS support hooks in at _new_conn too: there is no public place that is this close to connect().
 class _GuardedConnection(HTTPConnection):
+    response_class = _StrictResponse
+
     def _new_conn(self) -> socket.socket:
         return open_socket(self._dns_host, self.port, self.socket_options)
 
 
 class _GuardedTLSConnection(HTTPSConnection):
+    response_class = _StrictResponse
+
     def _new_conn(self) -> socket.socket:
         return open_socket(self._dns_host, self.port, self.socket_options)
 
 
-class _GuardedPool(HTTPConnectionPool):
+class _KeptPool(HTTPConnectionPool):
+    """A pool whose connections do not stay idle for long."""
+
+    kept: KeptConnections
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        connection, limits = super()._get_conn(timeout), current_limits()
+        self.kept.take(connection, limits.max_idle_seconds if limits else MAX_IDLE_SECONDS)  # type: ignore[arg-type]
+        return connection
+
+    def _put_conn(self, conn: Any) -> None:
+        if conn is not None and conn.sock is not None:
+            self.kept.keep(conn)
+        super()._put_conn(conn)
+
+
+class _GuardedPool(_KeptPool):
     ConnectionCls = _GuardedConnection
 
 
-class _GuardedTLSPool(HTTPSConnectionPool):
+class _GuardedTLSPool(_KeptPool, HTTPSConnectionPool):
     ConnectionCls = _GuardedTLSConnection
 
 
 class GuardedAdapter(HTTPAdapter):
     """A ``requests`` adapter over guarded connections, for one thread. One TLS context serves all of them."""
 
-    def __init__(self, tls: ssl.SSLContext) -> None:
-        self._tls = tls
+    def __init__(self, tls: ssl.SSLContext, kept: KeptConnections) -> None:
+        self._tls, self._kept = tls, kept
         super().__init__(pool_connections=KEPT_HOSTS, pool_maxsize=1)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs, ssl_context=self._tls)
-        self.poolmanager.pool_classes_by_scheme = {"http": _GuardedPool, "https": _GuardedTLSPool}
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._tls, socket_options=SOCKET_OPTIONS)
+        classes = {"http": _GuardedPool, "https": _GuardedTLSPool}
+        self.poolmanager.pool_classes_by_scheme = {
+            scheme: type(pool.__name__, (pool,), {"kept": self._kept}) for scheme, pool in classes.items()
+        }
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Leave the pool alone: the context verifies, and its certificates are loaded once, not per connection."""

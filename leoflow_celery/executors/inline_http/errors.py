@@ -1,6 +1,6 @@
 """How an HTTP call fails.
 
-``HttpTaskError`` is what callers see. The other two cross urllib3 on their way up: they are no OSError, so that urllib3
+``HttpTaskError`` is what callers see. The others cross urllib3 on their way up: they are no OSError, so that urllib3
 neither wraps nor retries them.
 """
 
@@ -38,3 +38,7 @@ class RefusedAddress(LeoflowError):
 
 class CallStopped(LeoflowError):
     """The caller's ``should_stop`` said so."""
+
+
+class AnswerTooLong(LeoflowError):
+    """The server sent more framing, headers or body than any answer that we would take."""

@@ -18,7 +18,10 @@ import requests
 import urllib3.exceptions
 
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.executors.inline_http.errors import CallStopped, RefusedAddress
+from leoflow_celery.executors.inline_http.errors import AnswerTooLong, CallStopped, RefusedAddress
+
+#: A longer wish of a server is past every deadline.
+MAX_RETRY_AFTER_SECONDS = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,9 @@ def retry_after_seconds(header: str | None, now: float) -> float:
     if not header:
         return 0.0
     if header.strip().isdecimal():
-        return float(header)
+        return min(float(header), MAX_RETRY_AFTER_SECONDS)
     try:
-        return max(parsedate_to_datetime(header).timestamp() - now, 0.0)
+        return min(max(parsedate_to_datetime(header).timestamp() - now, 0.0), MAX_RETRY_AFTER_SECONDS)
     except (ValueError, OverflowError):
         return 0.0
 
@@ -80,6 +83,8 @@ def failed_exchange(error: Exception, host: str, limit_seconds: float) -> Failed
                 return FailedAttempt(FailureReason.HTTP_REFUSED_ADDRESS, str(link), transient=False)
             case CallStopped():
                 return FailedAttempt(FailureReason.CANCELLED, "stopped on request", transient=False)
+            case AnswerTooLong():
+                return _permanent(f"the answer from {host} does not end")
             case ssl.SSLError() if not isinstance(link, ssl.SSLEOFError):
                 return _permanent(f"TLS with {host} failed: {_tls_text(link)}")
     if any(isinstance(link, TimeoutError | requests.Timeout | urllib3.exceptions.TimeoutError) for link in chain):

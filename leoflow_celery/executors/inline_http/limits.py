@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from leoflow_celery.executors.inline_http.errors import CallStopped
+from leoflow_celery.executors.inline_http.errors import AnswerTooLong, CallStopped
 from leoflow_celery.executors.inline_http.guard import AddressGuard
 
 #: How long a wait goes on until ``should_stop`` is asked (again); it may cost its owner a query.
@@ -27,6 +27,10 @@ class CallLimits:
     guard: AddressGuard
     should_stop: Callable[[], bool] | None = None
     next_stop_check: float = 0.0
+    #: A kept connection that was idle for longer is not used.
+    max_idle_seconds: float = 30.0
+    #: What the server may still send, body and framing; None is no limit.
+    bytes_left: int | None = None
 
     def remaining(self) -> float:
         """Seconds until the deadline; negative after it."""
@@ -59,6 +63,17 @@ class CallLimits:
         self.next_stop_check = now + STOP_CHECK_SECONDS
         if self.should_stop():
             raise CallStopped("the caller asked to stop")
+
+    def count(self, received: int) -> None:
+        """Count bytes of an answer.
+
+        Raises:
+            AnswerTooLong: the server goes on and on.
+        """
+        if self.bytes_left is not None:
+            self.bytes_left -= received
+            if self.bytes_left < 0:
+                raise AnswerTooLong("the answer does not end")
 
     def sleep(self, seconds: float) -> None:
         """Wait between two attempts.

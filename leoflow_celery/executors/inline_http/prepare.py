@@ -6,9 +6,11 @@ import json
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from requests.utils import check_header_validity, requote_uri
+from requests.utils import requote_uri
 
 from leoflow_celery.domain.attempt import AttemptId, celery_task_id
+from leoflow_celery.domain.fields import printable
+from leoflow_celery.domain.http_call import TemplateError, check_headers, check_url
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import HttpRequest
 from leoflow_celery.executors.inline_http.errors import HttpTaskError
@@ -25,13 +27,14 @@ def idempotency_key(attempt: AttemptId) -> str:
     return celery_task_id(attempt.task_instance_id, attempt.try_number)
 
 
-def describe(method: str, url: str) -> str:
-    """Method and URL for messages: userinfo, query and fragment may hold secrets and stay out."""
+def describe(request: HttpRequest) -> str:
+    """Method, scheme and host for messages; the path, which may hold a token, only when the request says so."""
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(request.url)
     except ValueError:
-        return f"{method} <not a URL>"
-    return f"{method} {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return f"{request.method} <not a URL>"
+    path = parts.path if request.show_path else ""
+    return printable(f"{request.method} {parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}")
 
 
 def prepare(request: HttpRequest, key: str, user_agent: str) -> requests.PreparedRequest:
@@ -40,18 +43,18 @@ def prepare(request: HttpRequest, key: str, user_agent: str) -> requests.Prepare
     Raises:
         HttpTaskError: invalid_spec for a URL, header or body that cannot be sent; never repeats a header's value.
     """
-    target = describe(request.method, request.url)
+    target = describe(request)
     try:
         body, content_type = _encode(request)
     except ValueError as error:
         raise HttpTaskError(FailureReason.INVALID_SPEC, f"{target}: body is not JSON: {error}") from error
-    wrong = next((name for name, value in request.headers.items() if not _is_valid_header(name, value)), None)
-    if wrong is not None:
-        raise HttpTaskError(
-            FailureReason.INVALID_SPEC,
-            f"{target}: header {wrong!r} cannot be sent; "
-            "a name is a token and a value Latin-1 text without line breaks and leading spaces",
-        )
+    try:
+        check_headers(request.headers)
+        check_url(request.url)
+    except TemplateError as error:
+        raise HttpTaskError(FailureReason.INVALID_SPEC, f"{target}: {error}") from None
+    except ValueError:
+        raise HttpTaskError(FailureReason.INVALID_SPEC, f"{target}: the url is not valid") from None
     prepared = requests.PreparedRequest()
     try:
         prepared.prepare(method=request.method, url=request.url, headers=request.headers, data=body)
@@ -71,15 +74,6 @@ def _encode(request: HttpRequest) -> tuple[bytes | None, str]:
             return text.encode("utf-8", "surrogatepass"), ""
         case value:
             return json.dumps(value, ensure_ascii=False, allow_nan=False).encode(), "application/json"
-
-
-def _is_valid_header(name: str, value: str) -> bool:
-    try:
-        check_header_validity((name, value))
-        value.encode("latin-1")
-    except (requests.exceptions.InvalidHeader, UnicodeError):
-        return False
-    return bool(name) and not any(character in value for character in "\x00\r\n")
 
 
 def _default_headers(key: str, user_agent: str, content_type: str) -> list[tuple[str, str]]:

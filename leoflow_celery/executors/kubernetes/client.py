@@ -19,7 +19,8 @@ import urllib3
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.base import Observer
 from leoflow_celery.executors.kubernetes.connection import Connection
-from leoflow_celery.executors.kubernetes.errors import ApiError, Expired, Unreachable, api_error
+from leoflow_celery.executors.kubernetes.errors import ApiError, Expired, Unreachable, api_error, to_launch_error
+from leoflow_celery.executors.words import Confidential
 from leoflow_celery.settings import KubernetesSettings
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, 
 _CONTENT_TYPES = {"PATCH": "application/merge-patch+json"}
 #: At most so often is the configuration read again because the server did not know us.
 _RELOAD_SECONDS = 10.0
+_NOTHING = Confidential(())
 
 
 class KubernetesApi:
@@ -50,9 +52,13 @@ class KubernetesApi:
 
         Raises:
             ConfigurationError: there is no usable configuration.
+            TransientLaunchError: its credential plugin hangs.
         """
         size = pool_size or settings.max_connections
-        return cls(lambda: Connection(settings, size), settings, observer or Observer())
+        try:
+            return cls(lambda: Connection(settings, size), settings, observer or Observer())
+        except Unreachable as error:
+            raise to_launch_error(error) from error
 
     @property
     def namespace(self) -> str:
@@ -80,12 +86,17 @@ class KubernetesApi:
         """A body that is no JSON, as a pod's log."""
         return self._call("GET", path, operation, query=query).decode("utf-8", "replace")
 
-    def post(self, path: str, body: dict[str, Any], *, operation: str, **query: Any) -> dict[str, Any]:
-        """Create an object, and return its metadata; raises AlreadyExists when there is one of that name."""
-        answer = self._call("POST", path, operation, query=query, body=body, accept=_METADATA_ONLY)
+    def post(
+        self, path: str, body: dict[str, Any], *, operation: str, hide: Confidential | None = None, **query: Any
+    ) -> dict[str, Any]:
+        """Create an object, and return its metadata; raises AlreadyExists when there is one of that name.
+
+        What ``hide`` knows is in no error: a server that finds something wrong quotes its input.
+        """
+        answer = self._call("POST", path, operation, query=query, body=body, accept=_METADATA_ONLY, hide=hide)
         metadata = _decoded(answer).get("metadata")
         if not isinstance(metadata, dict):
-            raise Unreachable("garbled", f"the answer is no object of the API: {answer[:100]!r}")
+            raise Unreachable("garbled", "the answer is not an object of the API")
         return metadata
 
     def ask(self, path: str, body: dict[str, Any], *, operation: str) -> dict[str, Any]:
@@ -155,10 +166,12 @@ class KubernetesApi:
         query: dict[str, Any] | None = None,
         body: dict[str, Any] | None = None,
         accept: str = _ANY_ANSWER,
+        hide: Confidential | None = None,
     ) -> bytes:
         try:
             answer = self._authorised(method, path, query, body, accept)
         except ApiError as error:
+            error.hide(hide or _NOTHING)
             self._observer.api_call(operation, error.kind)
             raise
         self._observer.api_call(operation, "ok")
@@ -221,7 +234,10 @@ class KubernetesApi:
             self._reloaded_at = time.monotonic()
             try:
                 self._connection = self._connect()
-            except ConfigurationError as error:  # a file that is being written just now
+            except (
+                ConfigurationError,
+                Unreachable,
+            ) as error:  # a file that is being written just now, a plugin that hangs
                 log.warning("kubernetes.configuration_unreadable", extra={"error": str(error)})
                 return False
             return True
@@ -239,7 +255,7 @@ def _decoded(body: bytes) -> dict[str, Any]:
     try:
         decoded = json.loads(body)
     except ValueError as error:
-        raise Unreachable("garbled", f"the answer is no JSON: {body[:100]!r}") from error
+        raise Unreachable("garbled", "the answer is not JSON") from error
     if not isinstance(decoded, dict):
-        raise Unreachable("garbled", f"the answer is no object: {body[:100]!r}")
+        raise Unreachable("garbled", "the answer is not an object")
     return decoded

@@ -5,10 +5,17 @@ Only its loading is used (service account, kubeconfig, exec and OIDC plugins, pr
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
+from typing import TypeVar
 
 import urllib3
 from kubernetes.client import Configuration
@@ -25,6 +32,9 @@ log = logging.getLogger(__name__)
 
 #: The package sets its whole configuration again for each token it is asked for. It renews one minutes before its end.
 _SAME_TOKEN_SECONDS = 5.0
+#: What a command that was killed takes to be gone.
+_END_SECONDS = 2.0
+Answer = TypeVar("Answer")
 _NAMESPACE_FILE = Path(SERVICE_TOKEN_FILENAME).with_name("namespace")
 
 
@@ -32,8 +42,9 @@ class Connection:
     """One loaded configuration: host, connection pool, namespace and current credentials. Thread-safe."""
 
     def __init__(self, settings: KubernetesSettings, pool_size: int) -> None:
-        """Raises ConfigurationError when there is no usable configuration."""
-        self._configuration, self.namespace = _load(settings)
+        """Raises ConfigurationError when there is no usable configuration, Unreachable when its plugin hangs."""
+        self._limit_seconds = settings.credential_timeout_seconds
+        self._configuration, self.namespace = _within(self._limit_seconds, lambda: _load(settings))
         self._configuration.connection_pool_maxsize = pool_size
         self._configuration.retries = False
         self._configuration.keep_alive = True
@@ -42,6 +53,7 @@ class Connection:
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # which comes with every call
         self._lock = threading.Lock()
         self._token, self._token_until = "", 0.0
+        self._hanging_until = 0.0
         self.pool: urllib3.PoolManager = RESTClientObject(self._configuration).pool_manager
 
     @property
@@ -58,15 +70,79 @@ class Connection:
         try:
             with self._lock:  # a plugin that fetches a new token runs once, not once per thread
                 if not self._token or time.monotonic() >= self._token_until:
-                    self._token = self._configuration.get_api_key_with_prefix("BearerToken") or ""
+                    self._token = self._renewed()
                     self._token_until = time.monotonic() + _SAME_TOKEN_SECONDS
                 token = self._token
         except (ConfigException, OSError, ValueError) as error:
             raise Unreachable("unauthorized", f"no credentials for {self.host}: {error}") from error
         return {"Authorization": token} if token else {}
 
+    def _renewed(self) -> str:
+        """The token of now. Whoever waited while a plugin hung does not wait for the next try as well."""
+        if time.monotonic() < self._hanging_until:
+            raise Unreachable(
+                "unauthorized", f"no credentials for {self.host}: its credential plugin hung a moment ago"
+            )
+        try:
+            token = _within(self._limit_seconds, lambda: self._configuration.get_api_key_with_prefix("BearerToken"))
+        except Unreachable:
+            self._hanging_until = time.monotonic() + _SAME_TOKEN_SECONDS
+            raise
+        return str(token or "")
+
     def close(self) -> None:
         self.pool.clear()
+
+
+def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
+    """What ``ask`` returns or raises, in a thread of its own: a credential plugin is a command that may hang.
+
+    The package waits for it without a limit, and hides it: what runs too long is found as a child of the thread.
+
+    Raises:
+        Unreachable: it took longer; what it had started was ended.
+    """
+    outcome: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(ask())
+        except Exception as error:  # noqa: BLE001 - for whoever waits
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="leoflow-credentials", daemon=True)
+    thread.start()
+    try:
+        return outcome.result(seconds)
+    except FutureTimeout:
+        # The thread may have been done in this very moment.
+        if outcome.done():
+            return outcome.result()
+        _end_children(thread.native_id or 0)
+        thread.join(_END_SECONDS)
+        raise Unreachable(
+            "unauthorized",
+            f"the credential plugin of the kubeconfig did not answer within {seconds:g} s and was ended "
+            "(LEOFLOW_KUBERNETES_CREDENTIAL_TIMEOUT_SECONDS)",
+        ) from None
+
+
+def _end_children(thread_id: int) -> None:
+    """Kill what a thread of ours started, and what that started. Where the system does not tell, it is left alone."""
+    found = _children(Path(f"/proc/self/task/{thread_id}/children"))
+    for pid in found:  # grows while it is read
+        for threads in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += _children(threads)
+    for pid in found:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _children(path: Path) -> list[int]:
+    try:
+        return [int(pid) for pid in path.read_text().split()]
+    except OSError:
+        return []
 
 
 def _load(settings: KubernetesSettings) -> tuple[Configuration, str]:

@@ -14,6 +14,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
+from leoflow_celery.executors.words import Confidential
 
 TERMINATION_LOG = "/dev/termination-log"
 STAGING_DIR = "/staging"
@@ -30,6 +31,8 @@ _TOKEN = "LEOFLOW_AGENT_TOKEN"  # noqa: S105 - a variable's name
 _TOKEN_PATH = "LEOFLOW_AGENT_TOKEN_PATH"  # noqa: S105 - as above
 #: Where a pod's agent has its token from is for us to say, also when it has none.
 RESERVED = frozenset({_TOKEN, _TOKEN_PATH})
+#: A shorter argument is an option or the name of a program.
+_TELLING_CHARACTERS = 8
 #: Where the kubelet puts the service account's token that the agent exchanges.
 IDENTITY_DIR, IDENTITY_FILE = "/var/run/secrets/leoflow", "token"
 
@@ -83,6 +86,23 @@ def request_entries(launch: LaunchSpec, secret: str) -> list[dict[str, Any]]:
     values = secret_variables(launch, exchanged=True)
     own = [_reference(name, secret, name) if secret else _plain(name, value) for name, value in values.items()]
     return own + secret_entries(launch.request)
+
+
+def confidential(launch: LaunchSpec, pod: dict[str, Any]) -> Confidential:
+    """What of a pod and its Secret is nobody else's business: the token, each variable that is not ours, arguments.
+
+    An API server quotes what it was sent. Whoever wrote a value (the request, its override, the template) sent it in
+    confidence.
+    """
+    ours = agent_variables(launch).keys() - {_TOKEN}
+    values: list[Any] = [launch.request.agent_token, *launch.request.env.values()]
+    spec = pod.get("spec") or {}
+    for container in (*spec.get("containers", ()), *spec.get("initContainers", ())):
+        entries = [one for one in container.get("env") or () if isinstance(one, dict)]
+        values += [one.get("value") for one in entries if one.get("name") not in ours]
+        arguments = (*(container.get("command") or ()), *(container.get("args") or ()))
+        values += [one for one in arguments if isinstance(one, str) and len(one) >= _TELLING_CHARACTERS]
+    return Confidential(values)
 
 
 def secret_of(container: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from leoflow_celery.executors.identity import SEAL, Voucher
 from leoflow_celery.executors.kubernetes.claims import StagingClaims
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.collect import StagingCollector
-from leoflow_celery.executors.kubernetes.environment import secret_of, secret_variables
+from leoflow_celery.executors.kubernetes.environment import confidential, secret_of, secret_variables
 from leoflow_celery.executors.kubernetes.errors import (
     AlreadyExists,
     ApiError,
@@ -36,6 +36,7 @@ from leoflow_celery.executors.kubernetes.errors import (
 from leoflow_celery.executors.kubernetes.identity import another_system, attempt_of, system_of
 from leoflow_celery.executors.kubernetes.merge import Json
 from leoflow_celery.executors.kubernetes.pod import build_pod
+from leoflow_celery.executors.kubernetes.policy import PodPolicy
 from leoflow_celery.executors.kubernetes.reconcile import Reconciler
 from leoflow_celery.executors.kubernetes.secret import build_secret
 from leoflow_celery.executors.kubernetes.template import load_base
@@ -51,9 +52,10 @@ class KubernetesExecutor:
     host = ""
 
     def __init__(self, settings: Settings, reporter: FailureReporter, observer: Observer | None = None) -> None:
-        """Raises ConfigurationError for an unusable kubeconfig or pod template. Calls no server."""
+        """Raises ConfigurationError for an unusable kubeconfig, pod template or policy."""
         self._settings = settings.kubernetes
         self._base = load_base(self._settings)
+        self._policy = PodPolicy.load(self._settings.policy)
         self._api = KubernetesApi.from_settings(self._settings, observer=observer or Observer())
         self._claims = StagingClaims(
             self._api, settings.staging.default_size, self._settings.check_storage_class, self._settings.system
@@ -69,7 +71,7 @@ class KubernetesExecutor:
             PermanentLaunchError: it refused the pod; the message is its own.
         """
         secret = self._secret_name(launch)
-        pod = build_pod(launch, self._settings, self._base, secret)
+        pod = build_pod(launch, self._settings, self._base, secret, self._policy)
         with _launch_errors():
             if launch.request.staging_claim:
                 self._claims.ensure(launch.request)
@@ -171,7 +173,9 @@ class KubernetesExecutor:
         A quota is asked before the name is looked at, and what fills it may be this very pod.
         """
         try:
-            metadata = self._api.post(self._api.pods_path(), pod, operation="create_pod", **self._validation(launch))
+            hide = confidential(launch, pod)
+            query = self._validation(launch)
+            metadata = self._api.post(self._api.pods_path(), pod, operation="create_pod", hide=hide, **query)
         except (AlreadyExists, QuotaExceeded) as error:
             found = self._find(launch.name)
             if found is not None:
@@ -209,16 +213,20 @@ class KubernetesExecutor:
         """Give the pod its Secret, unless another delivery did; a pod that can never get one is taken back."""
         secret = build_secret(launch, name, pod_uid, self._settings.system, self._settings.exchanges_tokens)
         with self._taken_back_when_refused(launch.name, pod_uid), suppress(AlreadyExists):
-            self._api.post(self._api.path("secrets"), secret, operation="create_secret")
+            hide = confidential(launch, {})
+            self._api.post(self._api.path("secrets"), secret, operation="create_secret", hide=hide)
 
     @contextmanager
     def _taken_back_when_refused(self, name: str, uid: str) -> Iterator[None]:
-        """Delete the pod that waits for what is done here, when that is refused for good."""
+        """Delete the pod that waits for what is done here, when that is refused.
+
+        Also when it may be granted later: until then the kubelet would count the pod as one that cannot start.
+        """
         try:
             yield
         except ApiError as error:
             refusal = to_launch_error(error)
-            if isinstance(refusal, PermanentLaunchError):
+            if isinstance(refusal, PermanentLaunchError) or error.status == 403:
                 self._take_back(name, uid)
             raise refusal from error
 

@@ -10,6 +10,7 @@ One thing differs from ``kubectl patch``: where an object holds one of several k
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 Json = dict[str, Any]
@@ -56,6 +57,8 @@ def _objects(base: Json, patch: Json, path: str) -> Json:
     for name, value in patch.items():
         if name == "$patch":
             continue
+        if not isinstance(name, str):
+            raise MergeError(f"{path or 'the patch'}: the key {json.dumps(name, default=str)} is not text; quote it")
         where = f"{path}.{name}" if path else name
         if name.startswith("$"):
             raise MergeError(f"{where}: only the directive $patch is known")

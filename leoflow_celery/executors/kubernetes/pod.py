@@ -30,6 +30,7 @@ from leoflow_celery.executors.kubernetes.identity import (
     attempt_labels,
 )
 from leoflow_celery.executors.kubernetes.merge import Json, MergeError, merge
+from leoflow_celery.executors.kubernetes.policy import PodPolicy
 from leoflow_celery.settings import KubernetesSettings
 
 #: The group of the task image's user; a staging volume is made writable for it.
@@ -58,21 +59,32 @@ def pod_base(settings: KubernetesSettings, template: Json | None = None) -> Json
     return merge(_defaults(settings), template or {})
 
 
-def build_pod(launch: LaunchSpec, settings: KubernetesSettings, base: Json | None = None, secret: str = "") -> Json:
+def build_pod(
+    launch: LaunchSpec,
+    settings: KubernetesSettings,
+    base: Json | None = None,
+    secret: str = "",
+    policy: PodPolicy | None = None,
+) -> Json:
     """The Pod, as JSON for the API. ``base`` is ``pod_base`` of these settings, when the caller has it already.
 
-    ``secret`` is the name of the Secret to take token and request env from; without one they are in the pod.
+    ``secret`` is the name of the Secret to take token and request env from; without one they are in the pod. ``policy``
+    is the operator's; without one all is merged that can be.
 
     Raises:
-        PermanentLaunchError: what the request asks for, or its override, cannot be merged.
+        PermanentLaunchError: what the request asks for, or its override, cannot be merged, or the policy refuses it.
     """
     base = pod_base(settings) if base is None else base
+    if policy is not None:
+        policy.check(launch.request, base)
     try:
         pod = merge(base, request_layer(launch, settings, base, secret))
     except MergeError as error:
         raise PermanentLaunchError(FailureReason.INVALID_SPEC, f"the request does not fit the pod: {error}") from error
     if launch.request.pod_override:
         pod = _overridden(pod, launch.request)
+    if policy is not None:
+        pod = policy.applied(pod, launch.request)
     return _identified(pod, launch, settings, secret)
 
 

@@ -30,6 +30,7 @@ class PodReviews:
         limits = {
             "connect_timeout_seconds": min(settings.connect_timeout_seconds, _CONNECT_SECONDS),
             "request_timeout_seconds": min(settings.request_timeout_seconds, _ANSWER_SECONDS),
+            "credential_timeout_seconds": min(settings.credential_timeout_seconds, _ANSWER_SECONDS),
         }
         self._api = KubernetesApi.from_settings(settings.model_copy(update=limits), connections, observer)
 

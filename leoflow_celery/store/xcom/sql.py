@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ import sqlalchemy as sa
 
 from leoflow_celery.domain.xcom import XComKey, XComValue
 from leoflow_celery.store.database import CHUNK_ROWS, Database
-from leoflow_celery.store.models import XCom, table_of
+from leoflow_celery.store.models import DatabaseTime, Timestamp, XCom, table_of
 
 _TABLE = table_of(XCom)
 _KEY = ("tenant_id", "dag_id", "run_id", "task_id", "key")
@@ -21,8 +20,9 @@ class SqlXComStore:
 
     def __init__(self, database: Database, ttl_seconds: int) -> None:
         self._database = database
-        self._ttl_seconds = ttl_seconds
-        insert = database.insert(_TABLE)
+        created_at = sa.func.coalesce(sa.bindparam("p_created_at", type_=Timestamp()), DatabaseTime())
+        values = {"created_at": created_at, "expires_at": DatabaseTime(ttl_seconds)}
+        insert = database.insert(_TABLE).values(values)
         changes = {name: insert.excluded[name] for name in ("value", "content_type", "created_at", "expires_at")}
         self._upsert = insert.on_conflict_do_update(index_elements=_KEY, set_=changes)
 
@@ -37,14 +37,12 @@ class SqlXComStore:
     def put(self, items: Sequence[tuple[XComKey, XComValue]], connection: sa.Connection | None = None) -> None:
         if not items:
             return
-        now = time.time()
         rows = [
             {
                 **{name: getattr(key, name) for name in _KEY},
                 "value": value.value,
                 "content_type": value.content_type,
-                "created_at": value.created_at or now,
-                "expires_at": now + self._ttl_seconds,
+                "p_created_at": value.created_at or None,
             }
             for key, value in items
         ]
@@ -53,7 +51,7 @@ class SqlXComStore:
 
     def get(self, key: XComKey) -> XComValue | None:
         query = sa.select(_TABLE).where(
-            *(_TABLE.c[name] == getattr(key, name) for name in _KEY), _TABLE.c.expires_at > time.time()
+            *(_TABLE.c[name] == getattr(key, name) for name in _KEY), _TABLE.c.expires_at > DatabaseTime()
         )
         with self._database.reading() as connection:
             row = connection.execute(query).mappings().first()
@@ -63,7 +61,7 @@ class SqlXComStore:
         query = (
             sa.select(_TABLE)
             .where(_TABLE.c.tenant_id == tenant_id, _TABLE.c.dag_id == dag_id, _TABLE.c.run_id == run_id)
-            .where(_TABLE.c.expires_at > time.time())
+            .where(_TABLE.c.expires_at > DatabaseTime())
             .order_by(_TABLE.c.task_id, _TABLE.c.key)
         )
         with self._database.reading() as connection:
@@ -79,13 +77,13 @@ class SqlXComStore:
 
     def delete_expired(self) -> int:
         # In transactions of bounded size, so that nobody waits long for a lock.
-        now, total = time.time(), 0
-        while count := self._delete_some(now):
+        total = 0
+        while count := self._delete_some():
             total += count
         return total
 
-    def _delete_some(self, now: float) -> int:
-        key, is_expired = [_TABLE.c[name] for name in _KEY], _TABLE.c.expires_at <= now
+    def _delete_some(self) -> int:
+        key, is_expired = [_TABLE.c[name] for name in _KEY], _TABLE.c.expires_at <= DatabaseTime()
         oldest = sa.select(*key).where(is_expired).order_by(_TABLE.c.expires_at).limit(CHUNK_ROWS)
         # Again what has expired: a value may be renewed between the look and the lock.
         delete = sa.delete(_TABLE).where(sa.tuple_(*key).in_(oldest), is_expired)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, Fenced
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat, FinishCondition
+from leoflow_celery.store.models import Base, Presence, TaskInstance, table_of
+from leoflow_celery.store.presence import Kind
 from tests.contract.store.rows import EVICTED, EXIT_1, EXPIRED, LEASE_SECONDS, claim, event_names, race, submit
 from tests.support.listening import listened
 
@@ -56,18 +61,87 @@ def test_the_claim_names_holder_host_and_lease(store: Store) -> None:
     assert event_names(store) == ["submitted", "claimed"]
 
 
-def test_a_claim_is_no_heartbeat(store: Store) -> None:
-    """An agent that never sends one must not be taken for one that fell silent."""
+def test_a_claim_is_the_first_sign_of_life(store: Store) -> None:
+    """A host that dies between its claim and its first heartbeat holds the attempt no longer than its lease."""
     attempt = submit(store)
+    claimed = store.attempts.claim(attempt, "h1", "host", LEASE_SECONDS)
+    assert claimed.last_heartbeat_at is not None
+    assert list(store.reaper_queries.silent(heartbeat_timeout_seconds=90)) == []
+    assert [view.holder for view in store.reaper_queries.silent(heartbeat_timeout_seconds=-30)] == ["h1"]
+
+
+@pytest.mark.parametrize("lease_seconds", [-1.0, 60.0])
+def test_a_claim_without_any_sign_of_life_is_silent_when_its_lease_ran_out(store: Store, lease_seconds: float) -> None:
+    """As older versions wrote them."""
+    attempt = submit(store)
+    store.attempts.claim(attempt, "h1", "host", lease_seconds)
+    with store.database.transaction() as connection:
+        connection.execute(sa.update(table_of(TaskInstance)).values(last_heartbeat_at=None))
+    found = list(store.reaper_queries.silent(heartbeat_timeout_seconds=90))
+    assert [view.holder for view in found] == (["h1"] if lease_seconds < 0 else [])
+    for view in found:
+        condition = FinishCondition(silent_since=view.last_seen_at)
+        assert store.attempts.finish(attempt, Outcome.failed(FailureReason.AGENT_LOST, "silent"), condition).recorded
+
+
+def test_no_clock_of_a_host_counts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this process's clock says, what it writes and compares is by the database's."""
+    truth = store.now()
+    for wrong in (-3_600.0, 3_600.0):
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "time", lambda wrong=wrong: truth + wrong)
+            attempt = submit(store, f"ti{wrong}")
+            view = store.attempts.claim(attempt, "h1", "host", LEASE_SECONDS, start=True)
+            store.attempts.heartbeat([Beat(attempt, "h1")], LEASE_SECONDS)
+            assert list(store.reaper_queries.silent(heartbeat_timeout_seconds=90)) == []
+            store.attempts.finish(attempt, Outcome.success())
+        ended = store.attempts.get(f"ti{wrong}")
+        times = (view.queued_at, view.started_at, view.last_heartbeat_at, ended.ended_at, *_event_times(store, wrong))
+        assert all(at is not None and abs(at - truth) < 60 for at in times)
+
+
+def _event_times(store: Store, wrong: float) -> list[float]:
+    return [event.at for event in store.events.of(f"ti{wrong}")]
+
+
+def test_a_claim_of_before_the_clock_was_set_back_can_be_taken(store: Store) -> None:
+    attempt = submit(store)
+    store.attempts.claim(attempt, "h1", "host", LEASE_SECONDS)
+    _shift(store, TaskInstance, ("last_heartbeat_at", "lease_until"), 3_600)
     listened(store)
-    assert store.attempts.claim(attempt, "h1", "host", LEASE_SECONDS).last_heartbeat_at is None
-    assert list(store.reaper_queries.silent(heartbeat_timeout_seconds=-60)) == []
-    store.attempts.heartbeat([Beat(attempt, "h1")], -1)
-    beaten = store.attempts.get("ti-1").last_heartbeat_at
-    assert beaten is not None
-    assert store.attempts.claim(attempt, "h1", "host", -1).last_heartbeat_at == beaten
-    assert [view.holder for view in store.reaper_queries.silent(heartbeat_timeout_seconds=-60)] == ["h1"]
-    assert store.attempts.claim(attempt, "h2", "host", LEASE_SECONDS).last_heartbeat_at is None
+    assert [view.holder for view in store.reaper_queries.silent(heartbeat_timeout_seconds=90)] == ["h1"]
+    assert store.attempts.claim(attempt, "h2", "host", LEASE_SECONDS).holder == "h2"
+
+
+@pytest.mark.parametrize("step", [-3_600, 3_600])
+def test_a_listener_starts_anew_when_the_clock_was_set(store: Store, step: float) -> None:
+    """Nobody is given up at once, and silence counts again after a while."""
+    listened(store)
+    assert store.presence.may_judge("subprocess", 90)
+    _shift(store, Presence, ("since", "seen_at"), step)
+    assert not store.presence.may_judge("subprocess", 90)
+    for kind in (Kind.REAPER, Kind.GATEWAY):
+        store.presence.keep_present(kind)
+    _shift(store, Presence, ("since",), -31)
+    assert store.presence.may_judge("subprocess", 90)
+
+
+def test_a_step_of_the_databases_clock_is_seen_against_our_own(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.presence.even_seconds() == math.inf
+    monotonic = time.monotonic
+    monkeypatch.setattr("leoflow_celery.store.presence.time.monotonic", lambda: monotonic() - 3_600)
+    assert store.presence.even_seconds() < 60
+    assert store.presence.even_seconds() < 60
+
+
+def _shift(store: Store, model: type[Base], columns: tuple[str, ...], seconds: float) -> None:
+    """As if the database's clock had been set by that much the other way."""
+    table = table_of(model)
+    with store.database.transaction() as connection:
+        for row in connection.execute(sa.select(table)).mappings().all():
+            values = {name: row[name] + seconds for name in columns}
+            keys = [column == row[column.name] for column in table.primary_key]
+            connection.execute(sa.update(table).where(*keys).values(values))
 
 
 def test_a_claim_with_start_runs_at_once(store: Store) -> None:

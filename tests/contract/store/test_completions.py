@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
+import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import celery_task_id
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store import Store
 from leoflow_celery.store.completions import Waiting
+from leoflow_celery.store.models import TaskCompletion, table_of
 from tests.contract.store.rows import EVICTED, race, submit
 
 
@@ -90,24 +90,29 @@ def test_racing_takers_share_the_work_and_no_id_goes_to_two(store: Store) -> Non
     assert set(taken) == due
 
 
-def test_one_that_cannot_be_completed_waits_longer_each_time_up_to_an_hour(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_cannot_be_completed_waits_longer_each_time_up_to_an_hour(store: Store) -> None:
     celery_id, delays = finished(store, "a"), []
-    now = time.time()
-    monkeypatch.setattr("leoflow_celery.store.completions.time.time", lambda: now)
     for _ in range(9):
         [taken] = store.completions.take(60)
         assert taken.celery_task_id == celery_id
         delays.append(store.completions.failed(taken))
-        now += delays[-1] - 1
+        _pass(store, delays[-1] - 5)
         assert store.completions.take(60) == []
-        now += 2
+        _pass(store, 6)
     assert delays == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600]
     store.completions.done([celery_id])
     assert store.completions.failed(taken) == 3600
-    now += 4_000
+    _pass(store, 4_000)
     assert store.completions.take(60) == []
+
+
+def _pass(store: Store, seconds: float) -> None:
+    """So many seconds later: every lease ends so much sooner."""
+    table = table_of(TaskCompletion)
+    with store.database.transaction() as connection:
+        for name, until in connection.execute(sa.select(table.c.celery_task_id, table.c.lease_until)).all():
+            update = sa.update(table).where(table.c.celery_task_id == name)
+            connection.execute(update.values(lease_until=until - seconds))
 
 
 @pytest.mark.parametrize("waiting_id", ["x" * 256, "a\0b", "\ud800", ""])

@@ -6,15 +6,17 @@ import threading
 import time
 
 import pytest
+import sqlalchemy as sa
 
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import RunState, TaskState
-from leoflow_celery.errors import InvalidRequest, NotFound
+from leoflow_celery.errors import InvalidRequest, LeaseLost, NotFound
 from leoflow_celery.store import Store
 from leoflow_celery.store.presence import BACK_END_GAP_SECONDS, Kind
 from tests.contract.store.rows import race, submit
 from tests.support.listening import set_presence
+from tests.support.waiting import wait_until
 
 RUN = ("default", "sales", "scheduled:2026-01-01")
 
@@ -28,7 +30,7 @@ def test_one_thread_flies_and_the_others_stay_on_the_ground(store: Store) -> Non
     def fly(_: int) -> bool:
         with store.leases.single_flight("reconcile", 60) as mine:
             everybody_asked.wait()
-            return mine
+            return bool(mine)
 
     assert sorted(race(20, fly)) == [False] * 19 + [True]  # type: ignore[type-var]
     with store.leases.single_flight("reconcile", 60) as mine:
@@ -46,6 +48,29 @@ def test_a_lease_is_renewed_by_its_holder_and_taken_when_it_ran_out(store: Store
     assert leases.acquire("other", "a", 60)
     leases.release("sweep", "b")
     assert leases.acquire("sweep", "a", 60)
+
+
+def test_what_takes_longer_than_a_lease_lives_keeps_it(store: Store) -> None:
+    with store.leases.single_flight("long", 0.6) as lease:
+        until = time.monotonic() + 1.5
+        wait_until(lambda: store.leases.acquire("long", "b", 60) or time.monotonic() > until, 10, interval=0.05)
+        assert time.monotonic() > until, "it ran out while its holder lived"
+        lease.check()
+
+
+def test_a_holder_that_lost_its_lease_stops_and_does_not_take_it_back(store: Store) -> None:
+    with store.leases.single_flight("lost", 0.6) as lease:
+        store.leases.release("lost", _holder_of(store, "lost"))
+        assert store.leases.acquire("lost", "b", 60)
+        wait_until(lambda: not lease, 5, "it notices")
+        with pytest.raises(LeaseLost, match="'lost'"):
+            lease.check()
+    assert not store.leases.acquire("lost", "c", 60)
+
+
+def _holder_of(store: Store, name: str) -> str:
+    with store.database.reading() as connection:
+        return str(connection.execute(sa.text("SELECT holder FROM lease WHERE name = :name"), {"name": name}).scalar())
 
 
 def test_the_lease_ends_with_an_error_too(store: Store) -> None:

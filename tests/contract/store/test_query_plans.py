@@ -28,12 +28,14 @@ def long_store(store: Store) -> Store:
     """20,000 ended tries with completed results, and ten live ones."""
     now = time.time()
     tries = [new_try(f"old-{n}", run_id=f"run-{n // 50}") for n in range(HISTORY_ROWS)]
-    completions = [{**_completion_row(item, now), "done_at": now} for item in tries]
+    completions = [{**_completion_row(item), "created_at": now, "done_at": now} for item in tries]
+    times = dict.fromkeys(("queued_at", "send_after", "ended_at"), now)
     with store.database.transaction() as connection:
-        connection.execute(sa.insert(table_of(TaskInstance)), [_row(item, TaskState.SUCCESS, now) for item in tries])
+        connection.execute(sa.insert(table_of(TaskInstance)), [_row(item, TaskState.SUCCESS) | times for item in tries])
         connection.execute(sa.insert(table_of(TaskCompletion)), completions)
         connection.execute(
-            sa.insert(table_of(TaskEvent)), [event_row(item.request.attempt, "finished", {}) for item in tries]
+            sa.insert(table_of(TaskEvent)),
+            [event_row(item.request.attempt, "finished", {}) | {"at": now} for item in tries],
         )
     for n in range(10):
         submit(store, f"ti-{n}")

@@ -244,3 +244,20 @@ def test_an_image_whose_program_is_missing_leaves_no_container(engine, docker_sy
         assert engine.status(launch.name) == "gone"
     finally:
         engine.api.remove_image(image, force=True)
+
+
+def test_a_policy_bounds_images_and_resources(docker_system, engine, tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("images: {refuse: [evil.example/]}\nceilings: {cpu: '1', memory: 64Mi}")
+    executor = docker_system.executor(policy=policy)
+    launch = docker_system.launch()
+    executor.execute(launch)
+    config = engine.api.inspect_container(launch.name)["HostConfig"]
+    assert (config["NanoCpus"], config["Memory"], config["MemorySwap"]) == (10**9, 64 * 2**20, 64 * 2**20)
+    for fields, words, reason in (
+        ({"image": "evil.example/x:1"}, "image: 'evil.example/x:1'", "forbidden"),
+        ({"resources": {"limits": {"memory": "1Gi"}}}, "limits.memory: 1Gi is more than the 64Mi", "invalid_quantity"),
+    ):
+        with pytest.raises(PermanentLaunchError, match=words) as caught:
+            executor.execute(docker_system.launch(**fields))
+        assert caught.value.reason == reason

@@ -31,7 +31,7 @@ def test_default_success_codes(server, executor, make_request, status):
     assert result.status_code == status
     assert result.http_attempts == 1
     assert result.return_value() == (None if status == 204 else b'{"a": 1}')
-    assert result.summary.startswith(f"GET {server.url()} answered {status} after 1 attempt in 0.")
+    assert result.summary.startswith(f"GET {server.url('')} answered {status} after 1 attempt in 0.")
 
 
 @pytest.mark.parametrize("status", [203, 304, 400, 401, 404, 410, 422])
@@ -55,9 +55,7 @@ def test_transient_answers_are_retried_until_success(server, executor, make_requ
 
 def test_retries_end_with_status_attempts_and_time(server, executor, make_request):
     server.replies = [reply(server, 503)]
-    with pytest.raises(
-        HttpTaskError, match=r"/v1/x answered 503 after 4 attempts in (0\.[7-9]|[1-9]\.\d) s$"
-    ) as caught:
+    with pytest.raises(HttpTaskError, match=r":\d+ answered 503 after 4 attempts in (0\.[7-9]|[1-9]\.\d) s$") as caught:
         executor.run(make_request(server.url()), ATTEMPT)
     assert (caught.value.last_status, caught.value.http_attempts, len(server.seen)) == (503, 4, 4)
 
@@ -216,11 +214,12 @@ class TestSecrets:
         self.check(executor.run(self.request(make_request, server.port), ATTEMPT).summary)
         self.check(caplog.text)
 
-    # One with NUL or a line break does not come through the door.
-    @pytest.mark.parametrize("value", [" canary-header", "canary-header €"])
-    def test_a_header_that_cannot_be_sent(self, server, executor, make_request, value):
-        with pytest.raises(HttpTaskError, match="header 'X-Key' cannot be sent") as caught:
-            executor.run(make_request(server.url(), headers={"X-Key": value}), ATTEMPT)
+    @pytest.mark.parametrize("value", [" canary-header", "canary-header €", "canary-header\r\nHost: evil"])
+    def test_a_forged_header_is_not_sent(self, server, executor, make_request, value):
+        request = make_request(server.url())
+        call = request.http_request.model_copy(update={"headers": {"X-Key": value}})
+        with pytest.raises(HttpTaskError, match=r"headers\.X-Key: is one line") as caught:
+            executor.run(request.evolve(http_request=call), ATTEMPT)
         assert caught.value.reason is FailureReason.INVALID_SPEC
         self.check(str(caught.value))
         assert not server.seen

@@ -43,7 +43,7 @@ def test_success(server, call):
     server.replies = [type(server.replies[0])(200, b'{"rows": 3}')]
     process, value, reason = call({"method": "GET", "url": server.url()})
     assert (process.returncode, process.stderr) == (0, "")
-    assert process.stdout.startswith(f"GET {server.url()} answered 200 after 1 attempt")
+    assert process.stdout.startswith(f"GET {server.url('')} answered 200 after 1 attempt")
     assert json.loads(value) == {"rows": 3}
     assert reason is None
 

@@ -180,7 +180,9 @@ def test_template_and_override_reach_the_cluster(
         env={"FROM": "request"},
         pod_override={"spec": {"priority": None, "containers": [{"name": "proxy", "image": "proxy:1"}]}},
     )
-    make_executor(pod_template=template).execute(launch)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("allow: {sidecars: true}")
+    make_executor(pod_template=template, policy=policy).execute(launch)
     pod = module_namespace.pod(launch.name)
     assert pod is not None
     assert pod["metadata"]["annotations"]["team"] == "data"

@@ -150,3 +150,18 @@ def test_an_overlay_can_rename_both_namespaces(tmp_path: Path) -> None:
     binding = next(one for one in tasks if one["kind"] == "RoleBinding")
     assert binding["metadata"]["namespace"] == "work"
     assert binding["subjects"][0]["namespace"] == "leoflow"
+
+
+def test_a_policy_is_mounted_where_its_worker_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("ceilings: {cpu: '2'}\n")
+    generator = {"name": "leoflow-policy", "namespace": "leoflow", "files": ["policy.yaml"]}
+    base, component = relative(".", tmp_path), relative("components/policy", tmp_path)
+    made = overlay(tmp_path, {"resources": [base], "components": [component], "configMapGenerator": [generator]})
+    spec = dict(templates(made))["leoflow-worker-k8s"]["spec"]
+    (container,) = spec["containers"]
+    (name,) = [one["configMap"]["name"] for one in spec["volumes"] if "configMap" in one]
+    (config,) = [one for one in made if one["kind"] == "ConfigMap" and one["metadata"]["name"] == name]
+    (mount,) = [one["mountPath"] for one in container["volumeMounts"] if one["name"] == "policy"]
+    path = next(one["value"] for one in container["env"] if one["name"] == "LEOFLOW_KUBERNETES_POLICY")
+    assert {f"{mount}/{key}" for key in config["data"]} == {path}
+    assert name != "leoflow-policy", "a changed policy restarts the worker"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,10 @@ from tests.support.waiting import wait_until
 
 
 def given_to_the_group() -> dict[str, Any]:
-    """The override for storage that ignores fsGroup, as a host path does; docs/kubernetes.md shows it."""
+    """The override for storage that ignores fsGroup, as a host path does; docs/kubernetes.md shows it.
+
+    An operator has to allow it: its container is root.
+    """
     prepare = {
         "name": "staging-group",
         "image": task_image(),
@@ -32,6 +36,13 @@ def given_to_the_group() -> dict[str, Any]:
         "volumeMounts": [{"name": "leoflow-staging", "mountPath": "/staging"}],
     }
     return {"spec": {"initContainers": [prepare]}}
+
+
+@pytest.fixture
+def executor(make_executor: MakeExecutor, tmp_path: Path) -> KubernetesExecutor:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("allow: {fields: [spec.initContainers]}")
+    return make_executor(policy=policy)
 
 
 def staged(claim: str, **fields: Any) -> LaunchSpec:

@@ -18,7 +18,7 @@ from cryptography.fernet import Fernet
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import TaskRequest, parse_request
-from leoflow_celery.errors import ClusterUnavailable, InvalidToken, PermanentLaunchError, TransientLaunchError
+from leoflow_celery.errors import ClusterUnavailable, InvalidToken, TransientLaunchError
 from leoflow_celery.executors.base import Launched, LaunchSpec
 from leoflow_celery.executors.identity import AUDIENCE, SEAL
 from leoflow_celery.executors.kubernetes import KubernetesExecutor
@@ -292,7 +292,7 @@ def test_the_word_for_a_pod_is_never_given_to_another_that_took_its_name(world: 
 def test_a_worker_that_may_not_vouch_says_so_and_leaves_no_pod(world: World, namespace: Namespace) -> None:
     settings = KubernetesSettings(kubeconfig=namespace.worker_kubeconfig(), agent_token="exchange")
     executor = KubernetesExecutor(Settings(kubernetes=settings), lambda *_: None)
-    with pytest.raises(PermanentLaunchError, match='cannot patch resource "pods"') as caught:
+    with pytest.raises(TransientLaunchError, match='cannot patch resource "pods"') as caught:
         executor.execute(world.launch())
     executor.close()
     assert caught.value.reason == "forbidden"

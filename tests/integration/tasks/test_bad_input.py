@@ -77,11 +77,11 @@ def test_a_message_whose_id_cannot_be_recorded_is_refused_before_its_request_is(
 
 
 def test_a_request_of_ten_megabytes_is_refused(client: Client) -> None:
-    request = http_task(URL, env={"A": "x" * 10_000_000})
+    request = http_task(URL, http={"body": "x" * 10_000_000})
     with pytest.raises(RequestTooLarge, match="the limit is 1048576"):
         client.submit(request)
     for size, limit in ((3_000_000, "1048576"), (10_000_000, "8388608")):  # of a request, and of any message
-        sent = client.app.send_task("leoflow.dispatch", (http_task(URL, env={"A": "x" * size}),), queue="dispatch")
+        sent = client.app.send_task("leoflow.dispatch", (http_task(URL, http={"body": "x" * size}),), queue="dispatch")
         with pytest.raises(RequestTooLarge, match=f"the limit is {limit}"):
             sent.get(timeout=30)
 

@@ -70,7 +70,7 @@ def test_a_waiting_dispatch_message_shows_no_argument(limited: System, target: H
     client.submit_many([http_task(target.url("a")) for _ in range(2)])
     with Monitor(client.app) as monitor:
         limited.start_worker("workers.control")
-        request = http_task(target.url("b"), env={"TOKEN": canary})
+        request = http_task(target.url("b"), http={"headers": {"X-Token": "{{ env.TOKEN }}"}}, env={"TOKEN": canary})
         late = client.app.send_task("leoflow.dispatch", (request,), queue="dispatch", argsrepr="()")
         monitor.wait_for(late.id, "task-retried")
         wait_until(lambda: len(monitor.of(late.id, "task-received")) >= 2, 20, "the retry")

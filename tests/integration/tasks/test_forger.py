@@ -93,9 +93,11 @@ def wait_until_served(back_ends: BackEnds) -> None:
 
 
 def rows(handles: list[Handle]) -> list[dict[str, Any]]:
-    """What SQL says of each try, but for when its message was sent."""
+    """What SQL says of each try, but for when its message was sent and when it was read."""
     views = [handle.task_instance() for handle in handles]
-    return [{name: getattr(view, name) for name in view.__slots__ if name != "sent_at"} for view in views]
+    return [
+        {name: getattr(view, name) for name in view.__slots__ if name not in ("sent_at", "read_at")} for view in views
+    ]
 
 
 def victims(back_ends: BackEnds) -> dict[str, Handle]:

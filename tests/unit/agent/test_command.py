@@ -45,6 +45,17 @@ def test_http_api_is_called_by_our_own_module():
     assert (command.env["LEOFLOW_TRY_NUMBER"], command.env["LEOFLOW_TIMEOUT_SECONDS"]) == ("2", "9")
 
 
+def test_an_agent_fills_a_call_as_the_inline_worker_does():
+    spec = pb.TaskSpec(operator="http_api", environment={"T": "t"}, call_args_json='{"a": "x/y"}')
+    spec.xcom_input_mapping["o"] = "up"
+    call = {"url": "http://h/{{ args.a }}", "headers": {"X": "{{ env.T }}"}, "body": ["{{ xcom.o }}"]}
+    spec.extra["http_request"] = json.dumps({"method": "PUT", **call})
+    sent = json.loads(build(spec, Inputs(xcoms={"o": b'{"id": "{{ args.a }}"}'})).env["LEOFLOW_HTTP_REQUEST_JSON"])
+    assert (sent["url"], sent["headers"], sent["body"]) == ("http://h/x%2Fy", {"X": "t"}, [{"id": "{{ args.a }}"}])
+    with pytest.raises(InvalidRequest, match="task 'up' left no return_value"):
+        build(spec, Inputs())
+
+
 def test_an_unknown_operator_is_named():
     with pytest.raises(InvalidRequest, match="cobol"):
         build(pb.TaskSpec(operator="cobol"))

@@ -138,6 +138,7 @@ def test_doctor_in_words(cli: Cli, settings: Settings) -> None:
         ["FAIL", "gateway"],
         ["FAIL", "workers"],
         ["FAIL", "backends"],
+        ["FAIL", "clocks"],
     ]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from leoflow_celery.domain.reap import (
     ReapPolicy,
+    age_seconds,
     cancel_overdue,
     may_judge_silence,
     reap_queued,
-    reap_silent,
+    silent_verdict,
     unplaced_verdict,
 )
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason, parse_reason
@@ -85,13 +88,25 @@ def test_the_users_own_failures_are_never_started_again_by_us(reason: FailureRea
 POLICY = ReapPolicy()
 
 
-@pytest.mark.parametrize(("silence", "lost"), [(None, False), (0.0, False), (90.0, False), (90.1, True), (1e6, True)])
-def test_a_holder_is_lost_only_when_heartbeats_that_came_stopped_coming(silence: float | None, lost: bool) -> None:
-    verdict = reap_silent(silence, POLICY)
-    assert (verdict is not None) == lost
-    if verdict:
-        assert verdict.reason is R.AGENT_LOST
-        assert "limit 90 s" in verdict.message
+@pytest.mark.parametrize(("silence", "said"), [(None, "no heartbeat"), (-3_600.0, "no heartbeat"), (95.0, "95 s ago")])
+def test_a_silent_holder_is_lost_whether_or_not_a_heartbeat_ever_came(silence: float | None, said: str) -> None:
+    verdict = silent_verdict(silence, POLICY)
+    assert verdict.reason is R.AGENT_LOST
+    assert said in verdict.message
+    assert "limit 90 s" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("since", "even", "age"),
+    [
+        (40.0, math.inf, 60.0),
+        (40.0, 10.0, 10.0),  # the clock was set ten seconds ago: what was before says nothing
+        (3_700.0, 20.0, 20.0),  # written before it was set back
+        (3_700.0, math.inf, -3_600.0),  # a step that nobody saw
+    ],
+)
+def test_an_age_reaches_no_further_back_than_the_clock_ran_evenly(since: float, even: float, age: float) -> None:
+    assert age_seconds(since, 100.0, even) == age
 
 
 @pytest.mark.parametrize(("listening", "means_something"), [(None, False), (0.0, False), (29.9, False), (30.0, True)])

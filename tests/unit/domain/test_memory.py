@@ -44,7 +44,7 @@ def task(**limits: Any) -> dict[str, Any]:
         (request("64Mi", task(memory=None)), 0),
         (request("64Mi", task(memory="much")), 0),
         (request("64Mi", task(memory=33554432)), 32),
-        (request("64Mi", "task", {"name": "task", "resources": []}), 64),
+        (request("64Mi").evolve(pod_override={"spec": {"containers": ["task", {"name": "task", "resources": 1}]}}), 64),
     ],
 )
 def test_the_limit_of_a_pod(asked: TaskRequest, mebibytes: int) -> None:

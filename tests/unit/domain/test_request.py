@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import jsonschema
 import pytest
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.fields import is_printable, is_storable
+from leoflow_celery.domain.http_call import TemplateError, Values, fill
 from leoflow_celery.domain.request import (
     MAX_REQUEST_BYTES,
     check_celery_id,
@@ -58,7 +60,6 @@ FULL = {
         "image_pull_policy": "Always",
     },
     "timeout_seconds": 60,
-    "source": "print(1)",
     "control_plane_addr": "gateway:9090",
     "staging_claim": "leoflow-staging-sales-1",
     "staging_size": "1Gi",
@@ -70,6 +71,7 @@ FULL = {
     "dag_version": "v1",
     "execution_mode": "pod",
     "executor": "kubernetes",
+    "http_request": {**HTTP["http_request"], "body": ["{{ xcom.orders }}", "{{ args.n }}"]},
     "xcom_input": {"orders": "extract"},
     "xcom_schema": {"type": "object"},
     "call_args": {"n": [1, None, {"x": 1.5}]},
@@ -114,6 +116,11 @@ HALF = "\ud800"
 HUGE = 10**5000
 DEEP: Any = json.loads("[" * 120 + "]" * 120)
 
+
+def task(**fields: Any) -> dict[str, Any]:
+    return {"spec": {"containers": [{"name": "task", **fields}]}}
+
+
 BAD = [
     # operator and what it needs
     ({**BASH, "operator": "spark"}, "operator", "Input should be 'python', 'bash' or 'http_api' (got 'spark')"),
@@ -147,7 +154,7 @@ BAD = [
     ({**BASH, "secrets": [{"name": "", "source": "env"}]}, "secrets.0.name", NO_NAME),
     # schemas
     ({**BASH, "xcom_schema": {"type": "number-ish"}}, "xcom_schema", "is not a JSON Schema"),
-    ({**BASH, "xcom_schema": {"$ref": "#/definitions/x"}}, "xcom_schema", "refers to '#/definitions/x'"),
+    ({**BASH, "xcom_schema": {"$ref": "#/definitions/x"}}, "xcom_schema", "refers to what it does not hold"),
     ({**BASH, "xcom_schema": {"$ref": "http://h/x"}}, "xcom_schema", "nothing is fetched; put that below $defs"),
     ({**BASH, "xcom_schema": {"$schema": 5}}, "xcom_schema", "is not a JSON Schema"),
     ({**BASH, "xcom_schema": {"enum": {1}}}, "xcom_schema.enum", "not a valid JSON value"),
@@ -190,12 +197,12 @@ BAD = [
     ({**BASH, "env": {"A": 1}}, "env.A", "Input should be a valid string"),
     # the call
     (call(method="TRACE"), "http_request.method", "'GET', 'POST', 'PUT', 'PATCH' or 'DELETE' (got 'TRACE')"),
-    (call(url="ftp://host/"), "http_request.url", "String should match pattern"),
+    (call(url="ftp://host/"), "http_request.url", "is not an http or https URL with a host"),
     *(
         (call(url=url), "http_request.url", "names no host and port that can be called")
         for url in ("http://[::1/x", "http://[abc]/", "http://℀.com/", "http://a:99999/", "http://a:b/", "http://@/")
     ),
-    (call(url="http:///path"), "http_request.url", "String should match pattern"),
+    (call(url="http:///path"), "http_request.url", "is not an http or https URL with a host"),
     (call(timeout_seconds=0), "http_request.timeout_seconds", "greater than 0 (got 0)"),
     (call(timeout_seconds=float("inf")), "http_request.timeout_seconds", "finite number"),
     (call(success_status_codes=[]), "http_request.success_status_codes", "needs at least one item"),
@@ -226,6 +233,43 @@ BAD = [
         "pod_override",
         "a Pod has metadata and spec: write spec.containers",
     ),
+    (
+        {**BASH, "pod_override": task(env=[{"name": "PW", "value": CANARY}, {"name": "N", "value": 5432}])},
+        "pod_override",
+        "spec.containers[task].env[N].value: a number stands where text belongs; write it in quotes",
+    ),
+    (
+        {**BASH, "pod_override": {"spec": {"nodeSelector": {"gpu": True}}}},
+        "pod_override",
+        "spec.nodeSelector.gpu: true or false stands where text belongs; write it in quotes",
+    ),
+    (
+        {**BASH, "pod_override": task(args=["a", 1])},
+        "pod_override",
+        "spec.containers[task].args[1]: a number stands where text",
+    ),
+    (
+        {**BASH, "pod_override": {"spec": {"hostNetwork": CANARY}}},
+        "pod_override",
+        "spec.hostNetwork: text stands where true or false belongs",
+    ),
+    (
+        {**BASH, "pod_override": task(env=[{"name": "LEOFLOW_AGENT_WORK_DIR", "value": CANARY}])},
+        "pod_override",
+        "spec.containers[task].env: variable 'LEOFLOW_AGENT_WORK_DIR' controls the agent",
+    ),
+    # variables that control the agent, for every executor
+    *(
+        ({**BASH, "executor": executor, "env": {name: CANARY}}, "env", f"variable {name!r} controls the agent")
+        for executor in ("kubernetes", "docker", "subprocess")
+        for name in (
+            *("LEOFLOW_AGENT_WORK_DIR", "LEOFLOW_AGENT_TOKEN", "LEOFLOW_AGENT_ENV_FILE", "LEOFLOW_AGENT_OF_TOMORROW"),
+            *("LEOFLOW_CONTROL_PLANE_ADDR", "LEOFLOW_TASK_INSTANCE_ID", "LEOFLOW_TERMINATION_LOG"),
+            *("LEOFLOW_RETURN_VALUE_PATH", "LEOFLOW_XCOM_PARAMS", "LEOFLOW_CALL_ARGS_FILE", "LEOFLOW_WARM_WORKER"),
+        )
+    ),
+    ({**BASH, "env": {"LEOFLOW_AGENT_SPOOL_BYTES": CANARY}}, "env", "its value must be a number of at least 65536"),
+    ({**BASH, "env": {"LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS": "nan"}}, "env", "must be a number of at least 0"),
     ({**BASH, "task_secret_name": "s"}, "task_secret_mount_path", "is empty; say where task_secret_name is mounted"),
     (
         {**BASH, "task_secret_name": "s", "task_secret_mount_path": "secrets"},
@@ -254,6 +298,23 @@ def test_every_message_can_be_stored_and_sent() -> None:
             parse_request(data)
         assert is_storable(str(caught.value))
         assert len(str(caught.value)) < 1_000
+
+
+def test_variables_of_the_users_own_and_how_patient_an_agent_is_are_taken() -> None:
+    env = {
+        "LEOFLOW_PYTHON": "/venv/bin/python",
+        "LEOFLOW_MINE": "1",
+        "MY_LEOFLOW_AGENT_TOKEN": "2",
+        "LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS": "2.5",
+        "LEOFLOW_AGENT_SPOOL_BYTES": "65536",
+    }
+    assert parse_request({**BASH, "env": env}).env == env
+    part = task(
+        env=[*({"name": name, "value": value} for name, value in env.items()), {"name": "A", "$patch": "delete"}]
+    )
+    assert parse_request({**BASH, "pod_override": part}).pod_override == part
+    taken = {"spec": {"overhead": {"cpu": 1}, "fieldOfNextYear": 5, "activeDeadlineSeconds": None, "tolerations": []}}
+    assert parse_request({**BASH, "pod_override": taken}).pod_override == taken
 
 
 FORGERIES = ("a\x1b[2J", "a\u202eb", "a\u2066b", "a\u200bb", "a\u2028b", "a\x85b", "a\ufeffb", "a\x7fb", "a\rb", "a\nb")
@@ -295,6 +356,91 @@ def test_what_forges_logs_and_terminals_is_refused_in_every_id_name_and_label(
     assert is_printable(str(caught.value))
     assert is_printable(caught.value.field)
     assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Transfer-Encoding",
+        "content_length",
+        "CONNECTION",
+        "Keep-Alive",
+        "Upgrade",
+        "TE",
+        "Trailer",
+        "Host",
+        "Expect",
+        "Proxy-Authorization",
+        "proxy_x",
+        "A b",
+        "A:",
+        "A\r\nB",
+        "",
+        "ü",
+    ],
+)
+def test_a_header_that_frames_the_message_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^http_request\.headers\..* (header|character)") as caught:
+        parse_request(call(headers={name: CANARY}))
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        ({"url": "http://{{ args.a }}/"}, "http_request.url", "is not|may not name"),
+        ({"url": "http://h{{ args.a }}/"}, "http_request.url", "may not name"),
+        ({"url": "http://h/#{{ args.a }}"}, "http_request.url", "not sent"),
+        ({"url": "http://h/{{ args.b }}"}, "http_request.url", "args.b is unknown"),
+        ({"url": "http://h/{{ args.a.b }}"}, "http_request.url", "there is no 'b'"),
+        ({"url": "http://h/{{ 1+1 }}"}, "http_request.url", "space|is not a value|no placeholder"),
+        ({"body": {"{{ args.a }}": 1}}, "http_request.body", "may not be a key"),
+        ({"body": "{{ args.a }}", "headers": {"content-type": "multipart/x"}}, "http_request.body", "multipart"),
+        ({"headers": {"Content-Type": "{{ args.a }}"}}, "http_request.headers.Content-Type", "write it out"),
+        ({}, "call_args.a", "is not used"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused(fields: dict[str, Any], field: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        parse_request({**call(**fields), "call_args": {"a": "x"}})
+    assert caught.value.field == field
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+
+
+@given(TEXTS)
+def test_a_value_stays_in_its_place(text: str) -> None:
+    values = Values(args={"a": text})
+    try:
+        url = fill("https://h:1/p/{{ args.a }}/e?x={{ args.a }}&y=1", {}, None, values).url
+    except TemplateError:
+        assert text in ("", ".", "..")
+    else:
+        parts = urlsplit(url)
+        assert (parts.scheme, parts.netloc, parts.fragment) == ("https", "h:1", "")
+        assert [unquote(one) for one in parts.path.split("/")] == ["", "p", text, "e"]
+        assert parse_qsl(parts.query, keep_blank_values=True) == [("x", text), ("y", "1")]
+    json_text = {"Content-Type": "application/json"}
+    filled = fill("https://h", json_text, '{"s": "\\"{{ args.a }}", "v": {{ args.a }}}', values)
+    assert json.loads(filled.body) == {"s": '"' + text, "v": text}
+    assert fill("https://h", {}, {"v": "{{ args.a }}", "s": "-{{ args.a }}"}, values).body == {
+        "v": text,
+        "s": f"-{text}",
+    }
+    form = fill("https://h", {"content-type": "application/x-www-form-urlencoded"}, "x={{ args.a }}&y=1", values).body
+    assert parse_qsl(form, keep_blank_values=True) == [("x", text), ("y", "1")]
+    try:
+        header = fill("https://h", {"X": "a {{ args.a }} b"}, None, values).headers["X"]
+    except TemplateError:
+        return
+    assert header == f"a {text} b"
+    assert not set(header) & set("\r\n\0")
+
+
+def test_what_values_add_is_bounded() -> None:
+    with pytest.raises(TemplateError, match="add more than"):
+        fill("https://h", {}, "{{ args.a }}" * 1_000, Values(args={"a": "x" * 250_000}))
 
 
 def test_a_header_is_one_line() -> None:

@@ -29,7 +29,8 @@ def test_exactly_256_kib_are_accepted_and_not_a_byte_more() -> None:
     "value",
     [
         *(b"", b"{", b"NaN", b"[Infinity]", b"-Infinity", b"\xff", b"'x'", b"[" * 100_000),
-        *(b'"\xed\xa0\x80"', '"a"'.encode("utf-16"), b'"\\ud800"', b"1e999", b"1" * 5_000),
+        *(b'"\xed\xa0\x80"', '"a"'.encode("utf-16"), b'"\\ud800"', b"1e999", b"1" * 5_000, b"1" * 310, b"1e999999"),
+        *(b'{"a": 1, "a": 2}', b'[{"b": {"\\u0061": 1, "a": 1}}]'),
         *(b"[" * 101 + b"]" * 101, b'{"a":' * 101 + b"1" + b"}" * 101),
     ],
     ids=lambda v: repr(v[:12]),
@@ -67,14 +68,12 @@ def test_a_hundred_levels_are_accepted_whatever_the_schema() -> None:
 @pytest.mark.parametrize(
     ("schema", "text"),
     [
-        ({"$ref": "#"}, "xcom_schema cannot be applied: RecursionError"),
-        ({"multipleOf": 0.5}, "xcom_schema cannot be applied: OverflowError"),
-        ({"$ref": "#/definitions/none"}, "xcom_schema: refers to '#/definitions/none', which it does not hold"),
+        ({"$ref": "#/definitions/none"}, "xcom_schema: refers to what it does not hold"),
         ({"type": "number-ish"}, "xcom_schema: is not a JSON Schema"),
     ],
 )
 def test_a_schema_that_cannot_be_applied_is_named_as_the_culprit(schema: dict[str, object], text: str) -> None:
-    error = refused(b"1" * 400, schema=schema)
+    error = refused(b"1" * 300, schema=schema)
     assert error.reason == "schema_mismatch"
     assert str(error).startswith(text)
 

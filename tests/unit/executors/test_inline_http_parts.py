@@ -182,8 +182,9 @@ def test_a_defect_after_the_answer_is_no_reason_to_call_again(monkeypatch):
 
 
 def test_messages_leave_out_what_may_be_secret():
-    text = describe("POST", "https://me:pw@api.example:8443/v1/x;p?token=t#f")
-    assert text == "POST https://api.example:8443/v1/x;p"
+    call = HttpRequest(method="POST", url="https://me:pw@api.example:8443/v1/x;p?token=t#f")
+    assert describe(call) == "POST https://api.example:8443"
+    assert describe(call.model_copy(update={"show_path": True})) == "POST https://api.example:8443/v1/x;p"
 
 
 @pytest.mark.parametrize("url", ["http://[::1/canary", "http://[abc]/canary"])

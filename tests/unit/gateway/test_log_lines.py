@@ -6,15 +6,16 @@ import pytest
 
 from leoflow_celery.gateway.log_lines import Replay, record_of
 from leoflow_celery.protocol import agent_pb2 as pb
-from leoflow_celery.store.logs import LogRecord
+from leoflow_celery.store.logs import LogLimits, LogRecord
 
 
-def records(*texts: str) -> list[LogRecord]:
-    return [LogRecord(1_700_000_000 + number, "info", "stdout", text) for number, text in enumerate(texts)]
+def records(*texts: str) -> list[bytes]:
+    found = [LogRecord(1_700_000_000 + number, "info", "stdout", text) for number, text in enumerate(texts)]
+    return [record.line(LogLimits()) for record in found]
 
 
-def disk(found: list[LogRecord]) -> bytes:
-    return "".join(f"{record.to_json()}\n" for record in found).encode()
+def disk(found: list[bytes]) -> bytes:
+    return b"".join(found)
 
 
 def test_what_is_on_disk_is_left_out_until_the_first_new_line() -> None:

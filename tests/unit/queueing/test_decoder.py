@@ -257,5 +257,5 @@ def test_a_command_about_which_anything_is_wrong_is_refused_and_not_repeated(dat
 
 
 def test_words_of_a_stranger_are_made_safe() -> None:
-    assert printable("a\nb\x1b[31m\u202e") == "a\ufffdb\ufffd[31m\ufffd"
+    assert printable("a\nb\x1b[31m\u202e") == "a\\nb\\x1b[31m\\u202e"
     assert printable("x" * 500) == "x" * 100 + "…"

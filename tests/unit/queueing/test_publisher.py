@@ -24,7 +24,8 @@ def runtime() -> Services:
 
 def request(**fields: Any) -> TaskRequest:
     given = {"task_instance_id": "ti", "dag_id": "d", "run_id": "r", "task_id": "t", "operator": "bash"}
-    return TaskRequest.model_validate({**given, "entrypoint": "true", **fields})
+    entrypoint = "" if fields.get("operator") == "http_api" else "true"
+    return TaskRequest.model_validate({**given, "entrypoint": entrypoint, **fields})
 
 
 class RecordingApp:

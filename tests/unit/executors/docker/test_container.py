@@ -71,7 +71,7 @@ def test_nobody_gains_anything():
 
 
 def test_token_and_variables_are_not_in_the_open():
-    environment = build_environment(launch(env={"A": "1", "LEOFLOW_ATTEMPT_NAME": "theirs"}), DockerSettings())
+    environment = build_environment(launch(env={"A": "1"}), DockerSettings())
     assert environment.secret == {"A": "1", "LEOFLOW_AGENT_TOKEN": "t0ken"}
     assert environment.open["LEOFLOW_ATTEMPT_NAME"] == launch().name
     assert environment.open["LEOFLOW_AGENT_LEAVE_INTERRUPTION"] == "true"

@@ -18,6 +18,7 @@ from leoflow_celery.executors.kubernetes.errors import (
     api_error,
     to_launch_error,
 )
+from leoflow_celery.executors.words import Confidential
 
 
 def answer(status: int, reason: str, message: str = "no", **details: object) -> ApiError:
@@ -31,8 +32,8 @@ def test_the_mapping_is_total(status: int) -> None:
     launch_error = to_launch_error(error)
     assert isinstance(launch_error, TransientLaunchError | PermanentLaunchError)
     assert "the server's own words" in launch_error.message
-    is_config = CLASS_OF[FailureReason(launch_error.reason)] is FailureClass.CONFIG
-    assert is_config == isinstance(launch_error, PermanentLaunchError)
+    if isinstance(launch_error, PermanentLaunchError):
+        assert CLASS_OF[FailureReason(launch_error.reason)] is FailureClass.CONFIG
     assert error.kind
 
 
@@ -43,7 +44,122 @@ def test_what_others_can_change_is_tried_again(status: int) -> None:
 
 @pytest.mark.parametrize("status", [400, 403, 404, 405, 413, 415, 422])
 def test_what_only_the_request_can_change_is_not(status: int) -> None:
-    assert isinstance(to_launch_error(ApiError(status, "", "m")), PermanentLaunchError)
+    assert isinstance(to_launch_error(ApiError(status, "Refused", "m")), PermanentLaunchError)
+
+
+#: Of real servers (1.20 to 1.33), each about us, the namespace or the server, and not about the pod.
+MAY_PASS = [
+    'pods is forbidden: User "w:a" cannot create resource "pods" in API group "" in the namespace "t"',
+    'secrets is forbidden: User "w" cannot create resource "secrets" in API group "" in the namespace "t": RBAC: '
+    'role.rbac.authorization.k8s.io "worker" not found',
+    'pods "a" is forbidden: status unknown for quota: few, resources: requests.cpu',
+    'pods "a" is forbidden: not yet ready to handle request',
+    'pods "a" is forbidden: error looking up service account t/default: serviceaccount "default" not found',
+]
+
+
+@pytest.mark.parametrize("message", MAY_PASS)
+def test_rights_quotas_and_namespaces_that_are_not_there_yet_are_waited_for_and_then_forbidden(message: str) -> None:
+    launch_error = to_launch_error(answer(403, "Forbidden", message))
+    assert isinstance(launch_error, TransientLaunchError)
+    assert launch_error.reason == FailureReason.FORBIDDEN
+    assert message in launch_error.message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'pods "a" is forbidden: violates PodSecurity "restricted:latest": privileged (container "task" must not set …)',
+        'pods "a" is forbidden: error looking up service account t/nobody: serviceaccount "nobody" not found',
+        'pods "a" is forbidden: no PriorityClass with name urgent was found',
+        'admission webhook "policy.example" denied the request: no',
+    ],
+)
+def test_what_admission_says_of_the_pod_is_final(message: str) -> None:
+    launch_error = to_launch_error(answer(403, "Forbidden", message))
+    assert isinstance(launch_error, PermanentLaunchError)
+    assert launch_error.reason == FailureReason.FORBIDDEN
+
+
+def test_a_403_of_a_proxy_is_not_the_api_servers_last_word() -> None:
+    launch_error = to_launch_error(api_error(403, b"<html>Forbidden by the firewall</html>"))
+    assert isinstance(launch_error, TransientLaunchError)
+    assert launch_error.reason == FailureReason.FORBIDDEN
+
+
+def quota(requested: str, used: str, limited: str) -> ApiError:
+    said = f"exceeded quota: few, requested: {requested}, used: {used}, limited: {limited}"
+    return answer(403, "Forbidden", f'pods "a" is forbidden: {said}')
+
+
+@pytest.mark.parametrize(
+    ("requested", "used", "limited", "fits"),
+    [
+        ("requests.cpu=2", "requests.cpu=3", "requests.cpu=4", True),
+        ("requests.cpu=5", "requests.cpu=0", "requests.cpu=4", False),
+        ("requests.cpu=4", "requests.cpu=1m", "requests.cpu=4", True),
+        ("cpu=500m,memory=2Gi", "cpu=0,memory=0", "cpu=4,memory=1536Mi", False),
+        ("limits.memory=1Gi", "limits.memory=0", "limits.memory=1G", False),
+        ("requests.nvidia.com/gpu=1", "requests.nvidia.com/gpu=0", "requests.nvidia.com/gpu=0", False),
+        ("requests.storage=10Gi", "requests.storage=0", "requests.storage=5Gi", False),
+        ("pods=1", "pods=0", "pods=0", True),
+        ("count/pods=1", "count/pods=0", "count/pods=0", True),
+        ("secrets=1", "secrets=0", "secrets=0", True),
+        ("x.storageclass.storage.k8s.io/persistentvolumeclaims=1", "", "", True),
+        ("cpu=lots", "cpu=0", "cpu=4", True),
+    ],
+)
+def test_what_never_fits_into_a_quota_does_not_wait_for_it(requested: str, used: str, limited: str, fits: bool) -> None:
+    launch_error = to_launch_error(quota(requested, used, limited))
+    assert isinstance(launch_error, TransientLaunchError if fits else PermanentLaunchError)
+    assert launch_error.reason == (FailureReason.QUEUED_TIMEOUT if fits else FailureReason.INVALID_QUANTITY)
+    assert f"requested: {requested}" in launch_error.message
+
+
+#: What a 1.20 API server says to a number where text belongs; newer ones quote no part of the body.
+QUOTING = (
+    'Pod in version "v1" cannot be handled as a Pod: v1.Pod.Spec: v1.PodSpec.Containers: []v1.Container: '
+    'v1.Container.Env: []v1.EnvVar: v1.EnvVar.Value: ReadString: expects " or n, but found 5, error found in #10 byte '
+    'of ...|,"value":5432}],"ima|..., bigger context ...|W","value":"s3cr3t-pass"},{"name":"N","value":5432}],"i|...'
+)
+
+
+def test_what_was_sent_in_confidence_is_in_no_part_of_an_error() -> None:
+    details = {"causes": [{"field": "spec", "message": 'Invalid value: "s3cr3t-pass"'}]}
+    error = answer(400, "BadRequest", f"{QUOTING}; s3cr3t-pass", **details)
+    error.hide(Confidential(["s3cr3t-pass"]))
+    launch_error = to_launch_error(error)
+    for text in (
+        str(error),
+        repr(error),
+        repr(error.args),
+        repr(error.details),
+        launch_error.message,
+        repr(launch_error),
+    ):
+        assert "s3cr3t" not in text
+    assert "v1.EnvVar.Value: ReadString" in launch_error.message
+    assert launch_error.reason == FailureReason.INVALID_SPEC
+
+
+def test_a_value_that_is_a_word_of_the_server_does_not_change_what_its_answer_means() -> None:
+    error = answer(403, "Forbidden", MAY_PASS[0])
+    error.hide(Confidential(["cannot", "User", "Forbidden", "resource"]))
+    assert isinstance(to_launch_error(error), TransientLaunchError)
+    assert "cannot" not in to_launch_error(error).message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        answer(404, "NotFound", kind="namespaces", name="nowhere"),
+        answer(403, "Forbidden", "being terminated", causes=[{"reason": "NamespaceTerminating"}]),
+    ],
+)
+def test_a_namespace_may_be_made_yet(error: ApiError) -> None:
+    launch_error = to_launch_error(error)
+    assert isinstance(launch_error, TransientLaunchError)
+    assert launch_error.reason == FailureReason.NAMESPACE_NOT_FOUND
 
 
 def test_a_used_up_quota_frees_up_again() -> None:
@@ -67,7 +183,11 @@ def test_a_plugin_without_a_token_makes_us_nobody_for_a_while() -> None:
     ("error", "reason"),
     [
         (answer(403, "Forbidden"), FailureReason.FORBIDDEN),
-        (answer(404, "NotFound", kind="namespaces", name="nowhere"), FailureReason.NAMESPACE_NOT_FOUND),
+        (
+            answer(403, "Forbidden", "maximum cpu usage per Container is 1, but limit is 2"),
+            FailureReason.INVALID_QUANTITY,
+        ),
+        (answer(403, "Forbidden", "failed quota: q: must specify limits.cpu"), FailureReason.INVALID_QUANTITY),
         (answer(404, "NotFound", kind="pods"), FailureReason.INVALID_SPEC),
         (answer(422, "Invalid", causes=[{"field": "spec.containers[0].image"}]), FailureReason.INVALID_IMAGE),
         (

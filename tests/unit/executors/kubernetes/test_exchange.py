@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from leoflow_celery.errors import InvalidToken
 from leoflow_celery.executors.kubernetes.pod import build_pod, pod_base
@@ -55,14 +57,15 @@ def test_a_pod_with_a_token_has_neither() -> None:
 @pytest.mark.parametrize("settings", [EXCHANGE, KubernetesSettings(), KubernetesSettings(agent_environment="plain")])
 def test_nobody_else_says_where_the_token_is(name: str, settings: KubernetesSettings) -> None:
     foreign = {"spec": {"containers": [{"name": "task", "env": [{"name": name, "value": "stolen"}]}]}}
-    for pod in (
-        built(foreign, settings),
-        built(settings=settings, pod_override=foreign),
-        built(settings=settings, env={name: "stolen"}),
-    ):
-        assert "stolen" not in json.dumps(pod)
-    secret = build_secret(launch(env={name: "stolen"}), "s", "u", exchanged=settings.exchanges_tokens)
-    assert "stolen" not in json.dumps(secret)
+    assert "stolen" not in json.dumps(built(foreign, settings))
+    for field in ({"pod_override": foreign}, {"env": {name: "stolen"}}):
+        with pytest.raises(ValidationError, match=f"variable '{name}' controls the agent"):
+            launch(**field)
+    old = launch()  # of an older version that let it in
+    old = replace(old, request=old.request.evolve(env={name: "stolen"}, pod_override=foreign))
+    base = pod_base(settings)
+    assert "stolen" not in json.dumps(build_pod(old, settings, base, "s"))
+    assert "stolen" not in json.dumps(build_secret(old, "s", "u", exchanged=settings.exchanges_tokens))
 
 
 def test_an_override_cannot_take_the_place_of_the_identity() -> None:

@@ -236,12 +236,6 @@ def test_a_value_that_linux_does_not_take_is_left_to_the_agent_to_refuse() -> No
     assert secret_variables(launch(env={**taken, "B": "x" * 131_070})) == {"LEOFLOW_AGENT_TOKEN": "t0ken", **taken}
 
 
-def test_a_request_cannot_replace_what_the_agent_is_told() -> None:
-    pod = build(env={"LEOFLOW_CONTROL_PLANE_ADDR": "evil:1", "LEOFLOW_AGENT_TOKEN": "stolen"})
-    assert env(pod)["LEOFLOW_CONTROL_PLANE_ADDR"] == "gateway:9090"
-    assert secret_variables(launch(env={"LEOFLOW_AGENT_TOKEN": "stolen"})) == {"LEOFLOW_AGENT_TOKEN": "t0ken"}
-
-
 def test_secrets_of_the_cluster_are_referred_to() -> None:
     secrets = [
         {"name": "DB", "source": "k8s_secret", "reference": "warehouse/password"},

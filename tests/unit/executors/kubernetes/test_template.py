@@ -60,3 +60,45 @@ def test_a_template_that_cannot_work_names_the_setting(tmp_path: Path, text: str
 def test_a_missing_file_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"LEOFLOW_KUBERNETES_POD_TEMPLATE=.*No such file"):
         load_base(KubernetesSettings(pod_template=tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "metadata: {labels: {version: 1.10}}",
+            r"metadata\.labels\.version: a number stands where text belongs; write it in quotes \(got 1\.1\)",
+        ),
+        ("metadata: {annotations: {on: x}}", r"metadata\.annotations: the key true is not text; quote it"),
+        ("metadata: {annotations: {day: 2024-01-01}}", r"annotations\.day: a value of type date stands where text"),
+        ("spec: {nodeSelector: {gpu: yes}}", r"spec\.nodeSelector\.gpu: true or false stands where text .*got true"),
+        ("spec: {hostNetwork: 'false'}", r"spec\.hostNetwork: text stands where true or false belongs"),
+        ("spec: {tolerations: [{value: 1}]}", r"spec\.tolerations\[0\]\.value: a number stands where text"),
+        (
+            "spec: {containers: [{name: task, args: [sleep, 5]}]}",
+            r"spec\.containers\[task\]\.args\[1\]: a number stands where text belongs; write it in quotes \(got 5\)",
+        ),
+        (
+            "spec: {volumes: [{name: v, secret: {secretName: a, defaultMode: '0400'}}]}",
+            r"defaultMode: text stands where",
+        ),
+        ("spec: {nodeSelectr: {a: b}}", r"spec\.nodeSelectr: is not a field of a Pod; did you mean nodeSelector\?"),
+        ("spec: {containers: [{name: task, resource: {}}]}", r"task\]\.resource: .*did you mean resources\?"),
+    ],
+)
+def test_a_value_that_the_api_would_refuse_names_file_field_value_and_fix(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"LEOFLOW_KUBERNETES_POD_TEMPLATE=.*template\.yaml: .*{problem}"):
+        load(tmp_path, text)
+
+
+def test_the_value_of_a_variable_is_not_quoted(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"env\[PIN\]\.value: a number stands where text belongs") as caught:
+        load(tmp_path, "spec: {containers: [{name: task, env: [{name: PIN, value: 74185}]}]}")
+    assert "74185" not in str(caught.value)
+
+
+def test_what_only_newer_servers_know_and_whole_numbers_as_the_api_writes_them_are_left_alone(tmp_path: Path) -> None:
+    base = load(tmp_path, "spec: {somethingQuiteNew: {a: 1}, activeDeadlineSeconds: 5.0, overhead: {cpu: 1}}")
+    assert base["spec"]["somethingQuiteNew"] == {"a": 1}
