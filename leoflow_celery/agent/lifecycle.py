@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -49,6 +50,7 @@ AGENT_VERSION = "leoflow-celery"
 _HALF = 0.5
 #: What a shell says of a process that SIGTERM ended.
 _INTERRUPTED_EXIT_CODE = 143
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Stopped(LeoflowError):
@@ -163,6 +165,8 @@ class Agent:
         try:
             command.write_files()
         except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
             raise LeoflowError(f"its inputs cannot be written: {error}") from error
         answer = await report_state(self._plane, Outcome(TaskState.RUNNING), self._patience())
         if answer.should_terminate:

@@ -122,13 +122,22 @@ class _Pipe(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for line in self._splitter.feed(data):
             self._sink(line)
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-        self._flush_timer = self._loop.call_later(PARTIAL_LINE_SECONDS, self._flush) if self._splitter.pending else None
+        self._stop_waiting_for_the_line()
         if self._throttled() and self._transport is not None:
             self._transport.pause_reading()
             self._is_paused = True
             self._loop.call_later(_THROTTLE_SECONDS, self._resume)
+        else:
+            self._wait_for_the_line()
+
+    def _wait_for_the_line(self) -> None:
+        if self._splitter.pending:
+            self._flush_timer = self._loop.call_later(PARTIAL_LINE_SECONDS, self._flush)
+
+    def _stop_waiting_for_the_line(self) -> None:
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
 
     def _flush(self) -> None:
         for line in self._splitter.flush():
@@ -142,10 +151,11 @@ class _Pipe(asyncio.Protocol):
         else:
             self._is_paused = False
             self._transport.resume_reading()
+            # Only from now: while reading waited, the rest of the line could not come.
+            self._wait_for_the_line()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
+        self._stop_waiting_for_the_line()
         if not self.ended.done():
             for line in self._splitter.end():
                 self._sink(line)
