@@ -48,10 +48,10 @@ class Processes:
         limits = {str(self.limit(name)).encode() for name in names}
         variables = {f"{ATTEMPT_MARK}={self.variable(name)}".encode() for name in names}
         for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and (_has_limit(entry, limits) or _has_variable(entry, variables)):
-                with contextlib.suppress(OSError):
-                    if (entry / "stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X"):
-                        yield int(entry.name)
+            if not entry.name.isdigit() or not (_has_limit(entry, limits) or _has_variable(entry, variables)):
+                continue
+            if not _has_ended(entry):
+                yield int(entry.name)
 
     def kill(self, *names: str, patience_seconds: float = 5.0) -> bool:
         """SIGKILL all of them, again until none is found twice in a row (they may fork); whether they are all gone."""
@@ -99,3 +99,11 @@ def _has_variable(process: Path, marks: set[bytes]) -> bool:
     with contextlib.suppress(OSError):
         return not marks.isdisjoint((process / "environ").read_bytes().split(b"\0"))
     return False
+
+
+def _has_ended(process: Path) -> bool:
+    """A process whose first thread has ended looks like a zombie while its other threads run."""
+    with contextlib.suppress(OSError):
+        state = (process / "stat").read_bytes().rpartition(b")")[2].split()[0]
+        return state in (b"Z", b"X") and len(list((process / "task").iterdir())) <= 1
+    return True
