@@ -15,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_suffix
@@ -116,14 +116,16 @@ class AttemptDirectory:
         return cls.acquire(path) if path.is_dir() else None
 
     @classmethod
-    def acquire_unless_alive(cls, path: Path, patience_seconds: float = 5.0) -> AttemptDirectory | None:
-        """As ``acquire``, but waits for one of us to let go; None means that an agent lives.
+    def acquire_unless_alive(
+        cls, path: Path, acquire: Callable[[Path], AttemptDirectory | None], patience_seconds: float = 5.0
+    ) -> AttemptDirectory | None:
+        """As ``acquire``, which is called again until one of us lets go; None means that an agent lives.
 
         Raises:
             TimeoutError: somebody who is no agent holds the lock for longer than that.
         """
         deadline = time.monotonic() + patience_seconds
-        while (directory := cls.acquire(path)) is None and live_pid(path) is None:
+        while (directory := acquire(path)) is None and live_pid(path) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"attempt {path.name} is being settled")
             time.sleep(_POLL_SECONDS)

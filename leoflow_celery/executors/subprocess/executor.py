@@ -21,6 +21,7 @@ from leoflow_celery.executors.subprocess.environment import agent_environment, s
 from leoflow_celery.executors.subprocess.processes import Processes, earlier_names
 from leoflow_celery.executors.subprocess.reaper import Reaper
 from leoflow_celery.executors.subprocess.settlement import Exited, Settler
+from leoflow_celery.executors.subprocess.slots import Slots
 from leoflow_celery.executors.subprocess.spawners import AgentStart, ExecSpawner, ForkSpawner, Spawner
 from leoflow_celery.settings import SubprocessSettings
 
@@ -58,6 +59,7 @@ class SubprocessExecutor:
         self._root = state_root(settings.state_dir)
         self._processes = Processes(system_id(self._root))
         self._reaper, self._settler = Reaper(), Settler(self._processes, reporter)
+        self._slots = Slots(self._root, settings.max_running)
         self._spawner = self._make_spawner()
         self._sweep_regularly()
 
@@ -74,12 +76,13 @@ class SubprocessExecutor:
         """Start the attempt's agent; an attempt that is alive here, or ended here unreported, is not started again.
 
         Raises:
+            HostFull: it runs as many as it may.
             TransientLaunchError: the host has no process or memory to spare.
             PermanentLaunchError: the agent cannot be executed (``command_not_found``).
         """
         self._end_earlier(launch)
         try:
-            directory = AttemptDirectory.acquire_unless_alive(self._path(launch.name))
+            directory = AttemptDirectory.acquire_unless_alive(self._path(launch.name), self._acquire)
         except TimeoutError as error:
             raise TransientLaunchError(FailureReason.LAUNCH_FAILED, str(error)) from error
         if directory is None:
@@ -89,6 +92,14 @@ class SubprocessExecutor:
             return self._execute(launch, directory, started)
         finally:
             started.set()
+
+    def room(self) -> int:
+        """How many more attempts would start on this host now."""
+        return self._slots.free()
+
+    def _acquire(self, path: Path) -> AttemptDirectory | None:
+        with self._slots.admission(path):
+            return AttemptDirectory.acquire(path)
 
     def _end_earlier(self, launch: LaunchSpec) -> None:
         """Return when nothing of an earlier launch or try of the task instance runs on this host.
