@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial, wraps
 from typing import Any
@@ -47,10 +47,10 @@ class Consumer(CeleryConsumer):
     connection_errors: Any
     _flush_events: Callable[[], None]
     _events_leave_at = 0.0
+    #: Told of what is taken, by the name of the task (``tasks.room``).
+    gates: Mapping[str, Any] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        #: Told of what is taken, by the name of the task (``tasks.room``).
-        self.gates: dict[str, Any] = {}
         self._acknowledgements: deque[Callable[[], Any]] = deque()
         super().__init__(*args, **{**kwargs, "without_mingle": True, "without_gossip": True})
         self.door = Door(self.app)

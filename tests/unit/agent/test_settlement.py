@@ -15,6 +15,7 @@ from leoflow_celery.executors.subprocess.directory import as_utf8, system_id
 from leoflow_celery.executors.subprocess.environment import inherited, staging_dir
 from leoflow_celery.executors.subprocess.processes import Processes, earlier_names
 from leoflow_celery.executors.subprocess.settlement import settle
+from leoflow_celery.executors.subprocess.slots import standard_max_running
 
 
 def record(state, **more):
@@ -119,3 +120,10 @@ def test_two_systems_mark_the_same_attempt_in_another_way():
     assert ours.limit("leoflow-d-t-1-x") != theirs.limit("leoflow-d-t-1-x")
     assert ours.variable("leoflow-d-t-1-x") != theirs.variable("leoflow-d-t-1-x")
     assert 0 < ours.limit("leoflow-d-t-1-x") < 1 << 63
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory_gib", "limit"), [(2, 64, 32), (64, 16, 64), (1, 0.5, 4)], ids=["cores", "memory", "small"]
+)
+def test_how_many_run_at_once_unless_it_is_said(cores, memory_gib, limit):
+    assert standard_max_running(cores, int(memory_gib * (1 << 30))) == limit

@@ -27,11 +27,11 @@ def names(queue: str) -> dict[str, set[str]]:
     ("queue", "worker", "consumer"),
     [
         ("inline", set(), set()),
-        ("subprocess", set(), set()),
+        ("subprocess", set(), {"Room"}),
         ("results", {"LaunchCollector"}, set()),
         ("maintenance", {"Gauges"}, set()),
         ("k8s", set(), {"BackEndPresence"}),
-        ("docker", set(), {"BackEndPresence"}),
+        ("docker", set(), {"BackEndPresence", "Room"}),
     ],
 )
 def test_a_worker_has_what_its_queues_need(queue: str, worker: set[str], consumer: set[str]) -> None:
