@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from leoflow_celery.cli.output import STATE_STYLE, note, seconds_text, visible
 from leoflow_celery.driver import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 _DONE = frozenset({"success", "failed", "skipped", "upstream_failed"})
 
 
+class Progress(Protocol):
+    """Shows a run's events; ``say`` shows a remark that stays on the screen."""
+
+    def __call__(self, event: RunEvent) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
 @contextmanager
-def progress(task_ids: Iterable[str]) -> Iterator[Callable[[RunEvent], None]]:
+def progress(task_ids: Iterable[str]) -> Iterator[Progress]:
     """Whatever fits the terminal: give it to the driver as ``on_event``. It writes to stderr."""
     from rich.console import Console
 
@@ -38,6 +45,9 @@ class PlainProgress:
     def __init__(self, write: Callable[[str], None] = note) -> None:
         self._write = write
         self._last_text = ""
+
+    def say(self, text: str) -> None:
+        self._write(text)
 
     def __call__(self, event: RunEvent) -> None:
         text = describe(event)
@@ -93,6 +103,12 @@ class LiveProgress:
 
         with Live(console=self._console, get_renderable=self.view, refresh_per_second=8):
             yield self
+
+    def say(self, text: str) -> None:
+        """Above the table, which is drawn over whatever else writes to the terminal."""
+        from rich.text import Text
+
+        self._console.print(Text(visible(text)))
 
     def __call__(self, event: RunEvent) -> None:
         self._waiting = event.why if isinstance(event, Waiting) else ""

@@ -53,7 +53,7 @@ def test_the_latest_run_is_that_started_last_or_that_of_the_newest_task(store: S
     assert store.runs.latest(T, "a") == "new"
     submit(store, "ti", dag_id="alone", run_id="by-hand")
     assert store.runs.latest(T, "alone") == "by-hand"
-    with pytest.raises(NotFound, match="dag 'nope' .* has no run; 'leoflow runs' lists all"):
+    with pytest.raises(NotFound, match=r"dag 'nope' .* has no run; 'leoflow runs' lists all"):
         store.runs.latest(T, "nope")
 
 

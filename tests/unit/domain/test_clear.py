@@ -69,5 +69,5 @@ def test_a_task_at_work_is_left_alone_and_refused_by_name() -> None:
     assert Selection().choose(states, DAG.downstream) == ("clean", "report", "mail")
     with pytest.raises(InvalidRequest, match="task 'notify' is running; wait for its end, or cancel it first"):
         Selection(("notify",)).choose(states, DAG.downstream)
-    with pytest.raises(InvalidRequest, match="task 'nope' has no try in this run .* it has: load, clean"):
+    with pytest.raises(InvalidRequest, match=r"task 'nope' has no try in this run .* it has: load, clean"):
         Selection(("nope",)).choose(states, DAG.downstream)
