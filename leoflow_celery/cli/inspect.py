@@ -21,6 +21,7 @@ from leoflow_celery.cli.output import (
     seconds_text,
     table,
     view_json,
+    visible,
 )
 from leoflow_celery.cli.target import (
     DagIdArgument,
@@ -220,9 +221,15 @@ def logs(
     tenant: TenantOption = "default",
     as_json: JsonOption = False,
 ) -> None:
-    """Print the log of a task's newest try, or of the one named."""
+    """Print the log of a task's newest try, or of the one named; of a run, the logs of all its tasks."""
     with open_client() as client:
-        view = Target.named(client, target, tenant).task_instance(client, try_number)
+        named = Target.named(client, target, tenant)
+        if named.is_run:
+            if try_number is not None:
+                raise InvalidRequest("--try: a run has none; name a task as third word", "try")
+            _run_logs(client, named, follow, as_json)
+            return
+        view = named.task_instance(client, try_number)
         lines = client.logs(view.dag_id, view.run_id, view.task_id, view.try_number, view.tenant_id, follow)
         count = 0
         for line in lines:
@@ -235,6 +242,51 @@ def logs(
             return
     if not count:
         note(f"no log lines of {view.task_id!r}, try {view.try_number} (state {view.state})")
+
+
+def _run_logs(client: Client, named: Target, follow: bool, as_json: bool) -> None:
+    """Every line behind the task that wrote it; of a try without one, what its executor found."""
+    views = named.task_instances(client)
+    width = max((len(view.task_id) for view in views), default=0)
+    silent = {view.task_instance_id: view for view in views}
+
+    def show(view: TaskInstanceView, line: dict[str, Any]) -> None:
+        if as_json:
+            typer.echo(json_text({"task_id": view.task_id, "try_number": view.try_number, **line}))
+            return
+        name = view.task_id if view.try_number == 1 else f"{view.task_id}#{view.try_number}"
+        typer.echo(f"{visible(name):<{width}} | {log_line(line)}")
+
+    for view, line in client.run_logs(named.dag_id, named.run_id, named.tenant_id, follow):
+        silent.pop(view.task_instance_id, None)
+        show(view, line)
+    found = [(view, line) for view in silent.values() for line in _tail(client, view)]
+    for view, line in found:
+        show(view, line)
+    if len(silent) == len(views) and not found:
+        note(f"no log lines of run {named.run_id!r}")
+
+
+def watch(
+    dag_id: DagIdArgument, run_id: RunArgument, tenant: TenantOption = "default", as_json: JsonOption = False
+) -> None:
+    """Follow a run that another process drives, until it has ended. Exits 0 when it succeeded, 1 when it failed.
+
+    Ctrl-C ends the watching only. --json prints every change as a line of JSON.
+    """
+    from leoflow_celery.cli.progress import json_lines, progress
+    from leoflow_celery.driver import watch_run
+
+    with open_client() as client:
+        named = Target.named(client, [dag_id, run_id], tenant)
+        try:
+            dag = client.dag_of(named.dag_id, named.run_id, tenant)
+        except NotFound:
+            dag = None
+        known = dag.order if dag else [view.task_id for view in named.task_instances(client)]
+        with json_lines() if as_json else progress(known) as shown:
+            state = watch_run(client, named.dag_id, named.run_id, shown, dag=dag, tenant_id=tenant)
+    raise typer.Exit(0 if state is RunState.SUCCESS else 1)
 
 
 def _tail(client: Client, view: TaskInstanceView) -> list[dict[str, Any]]:

@@ -33,10 +33,13 @@ app.add_typer(serve.db_app, name="db")
 app.add_typer(dead_letters.app, name="dead-letters")
 _COMMANDS: tuple[Callable[..., None], ...] = (
     runs.run,
+    runs.retry,
+    runs.rerun,
     runs.submit,
     inspect.runs,
     inspect.tasks,
     inspect.status,
+    inspect.watch,
     inspect.logs,
     inspect.xcom,
     inspect.cancel,

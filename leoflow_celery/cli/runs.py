@@ -1,4 +1,4 @@
-"""``leoflow run`` and ``leoflow submit``: start work on the system that the environment describes."""
+"""``leoflow run``, ``retry``, ``rerun`` and ``submit``: start work on the system that the command uses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import typer
 
 from leoflow_celery.cli.output import echo, echo_json, note, view_json
 from leoflow_celery.cli.system import at_work, hint
-from leoflow_celery.cli.target import LATEST, JsonOption, TenantOption
-from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
-from leoflow_celery.errors import InvalidRequest
+from leoflow_celery.cli.target import LATEST, DagIdArgument, JsonOption, RunArgument, Target, TenantOption
+from leoflow_celery.domain.states import TERMINAL, TERMINAL_RUN, RunState, TaskState
+from leoflow_celery.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from leoflow_celery.cli.progress import Progress
@@ -50,6 +50,82 @@ def run(
     dag = load_dag(dag_file)
     name = checked_run_id(dag, run_id, tenant)
     drive_and_exit(dag, name, tenant, as_json, go_on=f"run {dag_file} --run-id {name}")
+
+
+def retry(
+    dag_id: DagIdArgument,
+    run_id: RunArgument,
+    task_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[TASK]...", help="Only these tasks, whatever became of them.")
+    ] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Of the tasks named, only those that failed.")] = False,
+    downstream: Annotated[bool, typer.Option("--downstream", help="Also every task that depends on them.")] = False,
+    dag_file: Annotated[
+        Path | None, typer.Option("--dag", metavar="DAG.json", help="Run this version of the DAG from now on.")
+    ] = None,
+    tenant: TenantOption = "default",
+    as_json: JsonOption = False,
+) -> None:
+    """Clear tasks of a run and run them again: what failed and all that depends on it, or the tasks named.
+
+    Everything else is kept, and so is the staging volume. Earlier tries stay to be looked at ('leoflow tasks --all').
+    Exits 0 when the run succeeded, 1 when it failed.
+    """
+    from leoflow_celery.cli.inspect import open_client
+    from leoflow_celery.domain.dag import load_dag
+
+    given = load_dag(dag_file) if dag_file else None
+    with open_client() as client:
+        named = Target.named(client, [dag_id, run_id], tenant)
+        dag = given or client.dag_of(dag_id, named.run_id, tenant)
+        _check_same_dag(dag, dag_id)
+        check_tasks(client, dag, named.run_id)
+        cleared = client.clear(
+            dag_id, named.run_id, task_ids or (), failed=failed, downstream=downstream, tenant_id=tenant
+        )
+        if not cleared and client.run(dag_id, named.run_id, tenant).state in TERMINAL_RUN:
+            note(f"nothing to run again: no task of run {named.run_id} failed; name tasks to run them all the same")
+            raise typer.Exit(0)
+        if given is not None:
+            client.create_run(dag_id, named.run_id, tenant, dag.dag_version, dag)
+    for task in cleared:
+        note(f"{task.task_id}: try {task.next_try} (try {task.ended_try} stays {task.state})")
+    drive_and_exit(dag, named.run_id, tenant, as_json, go_on=f"retry {dag_id} {named.run_id}")
+
+
+def _check_same_dag(dag: Dag, dag_id: str) -> None:
+    if dag.dag_id != dag_id:
+        raise InvalidRequest(f"--dag: is the DAG {dag.dag_id!r}, and the run is one of {dag_id!r}", "dag")
+
+
+def rerun(
+    dag_id: DagIdArgument,
+    run_id: RunArgument,
+    new_id: Annotated[str | None, typer.Option("--run-id", help="The name of the new run.")] = None,
+    tenant: TenantOption = "default",
+    as_json: JsonOption = False,
+) -> None:
+    """Run the DAG of an earlier run once more, as a new run with the same inputs.
+
+    Exits 0 when the new run succeeded, 1 when it failed.
+    """
+    from leoflow_celery.cli.inspect import open_client
+
+    with open_client() as client:
+        named = Target.named(client, [dag_id, run_id], tenant)
+        dag = client.dag_of(dag_id, named.run_id, tenant)
+        name = checked_run_id(dag, new_id, tenant)
+        if new_id is not None and _exists(client, dag_id, name, tenant):
+            raise InvalidRequest(f"--run-id: run {name!r} of dag {dag_id!r} exists; choose another id", "run_id")
+    drive_and_exit(dag, name, tenant, as_json, go_on=f"retry {dag_id} {name}")
+
+
+def _exists(client: Client, dag_id: str, run_id: str, tenant_id: str) -> bool:
+    try:
+        client.run(dag_id, run_id, tenant_id)
+    except NotFound:
+        return False
+    return True
 
 
 def checked_run_id(dag: Dag, run_id: str | None, tenant_id: str) -> str:

@@ -23,7 +23,7 @@ from leoflow_celery.domain.routing import (
     check_task,
     executor_for,
 )
-from leoflow_celery.domain.states import RunState, TaskState
+from leoflow_celery.domain.states import TERMINAL_RUN, RunState, TaskState
 from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
 from leoflow_celery.queueing.messages import open_dag, seal_dag, seal_request
@@ -31,7 +31,7 @@ from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
 from leoflow_celery.store.events import EventView
-from leoflow_celery.store.logs import LogKey
+from leoflow_celery.store.logs import LogKey, LogReader
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.store.views import RunView, Submitted, TaskInstanceView
 
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _STANDARD_TENANT = "default"
 #: More make a submit no faster, and let the first of them wait for the last.
 _MESSAGES_AT_ONCE = 50
+_LOG_POLL_SECONDS = 0.3
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -361,6 +362,39 @@ class Client:
         if not follow:
             return self.services.store.logs.read(key)
         return self.services.store.logs.follow(key, lambda: self._ended(key))
+
+    def run_logs(
+        self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT, follow: bool = False
+    ) -> Iterator[tuple[TaskInstanceView, dict[str, Any]]]:
+        """The log lines of a run, each with the try that wrote it: of the newest try of every task, task by task.
+
+        With ``follow`` as they come, also of tries that start later, until the run has ended; of a run without a record
+        until every try has ended.
+        """
+        views = self.task_instances(dag_id, run_id, tenant_id)
+        if not follow:
+            for view in views:
+                yield from ((view, line) for line in self.services.store.logs.read(view.log_key))
+            return
+        older = {view.task_id: view.try_number for view in views}
+        readers: dict[LogKey, LogReader] = {}
+        while True:
+            last_look = self._run_ended(dag_id, run_id, tenant_id)
+            for view in self.tries(dag_id, run_id, tenant_id):
+                if view.try_number < older.get(view.task_id, 0):
+                    continue
+                if view.log_key not in readers:
+                    readers[view.log_key] = self.services.store.logs.reader(view.log_key)
+                yield from ((view, line) for line in readers[view.log_key].new_lines())
+            if last_look:
+                return
+            time.sleep(_LOG_POLL_SECONDS)
+
+    def _run_ended(self, dag_id: str, run_id: str, tenant_id: str) -> bool:
+        try:
+            return self.run(dag_id, run_id, tenant_id).state in TERMINAL_RUN
+        except NotFound:
+            return all(view.is_terminal for view in self.task_instances(dag_id, run_id, tenant_id))
 
     def _ended(self, key: LogKey) -> bool:
         views = self.task_instances(key.dag_id, key.run_id, key.tenant_id)

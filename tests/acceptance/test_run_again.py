@@ -144,3 +144,65 @@ def test_the_remark_after_ctrl_c_stays_on_the_screen(leoflow: Embedded, tmp_path
     assert after.split(b"\n", 1)[0].strip().endswith(b"(again to stop at once)")
     drawn_after = after.split(b"\n", 1)[1].split(b"\x1b[1A")[0]
     assert b"d r" in drawn_after, "the table is drawn again below the remark"
+
+
+@pytest.fixture
+def up(leoflow: Embedded) -> Iterator[Embedded]:
+    """The embedded system, at work until the end of the test."""
+    process = leoflow.spawn("lite", "up")
+    assert process.stdout is not None
+    said = process.stdout.readline()
+    if "is up" not in said:
+        pytest.fail(f"{said}{process.communicate()[1]}")
+    yield leoflow
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60 * PATIENCE)
+
+
+def test_a_run_is_watched_and_its_logs_followed_from_other_shells(up: Embedded, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    waits = f"echo before; until [ -e {gate} ]; do sleep 0.1; done; echo behind"
+    dag = write_dag(
+        tmp_path, bash("first", "echo one"), bash("second", waits, "first"), bash("third", "exit 3", "second")
+    )
+    run = up.spawn("run", dag, "--run-id", "r")
+    wait_until(lambda: up("runs", "--state", "running").stdout.count(" r "), 60, "the run is there", interval=1)
+    logs = up.spawn("logs", "d", "latest", "-f")
+    watch = up.spawn("watch", "d", "r", "--json")
+    plain = up.spawn("watch", "d", "latest")
+    assert logs.stdout is not None
+    lines = []
+    while not any("before" in line for line in lines):
+        lines.append(logs.stdout.readline())
+        assert lines[-1], "it ended before the task"
+    assert watch.stdout is not None
+    changes = [json.loads(watch.stdout.readline())]
+    while (changes[-1].get("task_id"), changes[-1].get("state")) != ("second", "running"):
+        changes.append(json.loads(watch.stdout.readline()))
+    gate.touch()
+    assert run.wait(timeout=60 * PATIENCE) == 1
+    run.communicate()
+
+    rest, _ = logs.communicate(timeout=60 * PATIENCE)
+    shown = [line.split(" | ", 1) for line in [*lines, *rest.splitlines()]]
+    texts = [(name.strip(), text.split()[-1]) for name, text in shown]
+    for one in (("first", "one"), ("second", "before"), ("second", "behind")):
+        assert texts.count(one) == 1, texts
+    assert texts.index(("second", "before")) < texts.index(("second", "behind"))
+    assert {name for name, _ in texts} == {"first", "second", "third"}
+
+    rest, _ = watch.communicate(timeout=60 * PATIENCE)
+    changes += [json.loads(line) for line in rest.splitlines()]
+    ended = {one["task_id"]: one["state"] for one in changes if one["event"] == "task_changed"}
+    assert ended == {"first": "success", "second": "success", "third": "failed"}
+    assert changes[-1] == {"event": "run_finished", "state": "failed"}
+    assert watch.returncode == 1
+    _, said = plain.communicate(timeout=60 * PATIENCE)
+    assert plain.returncode == 1
+    assert "third: failed" in said
+    assert "run ended: failed" in said
+
+    whole = up("logs", "d", "r").stdout.splitlines()
+    assert {line.split(" | ")[0].strip() for line in whole} == {"first", "second", "third"}
+    records = [json.loads(line) for line in up("logs", "d", "r", "--json").stdout.splitlines()]
+    assert {"task_id": "first", "try_number": 1, "msg": "one"}.items() <= records[1].items()

@@ -317,7 +317,11 @@ def test_cleared_tasks_run_again_as_new_tries_and_the_rest_is_kept() -> None:
     state, events = drive(client, dag)
     assert state is RunState.SUCCESS
     assert client.started == [("a", 2), ("b", 2)]
-    assert {event.try_number for event in events if isinstance(event, TaskChanged)} == {2}
+    assert {(one.task_id, one.try_number) for one in events if isinstance(one, TaskChanged)} == {
+        ("a", 2),
+        ("b", 2),
+        ("c", 1),
+    }
     assert states(events, "b") == [TaskState.RUNNING, TaskState.SUCCESS]
     assert client.run("d", "r").state is RunState.SUCCESS
 
