@@ -162,5 +162,5 @@ def test_runs_are_found_by_their_start_and_cleared_by_their_name(store: Store) -
     assert len(plans) == 4
     for text, lines in plans.items():
         assert not any(
-            "SCAN" in line.split("USING")[0] or "Seq Scan" in line or "TEMP B-TREE" in line for line in lines
+            "SCAN" in line.split("USING")[0] or "Seq Scan" in line or "TEMP B-TREE FOR ORDER" in line for line in lines
         ), text
