@@ -14,7 +14,14 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import Resources, TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.docker.archive import ENVIRONMENT_FILE, LEOFLOW_DIR, STAGING_DIR, TERMINATION_LOG
+from leoflow_celery.executors.docker.archive import (
+    ATTEMPT_DIR,
+    ENVIRONMENT_FILE,
+    LEOFLOW_DIR,
+    SOURCE_DIR,
+    STAGING_DIR,
+    TERMINATION_LOG,
+)
 from leoflow_celery.executors.docker.labels import attempt_labels
 from leoflow_celery.settings import DockerSettings
 
@@ -41,6 +48,7 @@ def build_environment(launch: LaunchSpec, settings: DockerSettings) -> Environme
     ours = launch.agent_environment(_grace_seconds(request, settings)) | {
         "LEOFLOW_ATTEMPT_NAME": launch.name,
         "LEOFLOW_TERMINATION_LOG": TERMINATION_LOG,
+        "LEOFLOW_AGENT_WORK_DIR": ATTEMPT_DIR,
         "LEOFLOW_AGENT_ECHO": "true",
         "LEOFLOW_AGENT_LEAVE_INTERRUPTION": "true",
     }
@@ -48,6 +56,8 @@ def build_environment(launch: LaunchSpec, settings: DockerSettings) -> Environme
         ours |= {"LEOFLOW_AGENT_INSECURE": "false", "LEOFLOW_AGENT_TLS_CA": f"{CA_DIR}/ca.crt"}
     if request.staging_claim:
         ours["LEOFLOW_STAGING_DIR"] = STAGING_DIR
+    if request.source:
+        ours["LEOFLOW_SOURCE_DIR"] = SOURCE_DIR
     if settings.agent_environment == "plain":
         return Environment({**request.env, **ours}, {})
     token = ours.pop(_TOKEN)
@@ -74,6 +84,7 @@ def build_container(
         "Hostname": launch.name,
         "Env": [f"{name}={value}" for name, value in environment.open.items()],
         "Labels": attempt_labels(launch, system, deadline_seconds(request, settings)),
+        "StopSignal": "SIGTERM",  # whatever the image's own is
         "StopTimeout": _grace_seconds(request, settings),
         "HostConfig": _host_config(request, settings, cpus),
     }

@@ -150,6 +150,7 @@ class DockerExecutor:
             environment.secret,
             staging=bool(launch.request.staging_claim),
             read_only_root=self._settings.read_only_root,
+            source=launch.request.source,
         )
         try:
             self._engine.put(launch.name, archive)
