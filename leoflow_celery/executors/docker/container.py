@@ -23,10 +23,10 @@ from leoflow_celery.executors.docker.archive import (
     TERMINATION_LOG,
 )
 from leoflow_celery.executors.docker.labels import attempt_labels
+from leoflow_celery.executors.docker.policy import CA_DIR, HOST_NAME, DockerPolicy
 from leoflow_celery.settings import DockerSettings
 
 Json = dict[str, Any]
-CA_DIR = "/etc/leoflow/tls"
 _TOKEN = "LEOFLOW_AGENT_TOKEN"  # noqa: S105 - a variable's name
 #: What the kernel takes at the least: 2 shares, and 1 ms of every 100 ms.
 _LEAST_SHARES, _LEAST_NANO_CPUS, _NANO = 2, 10_000_000, 1_000_000_000
@@ -67,12 +67,17 @@ def build_environment(launch: LaunchSpec, settings: DockerSettings) -> Environme
 
 
 def build_container(
-    launch: LaunchSpec, settings: DockerSettings, environment: Environment, system: str, cpus: int
+    launch: LaunchSpec,
+    settings: DockerSettings,
+    environment: Environment,
+    system: str,
+    cpus: int,
+    policy: DockerPolicy | None = None,
 ) -> Json:
-    """The container of an attempt, for an Engine with so many ``cpus``.
+    """The container of an attempt, for an Engine with so many ``cpus``. ``policy`` is the operator's.
 
     Raises:
-        PermanentLaunchError: the request asks for something that no container can have.
+        PermanentLaunchError: the request asks for something that no container can have, or that the policy refuses.
     """
     request = launch.request
     if not request.image:
@@ -86,7 +91,9 @@ def build_container(
         "Labels": attempt_labels(launch, system, deadline_seconds(request, settings)),
         "StopSignal": "SIGTERM",  # whatever the image's own is
         "StopTimeout": _grace_seconds(request, settings),
-        "HostConfig": _host_config(request, settings, cpus),
+        "HostConfig": _with_override(
+            _host_config(request, settings, cpus), (policy or DockerPolicy()).host_config(request)
+        ),
     }
 
 
@@ -123,12 +130,18 @@ def _host_config(request: TaskRequest, settings: DockerSettings, cpus: int) -> J
     return config
 
 
+def _with_override(config: Json, override: Json) -> Json:
+    """Lists are added to ours."""
+    added = {name: [*(config.get(name) or ()), *value] for name, value in override.items() if isinstance(value, list)}
+    return {**config, **override, **added}
+
+
 def _network(name: str) -> Json:
     """The Engine resolves ``host-gateway`` (since 20.10); a container in the host's own network is there already."""
     if name == "none":
         return {"NetworkMode": name}
     address = "127.0.0.1" if name == "host" else "host-gateway"
-    return {"NetworkMode": name or "default", "ExtraHosts": [f"host.docker.internal:{address}"]}
+    return {"NetworkMode": name or "default", "ExtraHosts": [f"{HOST_NAME}:{address}"]}
 
 
 def _resources(resources: Resources, cpus: int) -> Json:

@@ -113,6 +113,12 @@ def to_launch_error(error: EngineError) -> LaunchError:
     if isinstance(error, NotFound) and "network" in text and "no such container" not in text:
         message = f"{error.message}; create it on this host, or see LEOFLOW_DOCKER_NETWORK"
         return PermanentLaunchError(FailureReason.CONTAINER_CREATE_FAILED, message)
+    if "could not select device driver" in text:
+        message = f"docker_override.device_requests: {error.message}; no GPU driver is installed on this host"
+        return PermanentLaunchError(FailureReason.CONTAINER_CREATE_FAILED, message)
+    if "setting rlimit" in text:
+        message = f"docker_override.ulimits: {error.message}; ask for less"
+        return PermanentLaunchError(FailureReason.INVALID_SPEC, message)
     if error.status in (400, 422):
         return PermanentLaunchError(_reason(text), error.message + _FIXES.get(_reason(text), ""))
     if error.status == 403:

@@ -287,6 +287,69 @@ def test_source_is_imported_by_a_python_task(plane, docker_system, read_only):
     assert plane.text("stdout") == ["from the request: ü"]
 
 
+def test_an_override_gets_what_the_operator_allows(plane, engine, docker_system, tmp_path):
+    data, volume = tmp_path / "data", f"{docker_system.system}-models"
+    data.mkdir()
+    (data / "rows").write_text("rows of the host\n")
+    for path in (*list(data.parents)[:-2], data):
+        path.chmod(path.stat().st_mode | 0o055)
+    engine.api.create_volume(volume, labels={"leoflow.io/system": docker_system.system})
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        f"allow: {{ulimits: {{nofile: 2048}}, extra_hosts: [db], mounts: [{{volume: {volume}}}, {{path: {data}}}]}}"
+    )
+    plane.spec = bash(
+        "df -m /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2; ulimit -Sn; ulimit -Hn; "
+        "getent hosts db | cut -d' ' -f1; cat /data/rows; touch /data/x /models/x 2>&1 | grep -c Read-only; echo end"
+    )
+    override = {
+        "shm_size": "128Mi",
+        "ulimits": [{"name": "nofile", "soft": 1_024, "hard": 2_048}],
+        "extra_hosts": {"db": "10.0.0.7"},
+        "mounts": [
+            {"type": "bind", "source": str(data), "target": "/data"},
+            {"source": volume, "target": "/models"},
+        ],
+    }
+    docker_system.executor(policy=policy).execute(docker_system.agent_launch(plane, docker_override=override))
+    assert succeeded(plane)
+    assert plane.text("stdout") == ["128", "1024", "2048", "10.0.0.7", "rows of the host", "2", "end"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"mounts": [{"type": "bind", "source": "/", "target": "/host"}]},
+        {"mounts": [{"type": "bind", "source": "/var/run/docker.sock", "target": "/var/run/docker.sock"}]},
+        {"device_requests": [{"count": -1}]},
+        {"ulimits": [{"name": "nproc", "soft": -1}]},
+        {"extra_hosts": {"gateway": "10.0.0.7"}},
+    ],
+)
+def test_an_override_gets_nothing_of_the_host_by_default(engine, docker_system, executor, override):
+    error = refused(executor, docker_system.launch(docker_override=override))
+    assert error.reason == FailureReason.FORBIDDEN
+    assert "LEOFLOW_DOCKER_POLICY" in error.message
+    assert engine.containers(docker_system.system) == []
+
+
+def test_what_is_allowed_and_not_on_this_host_is_left_to_another_one(engine, docker_system, tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"allow: {{gpus: 1, mounts: [{{path: {tmp_path}/absent}}]}}")
+    executor = docker_system.executor(policy=policy)
+    for override, words in (
+        ({"device_requests": [{"count": 1}]}, "docker_override.device_requests: could not select device driver"),
+        (
+            {"mounts": [{"type": "bind", "source": f"{tmp_path}/absent", "target": "/a"}]},
+            f"docker_override.mounts: '{tmp_path}/absent' is not on this host",
+        ),
+    ):
+        error = refused(executor, docker_system.launch(docker_override=override))
+        assert error.reason == FailureReason.CONTAINER_CREATE_FAILED
+        assert error.message.startswith(words)
+        assert engine.containers(docker_system.system) == []
+
+
 def test_a_policy_bounds_images_and_resources(docker_system, engine, tmp_path):
     policy = tmp_path / "policy.yaml"
     policy.write_text("images: {refuse: [evil.example/]}\nceilings: {cpu: '1', memory: 64Mi}")
