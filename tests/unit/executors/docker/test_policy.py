@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import ConfigurationError, PermanentLaunchError
@@ -174,3 +177,14 @@ def test_a_policy_that_cannot_be_meant_stops_the_worker(tmp_path: Path, text: st
     path.write_text(text)
     with pytest.raises(ConfigurationError, match=rf"LEOFLOW_DOCKER_POLICY=.*policy\.yaml: .*{words}"):
         load_policy(path, "LEOFLOW_DOCKER_POLICY", DockerPolicy)
+
+
+def test_what_the_pages_show_is_accepted() -> None:
+    docs = Path(__file__).parents[4] / "docs"
+    page = (docs / "docker.md").read_text()
+    [text] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    policy = DockerPolicy.model_validate(yaml.safe_load(text))
+    [override] = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert policy.host_config(request(**json.loads(override))).keys() == {
+        *("DeviceRequests", "ShmSize", "Ulimits", "ExtraHosts", "Mounts"),
+    }
