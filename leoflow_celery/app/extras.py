@@ -121,7 +121,7 @@ class CloseServices(bootsteps.Step):
 def note_expired(request: Any = None, expired: bool = False, **_: Any) -> None:
     """A message that its publisher let expire is not run: counted and said, since the reason may be a clock."""
     if expired and request is not None:
-        record_expired(str((request.delivery_info or {}).get("routing_key") or ""), request.name, request.id)
+        record_expired(str((request.delivery_info or {}).get("routing_key") or ""), request.task, request.id)
 
 
 def record_expired(queue: str, task: str, celery_task_id: str) -> None:

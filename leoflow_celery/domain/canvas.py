@@ -165,7 +165,7 @@ class _Reader:
         name, subtask_type, kwargs = item["task"], item.get("subtask_type"), item["kwargs"]
         expected, children = _CANVAS.get(name, (None, ()))
         if (subtask_type or None) not in (expected, *((None,) if name in _UNTYPED else ())):
-            self._refuse(_below(where, "subtask_type"), f"{subtask_type!r} does not fit task {printable(name)!r}")
+            self._refuse(_below(where, "subtask_type"), f"{subtask_type!r} does not fit task '{printable(name)}'")
         if name not in _CANVAS:
             if name not in _HARMLESS and (problem := user_task_problem(name)):
                 self._refuse(_below(where, "task"), problem)
@@ -189,7 +189,7 @@ class _Reader:
                 if problem := _queue_problem(value, item["task"]):
                     self._refuse(_below(where, name), problem)
             elif name not in _VALUE_OPTIONS:
-                self._refuse(where, f"the option {printable(str(name))!r} is not known; remove it")
+                self._refuse(where, f"the option '{printable(str(name))}' is not known; remove it")
             elif problem := _VALUE_OPTIONS[name](value):
                 self._refuse(_below(where, name), f"{problem}{_shown(value)}")
         if options.get("task_id"):
@@ -292,7 +292,7 @@ def custom_headers_problem(value: Any) -> str:
         return "is an object of headers"
     for name in value:
         if not _is_name(name) or name in _PROTOCOL_HEADERS:
-            return f"{printable(str(name))!r} is a header of Celery's own, or not printable; remove it"
+            return f"'{printable(str(name))}' is a header of Celery's own, or not printable; remove it"
     return ""
 
 

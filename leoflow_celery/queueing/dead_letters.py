@@ -210,7 +210,7 @@ class DeadLetters:
         text = self._answer(lambda: self._client.hget(self._keys[1], letter_id))
         letter = DeadLetter.from_json(text) if text is not None else None
         if letter is None or letter.id != letter_id:
-            raise NotFound(f"there is no dead letter {printable(letter_id)!r}; 'leoflow dead-letters list' shows them")
+            raise NotFound(f"there is no dead letter '{printable(letter_id)}'; 'leoflow dead-letters list' shows them")
         return letter
 
     def message(self, letter: DeadLetter) -> bytes:
@@ -258,7 +258,7 @@ class DeadLetters:
 
     def _take(self, letter_id: str, target: list[str], *raw: bytes) -> None:
         if not self._run(_TAKE, [*self._keys, *target], letter_id, *raw):
-            raise NotFound(f"there is no dead letter {printable(letter_id)!r} (any more)")
+            raise NotFound(f"there is no dead letter '{printable(letter_id)}' (any more)")
 
     def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> int:
         return int(self._answer(lambda: self._client.eval(script, len(keys), *keys, *arguments)))
@@ -481,6 +481,6 @@ def wrong_type(key: str, found: str, moved_to: str) -> Refused:
     return Refused(
         Kind.WRONG_TYPE,
         "key",
-        f"key {printable(key)!r} held a {printable(found)}, which no worker can read; it is now "
-        f"{printable(moved_to)!r}: look at it and delete it",
+        f"key '{printable(key)}' held a {printable(found)}, which no worker can read; it is now "
+        f"'{printable(moved_to)}': look at it and delete it",
     )

@@ -410,7 +410,7 @@ def _check_headers(headers: dict[str, Any], limits: Limits, now: float) -> None:
             raise Refused(
                 Kind.HEADERS,
                 "headers",
-                f"headers: {printable(name)!r} is a name that Celery uses itself; give the header another one",
+                f"headers: '{printable(name)}' is a name that Celery uses itself; give the header another one",
             )
     _check_fields(headers, _HEADERS, Kind.HEADERS, "headers")
     eta = headers.get("eta")
@@ -448,7 +448,7 @@ def _check_task(admitted: Admitted, queue: str, tasks: Mapping[str, Any]) -> Non
         raise Refused(
             Kind.UNKNOWN_TASK,
             "headers.task",
-            f"headers.task: the worker of queue {printable(queue)!r} runs no task of this name; correct it, or start a "
+            f"headers.task: the worker of queue '{printable(queue)}' runs no task of this name; correct it, or start a "
             "worker of the version that has it",
         )
     home = queue_for_task(name)
@@ -456,7 +456,7 @@ def _check_task(admitted: Admitted, queue: str, tasks: Mapping[str, Any]) -> Non
         raise Refused(
             Kind.UNKNOWN_TASK,
             "headers.task",
-            f"headers.task: a task of queue {home!r} came over queue {printable(queue)!r}; send it to its own",
+            f"headers.task: a task of queue {home!r} came over queue '{printable(queue)}'; send it to its own",
         )
     check_arguments = getattr(task, "__header__", None)
     try:
@@ -477,7 +477,7 @@ def _check_embedded(embed: Any) -> None:
             raise Refused(
                 Kind.BODY,
                 "embed",
-                f"embed: {printable(name)!r} is not one of callbacks, errbacks, chain and chord; leave it out",
+                f"embed: '{printable(name)}' is not one of callbacks, errbacks, chain and chord; leave it out",
             )
         signatures = value if isinstance(value, list) else [value]
         if value is not None and not (isinstance(value, kinds) and all(map(_is_signature, signatures))):
@@ -611,7 +611,7 @@ def _check_command(command: Any, all_commands: bool) -> None:
         raise Refused(
             Kind.CONTROL,
             "control.method",
-            f"control: {printable(method)!r} changes or ends a worker and is not obeyed; "
+            f"control: '{printable(method)}' changes or ends a worker and is not obeyed; "
             "set LEOFLOW_BROKER_REMOTE_CONTROL=all where everybody who can write to the broker may do that",
         )
     for name, value in arguments.items():

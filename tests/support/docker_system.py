@@ -91,7 +91,8 @@ class DockerSystem(System):
 def wait_until_running(handle: Handle) -> str:
     """The container's name, once user code runs in it."""
     wait_until(lambda: handle.state() is TaskState.RUNNING, 120, lambda: str(handle.task_instance()))
-    return handle.task_instance().external_name
+    # The agent may say that it runs before the launch is recorded.
+    return wait_until(lambda: handle.task_instance().external_name, 60, "the name of its container")
 
 
 def failure_of(handle: Handle, timeout: float = 120) -> TaskFailed:

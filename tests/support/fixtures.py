@@ -38,9 +38,12 @@ def redis_url(shared_redis: RedisServer) -> str:
 
 
 @pytest.fixture
-def redis_server() -> Iterator[RedisServer]:
-    """A server of the test's own, running: kill it, stop it, start it again with its data."""
-    server = RedisServer(_server_directory("redis"))
+def redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    """A server of the test's own, running: kill it, stop it, start it again with its data.
+
+    ``@pytest.mark.parametrize("redis_server", SERVERS, indirect=True)`` runs a test over Valkey and Redis.
+    """
+    server = RedisServer(_server_directory("redis"), kind=getattr(request, "param", ""))
     server.start()
     yield server
     server.stop()

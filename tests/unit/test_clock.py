@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from celery.app.task import Context
 from cryptography.fernet import Fernet
 
 import leoflow_celery
@@ -69,7 +69,7 @@ def test_a_servers_clock_is_read_once_and_goes_on_by_our_monotonic_one(monkeypat
 
 
 def test_an_expired_message_is_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    request = SimpleNamespace(delivery_info={"routing_key": "maintenance"}, name="leoflow.maintenance.reap", id="1")
+    request = Context(delivery_info={"routing_key": "maintenance"}, task="leoflow.maintenance.reap", id="1")
     before = _expired()
     with caplog.at_level("WARNING"):
         note_expired(request=request, expired=False)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import configparser
 import importlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -71,3 +77,26 @@ def test_every_decision_is_in_the_index_and_has_its_three_parts() -> None:
         assert page.name in index
         for part in ("## Context", "## Decision", "## Consequences"):
             assert part in text, f"{page.name} has no {part}"
+
+
+def test_what_is_built_is_whole_and_may_be_uploaded(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "docs", "*.egg-info", "build", "dist"))
+    run = partial(subprocess.run, cwd=source, capture_output=True, text=True, check=False)
+    built = run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist"])
+    assert built.returncode == 0, built.stdout + built.stderr
+    files = sorted(map(str, (tmp_path / "dist").iterdir()))
+    assert [Path(file).suffix for file in files] == [".whl", ".gz"]
+    checked = run([sys.executable, "-m", "twine", "check", "--strict", *files])
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    with zipfile.ZipFile(files[0]) as wheel:
+        held = set(wheel.namelist())
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "leoflow_celery").rglob("*.py")}
+    assert {"leoflow_celery/py.typed", "leoflow_runtime/py.typed", *modules} <= held
+
+
+def test_the_workflows_of_the_repository_can_be_read() -> None:
+    files = sorted((ROOT / ".github").rglob("*.yml"))
+    assert {"ci.yml", "release.yml", "bug.yml"} <= {file.name for file in files}
+    for file in files:
+        assert yaml.safe_load(file.read_text()), file

@@ -25,7 +25,7 @@ def running(state: StateDirectory, command: Command) -> Iterator[Supervisor]:
 
     Raises:
         InUse: another process runs the system of this directory.
-        ConfigurationError: the directory cannot be used, there is no redis-server, or a process does not start (its
+        ConfigurationError: the directory cannot be used, there is no broker to start, or a process does not start (its
             last lines are printed).
     """
     state.create()

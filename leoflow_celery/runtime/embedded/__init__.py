@@ -1,1 +1,1 @@
-"""What a system on one machine stands on: a private redis-server and a supervisor of child processes."""
+"""What a system on one machine stands on: a private Valkey or Redis server and a supervisor of child processes."""

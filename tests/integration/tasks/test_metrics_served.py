@@ -135,7 +135,8 @@ def run_pods(back_ends: BackEnds) -> None:
 
 
 def run_what_is_refused(back_ends: BackEnds, target: HttpTarget) -> None:
-    """An invalid request, a queue that is full, an agent without an acceptable token."""
+    """An invalid request, a queue that is full, a message that came too late, an agent without an acceptable token."""
+    back_ends.client.app.send_task("leoflow.maintenance.reap", queue="maintenance", ignore_result=True, expires=-10)
     with pytest.raises(Exception, match="operator"):
         dispatch(back_ends, {**http_task(target.url("b")), "operator": "cobol"}).get(timeout=60)
     back_ends.redis.lpush("leoflow:inline", b"not json")
@@ -175,6 +176,7 @@ def check_counters(endpoints: Endpoints) -> None:
     assert endpoints.value("leoflow_failures_total", reason="payload_too_large", **{"class": "user"}) == 1
     assert endpoints.value("leoflow_tasks_undispatchable_total", reason="invalid_request") == 1
     assert endpoints.value("leoflow_fenced_writes_total", kind="state") == 1
+    assert endpoints.value("leoflow_messages_expired_total", queue="maintenance") == 1
     assert endpoints.value("leoflow_xcom_rejected_total", reason="payload_too_large") == 1
     moves = {("none", "queued"): 3, ("queued", "running"): 6}
     for (before, after), number in moves.items():
