@@ -14,6 +14,7 @@ from tests.support.docker_system import DockerSystem, failure_of, wait_until_run
 from tests.support.engine import TestEngine, engine_of_tests
 from tests.support.host import host_address
 from tests.support.http_target import HttpTarget
+from tests.support.images import base_image
 from tests.support.kubernetes_system import call
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
@@ -186,3 +187,23 @@ def test_tasks_survive_an_engine_that_does_not_answer_for_a_while(system: Docker
         handle.get(timeout=150)
         assert handle.task_instance().launch == 1
     assert witness.calls["before"] == witness.calls["during"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "program", "reason"),
+    [
+        ('ENTRYPOINT ["true"]', b"", "invalid_image"),
+        ('ENTRYPOINT ["/program"]', b"of another machine", "invalid_image"),
+        ('ENTRYPOINT ["/program"]', b"#!/no/such/shell\n", "command_not_found"),
+        ("USER nosuch", b"", "invalid_image"),
+    ],
+)
+def test_an_image_that_cannot_work_is_tried_once(
+    system: DockerSystem, client: Client, engine: TestEngine, line: str, program: bytes, reason: str
+) -> None:
+    with engine.image(base_image(), line, program=program) as image:
+        handle = system.submit_bash("cannot-work", "true", image=image)
+        failed = failure_of(handle, timeout=180)
+        assert (failed.reason, handle.task_instance().launch) == (reason, 1)
+        assert failed.message.startswith("image: ")
+        system.nothing_is_left()

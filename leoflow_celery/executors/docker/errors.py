@@ -81,7 +81,7 @@ _NO_PROGRAM = (
     "is a directory: unknown",
 )
 _WRONG_MACHINE = "exec format error"
-#: The Engine's words when the image contradicts itself: its USER, its WORKDIR.
+#: The Engine's words when the image contradicts itself: its USER, its WORKDIR, a file where a directory is mounted.
 _BROKEN_IMAGE = (
     "unable to find user",
     "unable to find group",
@@ -89,6 +89,7 @@ _BROKEN_IMAGE = (
     "no matching entries in passwd file",
     "no matching entries in group file",
     "cannot mkdir:",
+    "is not directory",
 )
 #: What the runtime prints in the container when the kernel refuses its program: all that such a container ever says.
 _REFUSED = re.compile(
@@ -104,7 +105,7 @@ def to_launch_error(error: EngineError) -> LaunchError:
         kind = PermanentLaunchError if error.final else TransientLaunchError
         return kind(FailureReason.IMAGE_PULL_FAILED, error.message)
     if any(words in text for words in _BROKEN_IMAGE):
-        message = f"image: {error.message}; correct USER and WORKDIR of the image"
+        message = f"image: {error.message}; correct the image: its USER, its WORKDIR, and files where we mount"
         return PermanentLaunchError(FailureReason.INVALID_IMAGE, message)
     if "oci runtime" in text and _WRONG_MACHINE in text:
         return PermanentLaunchError(FailureReason.INVALID_IMAGE, f"image: {error.message}; {_MACHINE_FIX}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import MAX_BYTES, TerminationRecord, decode
 from leoflow_celery.executors.base import FailureReporter, Reconciled
 from leoflow_celery.executors.docker.archive import TERMINATION_LOG
@@ -67,10 +68,14 @@ class Ended:
             return self.is_here
         return record.claimed or (self.is_here and not self.claimed)
 
-    def may_have_claimed(self, end: End, record: TerminationRecord | None) -> bool:
-        """Whether an agent that leaves no record may have claimed, and done all its work, since SQL was read."""
-        ended_since = end.finished_at is not None and end.finished_at > self.known_until
-        return record is None and end.exit_code == 0 and not self.claimed and ended_since
+    def seems_unclaimed(self, end: End, record: TerminationRecord | None) -> bool:
+        """Whether its success means nothing unless some agent had the claim, and SQL knows of none."""
+        succeeded = end.exit_code == 0 if record is None else record.state is TaskState.SUCCESS
+        return succeeded and not self.claimed
+
+    def ended_since(self, end: End) -> bool:
+        """Whether it may have claimed, and done all its work, since SQL was read."""
+        return end.finished_at is not None and end.finished_at > self.known_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +168,14 @@ class Reconciler:
         """Report an end that nobody reported; True when there was one."""
         one = ended.container
         end = observe_end(self._engine.inspect(one.id))
-        record = decode(self._engine.read(one.id, TERMINATION_LOG, MAX_BYTES))
+        record = self._record(one)
         if not ended.counts(record):
             log.info("docker.other_claimed", extra={"attempt": str(one.attempt), "attempt_name": one.name})
             return False
-        if ended.may_have_claimed(end, record):
-            return False  # by the next expectation SQL knows whether an agent had the claim
+        if ended.seems_unclaimed(end, record):
+            if ended.ended_since(end):
+                return False  # by the next expectation SQL knows whether an agent had the claim
+            record = None  # whoever wrote it was no agent of the attempt
         end = self._without_old_kill(one, end, record)
         tail = tuple(self._log_tail(one)) if record is None else ()
         report = classify(end, record, one.deadline_seconds, claimed=ended.claimed, log_tail=tail)
@@ -178,6 +185,12 @@ class Reconciler:
         outcome = report.outcome.evolve(log_tail=tail or tuple(self._log_tail(one)))
         self._reporter(one.attempt, outcome, report.return_value)
         return True
+
+    def _record(self, one: Listed) -> TerminationRecord | None:
+        """What the agent left, when it is about this task instance."""
+        record = decode(self._engine.read(one.id, TERMINATION_LOG, MAX_BYTES))
+        ours = record is not None and one.attempt is not None and record.attempt == one.attempt.task_instance_id
+        return record if ours else None
 
     def _without_old_kill(self, one: Listed, end: End, record: TerminationRecord | None) -> End:
         """The end without the Engine's flag, when what was killed for memory was outlived.

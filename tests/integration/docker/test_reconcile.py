@@ -6,7 +6,9 @@ import pytest
 
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason
 from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.termination import TerminationRecord, encode
 from tests.integration.docker.conftest import bash, wait_for_output
+from tests.support.engine import now
 from tests.support.images import base_image, task_image
 from tests.support.waiting import wait_until
 
@@ -114,6 +116,24 @@ def test_a_success_is_recovered_when_the_gateway_was_away_at_the_end(plane, engi
     executor.reconcile(docker_system.expectation(launch))
     [(attempt, outcome, value)] = docker_system.reports
     assert (attempt, outcome.state, value) == (launch.attempt, TaskState.SUCCESS, "[1, 2]")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "claimed", "reason"),
+    [("", False, FailureReason.INVALID_IMAGE), ("of another", True, FailureReason.CONTAINER_LOST)],
+)
+def test_a_record_of_success_is_believed_of_an_agent_with_the_claim(
+    engine, docker_system, executor, attempt, claimed, reason
+):
+    """Any image can write one."""
+    launch = docker_system.launch()
+    left = encode(TerminationRecord(attempt or launch.attempt.task_instance_id, TaskState.SUCCESS, 0)).decode()
+    docker_system.run_plain(launch, "sh", "-c", f"echo '{left}' > /run/leoflow/attempt/termination-log")
+    engine.wait(launch.name)
+    before = executor.reconcile(docker_system.expectation(launch, claimed=False, read_at=now() - 60))
+    assert (before.reported, docker_system.reports) == (0, [])
+    executor.reconcile(docker_system.expectation(launch, claimed=claimed))
+    assert docker_system.outcome().reason == reason
 
 
 def test_what_the_agent_reported_is_not_reported_again(plane, engine, docker_system, executor):
