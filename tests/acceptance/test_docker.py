@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -189,21 +190,20 @@ def test_tasks_survive_an_engine_that_does_not_answer_for_a_while(system: Docker
     assert witness.calls["before"] == witness.calls["during"] == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "program", "reason"),
-    [
-        ('ENTRYPOINT ["true"]', b"", "invalid_image"),
-        ('ENTRYPOINT ["/program"]', b"of another machine", "invalid_image"),
-        ('ENTRYPOINT ["/program"]', b"#!/no/such/shell\n", "command_not_found"),
-        ("USER nosuch", b"", "invalid_image"),
-    ],
-)
-def test_an_image_that_cannot_work_is_tried_once(
-    system: DockerSystem, client: Client, engine: TestEngine, line: str, program: bytes, reason: str
-) -> None:
-    with engine.image(base_image(), line, program=program) as image:
-        handle = system.submit_bash("cannot-work", "true", image=image)
-        failed = failure_of(handle, timeout=180)
-        assert (failed.reason, handle.task_instance().launch) == (reason, 1)
-        assert failed.message.startswith("image: ")
+def test_images_that_cannot_work_are_tried_once(system: DockerSystem, engine: TestEngine) -> None:
+    cases = (
+        ("invalid_image", 'ENTRYPOINT ["true"]', b""),
+        ("invalid_image", 'ENTRYPOINT ["/program"]', b"of another machine"),
+        ("command_not_found", 'ENTRYPOINT ["/program"]', b"#!/no/such/shell\n"),
+        ("invalid_image", "USER nosuch", b""),
+    )
+    with ExitStack() as images:
+        tried = []
+        for reason, line, program in cases:
+            image = images.enter_context(engine.image(base_image(), line, program=program))
+            tried.append((reason, system.submit_bash("cannot-work", "true", image=image)))
+        for reason, handle in tried:
+            failed = failure_of(handle, timeout=180)
+            assert (failed.reason, handle.task_instance().launch) == (reason, 1)
+            assert failed.message.startswith("image: ")
         system.nothing_is_left()
