@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leoflow_celery.cli import dead_letters, inspect, runs, serve, setup, staging
+from leoflow_celery.cli import dead_letters, inspect, runs, serve, setup, staging, system
 from leoflow_celery.cli.lite import commands as lite
 from leoflow_celery.cli.output import note
 from leoflow_celery.errors import LeoflowError
@@ -33,8 +33,13 @@ app.add_typer(serve.db_app, name="db")
 app.add_typer(dead_letters.app, name="dead-letters")
 _COMMANDS: tuple[Callable[..., None], ...] = (
     runs.run,
+    runs.retry,
+    runs.rerun,
     runs.submit,
+    inspect.runs,
+    inspect.tasks,
     inspect.status,
+    inspect.watch,
     inspect.logs,
     inspect.xcom,
     inspect.cancel,
@@ -70,12 +75,9 @@ def options(
     ] = False,
 ) -> None:
     """Run task instances of a workflow as pods, containers, processes and HTTP calls."""
-    if lite_system or state_dir is not None:
-        if context.invoked_subcommand == "lite":
-            raise typer.BadParameter("'leoflow lite' is that system; give --state-dir behind its own command")
-        from leoflow_celery.cli.lite.state import StateDirectory
-
-        StateDirectory.at(state_dir).use()
+    if context.invoked_subcommand == "lite" and (lite_system or state_dir is not None):
+        raise typer.BadParameter("'leoflow lite' is that system; give --state-dir behind its own command")
+    system.choose(context.invoked_subcommand, lite_system, state_dir)
 
 
 def main() -> None:
@@ -84,7 +86,7 @@ def main() -> None:
     try:
         app()
     except LeoflowError as error:
-        note(f"leoflow: {' '.join(str(error).split())}")
+        note(f"leoflow: {' '.join(str(error).split())}{system.where(error)}")
         sys.exit(EXIT_USER_ERROR)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,9 +13,14 @@ if TYPE_CHECKING:
     from leoflow_celery.client import Client
     from leoflow_celery.store.views import TaskInstanceView
 
+#: In place of a run id: the run of the DAG that was started last.
+LATEST = "latest"
 TargetArgument = Annotated[
-    list[str], typer.Argument(metavar="TARGET", help="A task instance id; or DAG RUN; or DAG RUN TASK.")
+    list[str],
+    typer.Argument(metavar="TARGET", help="A task instance id; or DAG RUN; or DAG RUN TASK. RUN may be 'latest'."),
 ]
+DagIdArgument = Annotated[str, typer.Argument(metavar="DAG", help="The id of the DAG.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The id of the run, or 'latest'.")]
 TenantOption = Annotated[str, typer.Option("--tenant", help="Whose run it is.")]
 TryOption = Annotated[int | None, typer.Option("--try", min=1, help="Which try; the newest unless given.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, for other programs.")]
@@ -48,6 +53,19 @@ class Target:
         raise InvalidRequest(
             f"TARGET: {len(words)} words given; name a task instance id, or DAG RUN, or DAG RUN TASK", "TARGET"
         )
+
+    @classmethod
+    def named(cls, client: Client, words: list[str], tenant_id: str) -> Target:
+        """The target of these words, with the run that ``latest`` stands for.
+
+        Raises:
+            InvalidRequest: more than three words.
+            NotFound: the DAG has no run.
+        """
+        found = cls.parse(words, tenant_id)
+        if found.run_id != LATEST:
+            return found
+        return replace(found, run_id=client.latest_run(found.dag_id, tenant_id))
 
     @property
     def is_run(self) -> bool:

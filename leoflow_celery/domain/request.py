@@ -428,10 +428,14 @@ _PATH_CHARACTERS = 200
 _VALUE_CHARACTERS = 80
 
 
+_SHOWN_ERRORS = 3
+
+
 def invalid_request(error: ValidationError, kind: type[InvalidRequest] = InvalidRequest) -> InvalidRequest:
     """The first failures of a pydantic error as one sentence of ours each."""
     parts, first = [], ""
-    for item in error.errors(include_url=False)[:3]:
+    found = error.errors(include_url=False)
+    for item in found[:_SHOWN_ERRORS]:
         path = _path(item["loc"]) or str(item.get("ctx", {}).get("field", ""))
         first = first or path
         shown = "" if _SECRET_FIELDS.intersection(map(str, item["loc"])) else _shown(item.get("input"))
@@ -441,6 +445,8 @@ def invalid_request(error: ValidationError, kind: type[InvalidRequest] = Invalid
         elif item["type"] in _SHAPE_ERRORS:
             shown = ""
         parts.append(f"{path}: {message}{shown}" if path else message)
+    if len(found) > _SHOWN_ERRORS:
+        parts.append(f"and {len(found) - _SHOWN_ERRORS} more")
     return kind("; ".join(parts), first)
 
 
