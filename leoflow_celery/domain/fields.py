@@ -8,10 +8,10 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue, ValidationInfo
 
 from leoflow_celery.domain import strict_json
 from leoflow_celery.domain.pod_fields import item_path, misfit
@@ -68,7 +68,7 @@ def is_printable(text: str) -> bool:
     """Whether a log, a terminal and a name show the text as it is: nothing in it moves, hides or reverses the rest."""
     if text.isascii():
         return text.isprintable()
-    return not any(unicodedata.category(character) in _UNPRINTABLE_CATEGORIES for character in text)
+    return not any(unicodedata.category(character) in _UNPRINTABLE_CATEGORIES for character in set(text))
 
 
 def printable(text: str, characters: int | None = None, keep: str = "") -> str:
@@ -80,11 +80,15 @@ def printable(text: str, characters: int | None = None, keep: str = "") -> str:
         return f"{printable(text[:characters], keep=keep)}…"
     if is_printable(text):
         return text
-    return "".join(one if one in keep or is_printable(one) else _escape(one) for one in text)
+    return escaped(text, keep, lambda one: one.encode("unicode_escape").decode())
 
 
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+def escaped(text: str, keep: str, escape: Callable[[str], str]) -> str:
+    """The text with ``escape`` of each character that is not printable. A log has millions, and few different ones."""
+    for one in set(text).difference(keep):
+        if not is_printable(one):
+            text = text.replace(one, escape(one))
+    return text
 
 
 def _label(value: str) -> str:
@@ -199,8 +203,14 @@ def _pod_variables(part: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
                     yield f"{item_path(f'spec.{kind}', number, container)}.env", one["name"], one.get("value")
 
 
-def _schema(value: dict[str, Any]) -> dict[str, Any]:
-    check_schema(value)
+#: The context of ``model_validate`` for what passed the door before and was kept under a seal since: a schema is not
+#: compiled again. That takes up to a second, and whoever reads a request may have others waiting.
+SEALED = {"schemas_were_checked": True}
+
+
+def _schema(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    if info.context is None or not info.context.get("schemas_were_checked"):
+        check_schema(value)
     return value
 
 

@@ -6,12 +6,14 @@ wiring, result callback). Unknown keys are errors; every error names the field, 
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from leoflow_celery.domain import strict_json
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.fields import (
     MAX_NAME_CHARACTERS,
@@ -375,10 +377,14 @@ def parse_request(data: Any) -> TaskRequest:
     try:
         if isinstance(data, str | bytes):
             check_size(len(data.encode(errors="surrogatepass") if isinstance(data, str) else data))
-            return TaskRequest.model_validate_json(data)
+            parsed = TaskRequest.model_validate_json(data)
+            json.loads(data, object_pairs_hook=strict_json.unique_keys)  # the line above takes the last of two
+            return parsed
         return TaskRequest.model_validate(data)
     except ValidationError as error:
         raise invalid_request(error) from error
+    except strict_json.DuplicateKey as error:
+        raise InvalidRequest(f"request: {error}", "request") from error
 
 
 def new_run(tenant_id: str, dag_id: str, run_id: str, dag_version: str = "") -> NewRun:

@@ -33,6 +33,7 @@ from leoflow_celery.domain.attempt import AttemptId, LaunchReport, text_in
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.dag import Dag
 from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.fields import SEALED
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import TaskRequest, check_size
 from leoflow_celery.domain.routing import ExecutorType
@@ -132,7 +133,7 @@ class Launch:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         since = data.get("tried_since")
-        request = TaskRequest.model_validate(data["request"])
+        request = TaskRequest.model_validate(data["request"], context=SEALED)
         return cls(AttemptId.from_json(data["attempt"]), request, None if since is None else float(since))
 
 
@@ -338,7 +339,7 @@ def open_request(keys: KeyRing, sealed: str) -> TaskRequest:
         DecryptionFailed: sealed with a key this process does not have, or by a version whose requests it does not know.
     """
     try:
-        return TaskRequest.model_validate(keys.sealer(Scope.REQUEST).open(sealed)["request"])
+        return TaskRequest.model_validate(keys.sealer(Scope.REQUEST).open(sealed)["request"], context=SEALED)
     except (KeyError, ValueError) as error:
         raise DecryptionFailed("a sealed request is not of this version; upgrade the process that reads it") from error
 

@@ -45,6 +45,20 @@ def test_ids_and_the_operators_own_fields_are_all_that_is_needed(data: dict[str,
     assert request.tenant_id == "default"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(BASH)[:-1] + ', "operator": "bash"}',
+        json.dumps(BASH)[:-1] + ', "env": {"A": "1", "\\u0041": "2"}}',
+        json.dumps(BASH)[:-1] + ', "call_args": {"deep": [{"in": {"k": 1, "k": 2}}]}}',
+    ],
+)
+def test_text_with_a_key_twice_is_refused(text: str) -> None:
+    for data in (text, text.encode()):
+        with pytest.raises(InvalidRequest, match="an object has the same key twice"):
+            parse_request(data)
+
+
 FULL = {
     **HTTP,
     "tenant_id": "acme",
