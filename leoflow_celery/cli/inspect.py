@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leoflow_celery.cli import complete
 from leoflow_celery.cli.output import (
     day_and_time,
     echo,
@@ -105,7 +106,9 @@ def _row(view: TaskInstanceView) -> Sequence[str]:
 
 
 def runs(
-    dag_id: Annotated[str | None, typer.Argument(metavar="[DAG]", help="Only runs of this DAG.")] = None,
+    dag_id: Annotated[
+        str | None, typer.Argument(metavar="[DAG]", help="Only runs of this DAG.", autocompletion=complete.dags)
+    ] = None,
     states: Annotated[
         list[RunState] | None, typer.Option("--state", help="Only runs in this state; may be given more than once.")
     ] = None,

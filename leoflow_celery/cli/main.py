@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leoflow_celery.cli import dead_letters, inspect, runs, serve, setup, staging, system
+from leoflow_celery.cli import config, dead_letters, inspect, runs, serve, setup, staging, system
 from leoflow_celery.cli.lite import commands as lite
 from leoflow_celery.cli.output import note
+from leoflow_celery.environment import ENV_FILE, read_env_file
 from leoflow_celery.errors import LeoflowError
 
 EXIT_USER_ERROR = 2
@@ -46,6 +48,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     staging.staging,
     serve.gateway,
     setup.doctor,
+    config.config,
     setup.keys,
     setup.schema,
 )
@@ -70,6 +73,12 @@ def options(
     state_dir: Annotated[
         Path | None, typer.Option("--state-dir", help="Where that system keeps its state. Implies --lite.")
     ] = None,
+    env_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--env-file", help="Settings from a file of lines NAME=value; LEOFLOW_ENV_FILE does the same everywhere."
+        ),
+    ] = None,
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -77,6 +86,9 @@ def options(
     """Run task instances of a workflow as pods, containers, processes and HTTP calls."""
     if context.invoked_subcommand == "lite" and (lite_system or state_dir is not None):
         raise typer.BadParameter("'leoflow lite' is that system; give --state-dir behind its own command")
+    if env_file is not None:
+        os.environ[ENV_FILE] = str(env_file)
+    read_env_file()  # before anybody asks which system the settings describe
     system.choose(context.invoked_subcommand, lite_system, state_dir)
 
 

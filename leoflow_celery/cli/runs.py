@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from leoflow_celery.cli import complete
+from leoflow_celery.cli.complete import LATEST
 from leoflow_celery.cli.output import echo, echo_json, note, view_json
 from leoflow_celery.cli.system import at_work, hint
-from leoflow_celery.cli.target import LATEST, DagIdArgument, JsonOption, RunArgument, Target, TenantOption
+from leoflow_celery.cli.target import DagIdArgument, JsonOption, RunArgument, Target, TenantOption
 from leoflow_celery.domain.states import TERMINAL, TERMINAL_RUN, RunState, TaskState
 from leoflow_celery.errors import InvalidRequest, NotFound
 
@@ -56,7 +58,10 @@ def retry(
     dag_id: DagIdArgument,
     run_id: RunArgument,
     task_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[TASK]...", help="Only these tasks, whatever became of them.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK]...", help="Only these tasks, whatever became of them.", autocompletion=complete.tasks
+        ),
     ] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Of the tasks named, only those that failed.")] = False,
     downstream: Annotated[bool, typer.Option("--downstream", help="Also every task that depends on them.")] = False,
@@ -248,6 +253,12 @@ def submit(
     content = read_request(request_file)
     with open_client() as client:
         handle = client.submit(content)
+        if handle.differs:
+            attempt = handle.attempt
+            note(
+                f"{attempt.task_instance_id} try {attempt.try_number} was submitted before with another content, which "
+                f"stays; submit try_number {attempt.try_number + 1} to run this one"
+            )
         state = _wait(handle) if wait else handle.state()
         view = handle.task_instance()
     if as_json:

@@ -50,22 +50,29 @@ class Embedded:
 _used: Embedded | None = None
 
 
-def choose(command: str | None, lite: bool, state_dir: Path | None) -> None:
-    """Make this process part of the embedded system that the options name, or of the only system there is."""
+def find(command: str | None, lite: bool, state_dir: Path | None) -> StateDirectory | None:
+    """The directory of the embedded system that a command uses, or None for the one that the environment names."""
     from leoflow_celery.cli.lite.state import StateDirectory
 
+    if lite or state_dir is not None:
+        return StateDirectory.at(state_dir)
+    if command not in _OF_A_SYSTEM or _is_deployed():
+        return None
+    state = StateDirectory.at(None)
+    return state if state.keys_path.exists() else None
+
+
+def choose(command: str | None, lite: bool, state_dir: Path | None) -> None:
+    """Make this process part of the embedded system that the options name, or of the only system there is."""
     global _used
     _used = None
-    is_named = lite or state_dir is not None
-    if not is_named and (command not in _OF_A_SYSTEM or _is_deployed()):
-        return
-    state = StateDirectory.at(state_dir)
-    if not is_named and not state.keys_path.exists():
+    state = find(command, lite, state_dir)
+    if state is None:
         return
     if state.keys_path.exists() or command not in _STARTING:
         state.use()
     option = "--lite" if state_dir is None else f"--state-dir {shlex.quote(str(state_dir))}"
-    _used = Embedded(state, option, found=not is_named)
+    _used = Embedded(state, option, found=not lite and state_dir is None)
 
 
 def _is_deployed() -> bool:

@@ -7,20 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from leoflow_celery.cli import complete
+from leoflow_celery.cli.complete import LATEST
 from leoflow_celery.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from leoflow_celery.client import Client
     from leoflow_celery.store.views import TaskInstanceView
 
-#: In place of a run id: the run of the DAG that was started last.
-LATEST = "latest"
 TargetArgument = Annotated[
     list[str],
-    typer.Argument(metavar="TARGET", help="A task instance id; or DAG RUN; or DAG RUN TASK. RUN may be 'latest'."),
+    typer.Argument(
+        metavar="TARGET",
+        help="A task instance id; or DAG RUN; or DAG RUN TASK. RUN may be 'latest'.",
+        autocompletion=complete.targets,
+    ),
 ]
-DagIdArgument = Annotated[str, typer.Argument(metavar="DAG", help="The id of the DAG.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The id of the run, or 'latest'.")]
+DagIdArgument = Annotated[str, typer.Argument(metavar="DAG", help="The id of the DAG.", autocompletion=complete.dags)]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="The id of the run, or 'latest'.", autocompletion=complete.runs)
+]
 TenantOption = Annotated[str, typer.Option("--tenant", help="Whose run it is.")]
 TryOption = Annotated[int | None, typer.Option("--try", min=1, help="Which try; the newest unless given.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, for other programs.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from leoflow_celery.app import LeoflowCelery, create_app
@@ -25,8 +26,8 @@ from leoflow_celery.domain.routing import (
 )
 from leoflow_celery.domain.states import TERMINAL_RUN, RunState, TaskState
 from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
-from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
-from leoflow_celery.queueing.messages import open_dag, seal_dag, seal_request
+from leoflow_celery.errors import AtCapacity, BrokerUnavailable, DecryptionFailed, NotFound
+from leoflow_celery.queueing.messages import open_dag, open_request, seal_dag, seal_request
 from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
@@ -47,6 +48,10 @@ def policy_of(settings: Settings) -> Policy:
     dispatch = settings.dispatch
     permitted = frozenset(ExecutorType(name) for name in dispatch.permitted_executors)
     return Policy(ExecutorType(dispatch.executor_type), settings.inline.max_duration, permitted)
+
+
+def _content(request: TaskRequest) -> dict[str, Any]:
+    return request.model_dump(exclude={"agent_token"})
 
 
 class Client:
@@ -74,6 +79,8 @@ class Client:
     ) -> Handle:
         """Record a try and send it to its executor's queue; idempotent per (task_instance_id, try_number).
 
+        A try that exists stays as it was submitted first; ``Handle.differs`` tells when this request is another one.
+
         ``link`` and ``link_error`` are Celery signatures (one or a list), called with the return value or as errbacks.
 
         Raises:
@@ -84,7 +91,19 @@ class Client:
                 submitting it again is safe.
         """
         context = {"callbacks": signatures("link", link), "errbacks": signatures("link_error", link_error)}
-        return self._submit([request], {key: value for key, value in context.items() if value})[0]
+        handle = self._submit([request], {key: value for key, value in context.items() if value})[0]
+        if handle.created or not self._differs(handle, parse_request(request)):
+            return handle
+        log.warning("submit.other_content", extra={"attempt": str(handle.attempt)})
+        return replace(handle, differs=True)
+
+    def _differs(self, handle: Handle, request: TaskRequest) -> bool:
+        try:
+            recorded = open_request(self.services.keys, handle.task_instance().sealed_request)
+        except DecryptionFailed:
+            return False  # nobody can tell
+        # A token is made anew for each submission.
+        return _content(recorded) != _content(request)
 
     def submit_many(self, requests: Iterable[TaskRequest | dict[str, Any]]) -> list[Handle]:
         """Like ``submit`` for many requests, recorded in one transaction: all of them or none.

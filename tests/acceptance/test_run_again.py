@@ -14,6 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from leoflow_celery.domain.states import RunState
+from leoflow_celery.errors import TaskFailed
+from tests.support.redis_server import RedisServer
+from tests.support.system import System
 from tests.support.waiting import PATIENCE, wait_until
 
 LEOFLOW = (sys.executable, "-m", "leoflow_celery.cli")
@@ -206,3 +210,128 @@ def test_a_run_is_watched_and_its_logs_followed_from_other_shells(up: Embedded, 
     assert {line.split(" | ")[0].strip() for line in whole} == {"first", "second", "third"}
     records = [json.loads(line) for line in up("logs", "d", "r", "--json").stdout.splitlines()]
     assert {"task_id": "first", "try_number": 1, "msg": "one"}.items() <= records[1].items()
+
+
+def counted(task_id: str, directory: Path, command: str, *upstreams: str, **more: Any) -> dict[str, Any]:
+    """A task that leaves a line in ``directory/task_id`` for each time that it ran."""
+    return bash(task_id, f"echo ran >> {directory / task_id}; {command}", *upstreams, **more)
+
+
+def times(directory: Path, *task_ids: str) -> list[int]:
+    return [len((directory / name).read_text().splitlines()) for name in task_ids]
+
+
+def flawed_dag(directory: Path) -> Path:
+    """``load → clean → report``, where clean fails until a file is there; notify runs after clean in any case."""
+    return write_dag(
+        directory,
+        counted("load", directory, "true"),
+        counted("clean", directory, f"test -e {directory / 'mended'}", "load"),
+        counted("report", directory, "true", "clean"),
+        counted("notify", directory, "true", "clean", trigger_rule="all_done"),
+        counted("other", directory, "true"),
+        staging={"enabled": True},
+    )
+
+
+def check_retry(leoflow: Any, directory: Path) -> None:
+    """The same on every system: ``leoflow`` runs commands on it."""
+    dag = flawed_dag(directory)
+    leoflow("run", dag, "--run-id", "r", code=1)
+    before = {view["task_id"]: view for view in leoflow.json("tasks", "d", "r")}
+    assert before["report"]["state"] == "upstream_failed"
+    still = leoflow("retry", "d", "r", "other", code=1)
+    assert "other: try 2 (try 1 stays success)" in still.stderr
+    assert times(directory, "load", "clean", "notify", "other") == [1, 1, 1, 2]
+
+    (directory / "mended").touch()
+    dag.unlink()  # the run keeps its DAG
+    again = leoflow.json("retry", "d", "latest")
+    assert again["run"]["state"] == "success"
+    newest = {view["task_id"]: (view["state"], view["try_number"]) for view in again["task_instances"]}
+    assert newest == {
+        "load": ("success", 1),
+        "clean": ("success", 2),
+        "report": ("success", 2),
+        "notify": ("success", 2),
+        "other": ("success", 2),
+    }
+    assert times(directory, "load", "clean", "report", "notify", "other") == [1, 2, 1, 2, 2]
+    every = [(view["task_id"], view["try_number"], view["state"]) for view in leoflow.json("tasks", "d", "r", "--all")]
+    assert ("clean", 1, "failed") in every
+    assert ("report", 1, "upstream_failed") in every
+    assert len(every) == 9
+    history = [event["event"] for event in leoflow.json("status", "d", "r", "clean")["events"]]
+    assert history.count("cleared") == 1
+    assert history.count("finished") == 2
+    claims = {(view["task_id"], view["staging_claim"]) for view in leoflow.json("tasks", "d", "r", "--all")}
+    assert len(claims) == 5, "a new try mounts what the earlier one mounted"
+    assert "nothing to run again" in leoflow("retry", "d", "r").stderr
+    assert "task 'nope' has no try in this run" in leoflow("retry", "d", "r", "nope", code=2).stderr
+
+    more = leoflow("retry", "d", "r", "clean", "--downstream")
+    assert "report: try 3" in more.stderr
+    assert times(directory, "load", "clean", "report", "notify", "other") == [1, 3, 2, 3, 2]
+
+    new = leoflow.json("rerun", "d", "r", "--run-id", "copy")
+    assert (new["run"]["run_id"], new["run"]["state"]) == ("copy", "success")
+    assert times(directory, "load", "clean", "report", "notify", "other") == [2, 4, 3, 4, 3]
+    assert "run 'copy' of dag 'd' exists" in leoflow("rerun", "d", "r", "--run-id", "copy", code=2).stderr
+
+
+def test_a_run_is_cleared_and_repeated_on_an_embedded_system(up: Embedded, tmp_path: Path) -> None:
+    check_retry(up, tmp_path)
+
+
+def test_a_retry_starts_the_embedded_system_itself_and_takes_a_mended_dag(leoflow: Embedded, tmp_path: Path) -> None:
+    dag = write_dag(tmp_path, bash("a", "echo kept"), bash("b", "exit 3", "a"), bash("c", "true", "b"))
+    leoflow("lite", "run", dag, "--run-id", "r", code=1)
+    write_dag(tmp_path, bash("a", "echo kept"), bash("b", "echo mended", "a"), bash("c", "true", "b"))
+    leoflow("retry", "d", "r", "--dag", dag)
+    assert leoflow.states("d", "r") == {"a": ("success", 1), "b": ("success", 2), "c": ("success", 2)}
+    assert "mended" in leoflow("logs", "d", "r", "b").stdout
+
+
+class Deployed(Embedded):
+    """A deployed system, named by the environment."""
+
+    def __init__(self, directory: Path, env: dict[str, str]) -> None:
+        super().__init__(directory)
+        self.env |= env
+
+
+@pytest.fixture
+def deployed(tmp_path: Path, shared_redis: RedisServer, request: pytest.FixtureRequest) -> Iterator[System]:
+    postgres = request.getfixturevalue("postgres")
+    url = postgres.empty()
+    (tmp_path / "deployed").mkdir()
+    with System(tmp_path / "deployed", shared_redis.url(), url, MAINTENANCE_INTERVAL_SECONDS=2) as system:
+        system.start_gateway()
+        system.start_workers("workers.subprocess", "workers.control")
+        system.start_beat()
+        yield system
+    postgres.drop(url)
+
+
+def test_a_run_is_cleared_and_repeated_on_a_deployed_system(deployed: System, tmp_path: Path) -> None:
+    check_retry(Deployed(tmp_path / "cli", deployed.env), tmp_path)
+
+
+def test_a_scheduler_of_its_own_clears_and_submits_the_new_tries(deployed: System, tmp_path: Path) -> None:
+    client = deployed.client
+    client.create_run("own", "r")
+
+    def request(task_id: str, try_number: int) -> dict[str, Any]:
+        command = f"test -e {tmp_path / 'mended'}"
+        identity = {"task_instance_id": f"own-{task_id}", "dag_id": "own", "run_id": "r", "task_id": task_id}
+        return {**identity, "try_number": try_number, "operator": "bash", "entrypoint": command}
+
+    with pytest.raises(TaskFailed):
+        client.submit(request("a", 1)).get(timeout=60)
+    client.finish_run("own", "r", RunState.FAILED)
+    (tmp_path / "mended").touch()
+    [cleared] = client.clear("own", "r")
+    assert (cleared.task_id, cleared.next_try, client.run("own", "r").state) == ("a", 2, RunState.RUNNING)
+    client.submit(request("a", cleared.next_try)).get(timeout=60)
+    assert [view.state.value for view in client.tries("own", "r")] == ["failed", "success"]
+    assert client.clear("own", "r") == []
