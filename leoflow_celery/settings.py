@@ -181,7 +181,8 @@ class InlineSettings(BaseSettings):
 
     #: Total deadline of one task over all its attempts, in seconds; a task asking for more is refused.
     max_duration: int = 300
-    #: Further attempts after the first, for transient failures.
+    #: Further attempts after the first for transient failures, of calls that may be repeated (GET, PUT, DELETE) and say
+    #: no http_request.attempts. POST and PATCH are made once unless they say so.
     max_retries: int = 3
     #: Response bytes read at the most.
     max_response_bytes: int = 1_048_576

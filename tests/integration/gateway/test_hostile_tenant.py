@@ -89,22 +89,21 @@ def world(tmp_path: Path) -> Iterator[ProcessWorld]:
 
 
 def test_the_p99_of_another_tenants_calls_stays_below_a_second(world: ProcessWorld) -> None:
-    hostile = []
-    for kind in ("push", "logs", "headers", "calls"):
-        request = world.submit(f"hostile-{kind}", tenant_id="hostile", task_id=kind, xcom_schema=_SCHEMA)
-        agent = world.agent(request)
-        agent.run()
-        assert agent.session is not None
-        token = world.tokens.mint(request, request.attempt)
-        command = [sys.executable, "-c", _HOSTILE, kind, world.address, agent.session, token, str(_SECONDS)]
-        hostile.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     mine = world.submit("mine", tenant_id="other", xcom_schema={"type": "integer"})
     agent = world.agent(mine)
     agent.run()
+    hostile, deadline = [], time.monotonic() + 3 * _SECONDS + 60
+    for kind in ("push", "logs", "headers", "calls"):
+        request = world.submit(f"hostile-{kind}", tenant_id="hostile", task_id=kind, xcom_schema=_SCHEMA)
+        theirs = world.agent(request)
+        theirs.run()
+        assert theirs.session is not None
+        token = world.tokens.mint(request, request.attempt)
+        command = [sys.executable, "-c", _HOSTILE, kind, world.address, theirs.session, token, str(_SECONDS)]
+        hostile.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     try:
         took: list[float] = []
-        until = time.monotonic() + _SECONDS
-        while time.monotonic() < until:
+        while any(one.poll() is None for one in hostile) and time.monotonic() < deadline:
             for call in (agent.heartbeat, lambda: agent.push(b"1")):
                 started = time.monotonic()
                 answer = call()
