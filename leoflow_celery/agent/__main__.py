@@ -98,7 +98,8 @@ def _stop_on_signals(agent: Agent, stop: StopRequest) -> None:
         agent.beat_now()
 
     for number in stop_signals():
-        loop.add_signal_handler(number, interrupt, signal_name(number))
+        with contextlib.suppress(RuntimeError):  # a C library may keep some for itself
+            loop.add_signal_handler(number, interrupt, signal_name(number))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Ended:
 
     def seems_unclaimed(self, end: End, record: TerminationRecord | None) -> bool:
         """Whether its success means nothing unless some agent had the claim, and SQL knows of none."""
-        succeeded = end.exit_code == 0 if record is None else record.state is TaskState.SUCCESS
+        succeeded = end.exit_code == 0 if record is None else record.state in (TaskState.SUCCESS, TaskState.SKIPPED)
         return succeeded and not self.claimed
 
     def ended_since(self, end: End) -> bool:
