@@ -15,7 +15,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, Validation
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from leoflow_celery.broker_url import BrokerUrl
+from leoflow_celery.broker_url import BrokerUrl, OptionalBrokerUrl
 from leoflow_celery.environment import read_files, state_dir
 from leoflow_celery.errors import ConfigurationError
 
@@ -31,7 +31,7 @@ class BrokerSettings(BaseSettings):
 
     url: BrokerUrl = "redis://127.0.0.1:6379/0"
     #: Empty: the broker's own URL. Workers need no SQL, so results live in Redis.
-    result_url: str = ""
+    result_url: OptionalBrokerUrl = ""
     #: Every Redis key starts with it, so that systems can share a server.
     key_prefix: str = "leoflow:"
     #: Seconds until an unacknowledged message is delivered again. A launch takes seconds, an inline call at most 300.
@@ -181,7 +181,8 @@ class InlineSettings(BaseSettings):
 
     #: Total deadline of one task over all its attempts, in seconds; a task asking for more is refused.
     max_duration: int = 300
-    #: Further attempts after the first, for transient failures.
+    #: Further attempts after the first for transient failures, of calls that may be repeated (GET, PUT, DELETE) and say
+    #: no http_request.attempts. POST and PATCH are made once unless they say so.
     max_retries: int = 3
     #: Response bytes read at the most.
     max_response_bytes: int = 1_048_576
@@ -349,7 +350,7 @@ class XComSettings(BaseSettings):
     #: sql or redis.
     backend: Literal["sql", "redis"] = "sql"
     #: For the redis back end; empty: the broker's URL.
-    redis_url: str = ""
+    redis_url: OptionalBrokerUrl = ""
     max_bytes: int = 262_144
     ttl_seconds: int = 7 * 24 * 3600
 

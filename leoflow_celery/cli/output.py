@@ -48,12 +48,10 @@ def echo(text: str) -> None:
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON without a character that a terminal obeys; a reader finds the same value in it."""
-    from leoflow_celery.domain.fields import is_printable
+    from leoflow_celery.domain.fields import escaped
 
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    if is_printable(text.replace("\n", "")):
-        return text
-    return "".join(one if one == "\n" or is_printable(one) else json.dumps(one)[1:-1] for one in text)
+    return escaped(text, "\n", lambda one: json.dumps(one)[1:-1])
 
 
 def echo_json(value: Any) -> None:

@@ -183,6 +183,9 @@ class Client:
         if done.created:
             return None if done.needs_host else done.queue_name or QUEUE_OF[item.executor]
         view = self.task_instance(done.attempt.task_instance_id, done.attempt.try_number)
+        if view.is_terminal:
+            # Redis may have lost its result, and whoever submits it again waits for that.
+            self.publisher.advance_try(view.task_instance_id, view.try_number)
         is_unsent = view.state is TaskState.QUEUED and view.sent_at is None and view.launch == 1
         return view.queue if is_unsent and not view.needs_host else None
 
