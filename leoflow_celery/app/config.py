@@ -66,7 +66,11 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
             "socket_timeout": broker.socket_timeout_seconds,
             "queue_order_strategy": "round_robin",
         },
-        "result_backend_transport_options": {"global_keyprefix": broker.key_prefix},
+        "result_backend_transport_options": {
+            "global_keyprefix": broker.key_prefix,
+            # Who only asks for results waits by himself, to a timeout of his own; Celery's twenty tries take longer.
+            **({} if queues else {"retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.2}}),
+        },
         "redis_socket_connect_timeout": broker.connect_timeout_seconds,
         "redis_socket_timeout": broker.socket_timeout_seconds,
         "result_expires": broker.result_expires_seconds,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from leoflow_celery.cli.setup import CHECKS
 from leoflow_celery.errors import ConfigurationError, LeoflowError
 from leoflow_celery.settings import Settings
 
@@ -31,7 +32,6 @@ class Finding:
         return asdict(self)
 
 
-CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange")
 #: More is worth a look: nothing here depends on it, but logs, tokens and people do.
 _CLOCK_SECONDS = 5.0
 
