@@ -165,6 +165,7 @@ def check_broker(settings: Settings) -> Finding:
 
     from leoflow_celery.app import create_app
     from leoflow_celery.queueing.depths import safe_url
+    from leoflow_celery.queueing.permissions import refusal, refused_commands
 
     address, variable = safe_url(settings.broker.url), "LEOFLOW_BROKER_URL"
     app = create_app(settings=settings)
@@ -172,10 +173,13 @@ def check_broker(settings: Settings) -> Finding:
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=_ANSWER_SECONDS)
+            with suppress(RedisError, OSError):  # what follows says which server did not answer
+                if refused := refused_commands(settings.broker, needed_queues(settings)):
+                    return Finding("broker", False, refusal(settings.broker, refused))
             doing = "a message through a queue (LPUSH, BRPOP)"
-            _hear_message(connection, "direct")
+            _hear_message(connection)
             doing = "a message to everybody (PUBLISH, PSUBSCRIBE)"
-            _hear_message(connection, "fanout")
+            _hear_broadcast(app, connection)
         if settings.broker.result_url:
             address, variable = safe_url(settings.broker.result_url), "LEOFLOW_BROKER_RESULT_URL"
         doing = "a result (SETEX, GET, PUBLISH, SUBSCRIBE)"
@@ -188,8 +192,8 @@ def check_broker(settings: Settings) -> Finding:
     return Finding("broker", True, f"{address} answers{_dead_letters(settings)}")
 
 
-def _hear_message(connection: Any, kind: str) -> None:
-    """Send a message as workers do and take it again; ``kind`` is the exchange's.
+def _hear_message(connection: Any) -> None:
+    """Send a message through a queue as workers do and take it again.
 
     Raises:
         TimeoutError: it did not come.
@@ -197,23 +201,48 @@ def _hear_message(connection: Any, kind: str) -> None:
     """
     import kombu
 
-    name, heard = f"{_SCRATCH}.{uuid.uuid4().hex}", list[Any]()
-    exchange = kombu.Exchange(name, type=kind, durable=False, auto_delete=True)
-    queue = kombu.Queue(name, exchange, routing_key=name, durable=False, auto_delete=True)
+    name = f"{_SCRATCH}.{uuid.uuid4().hex}"
+    queue = kombu.Queue(name, kombu.Exchange(name), routing_key=name, durable=False, auto_delete=True)
+    producer = connection.Producer(serializer="json")
+
+    def send() -> None:
+        producer.publish(name, name, exchange=name, retry=False)
+
+    _hear(connection, queue, lambda body: body == name, send)
+
+
+def _hear_broadcast(app: Any, connection: Any) -> None:
+    """Send a command to nobody as everybody hears it, and hear it as a worker does.
+
+    Raises:
+        The same as ``_hear_message``.
+    """
+    import kombu
+
+    name = f"{_SCRATCH}.{uuid.uuid4().hex}"
+    exchange = app.control.mailbox.exchange
+    queue = kombu.Queue(name, exchange, durable=False, auto_delete=True)
+
+    def is_ours(body: Any) -> bool:
+        return isinstance(body, dict) and body.get("destination") == [name]
+
+    _hear(connection, queue, is_ours, lambda: app.control.broadcast("ping", destination=[name], connection=connection))
+
+
+def _hear(connection: Any, queue: Any, is_ours: Callable[[Any], bool], send: Callable[[], Any]) -> None:
+    heard: list[bool] = []
 
     def hear(body: Any, message: Any) -> None:
         message.ack()
-        heard.append(body)
+        heard.append(is_ours(body))
 
     deadline = time.monotonic() + _ANSWER_SECONDS
-    producer = connection.Producer(serializer="json")
     with connection.Consumer([queue], callbacks=[hear], accept=["json"]) as consumer:
         try:
-            while name not in heard:
+            while not any(heard):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"nothing came back within {_ANSWER_SECONDS} s")
-                # Again and again: nobody says when a listener has begun to listen.
-                producer.publish(name, exchange=exchange, routing_key=name, retry=False)
+                send()  # again and again: nobody says when a listener has begun to listen
                 with suppress(TimeoutError):
                     connection.drain_events(timeout=_LISTEN_SECONDS)
         finally:

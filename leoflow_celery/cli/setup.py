@@ -28,7 +28,8 @@ def keys(
         typer.Option(
             "--for",
             metavar="SCOPE",
-            help="The key of k8s, docker or subprocess workers, or of publishers (dispatch), out of LEOFLOW_SEAL_KEYS.",
+            help="The key of k8s, docker or subprocess workers, of publishers (dispatch), or of who may cancel tries "
+            "(cancel), out of LEOFLOW_SEAL_KEYS.",
         ),
     ] = None,
     as_json: JsonOption = False,
