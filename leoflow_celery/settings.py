@@ -262,7 +262,16 @@ class KubernetesSettings(BaseSettings):
     deadline_allowance_seconds: int = 60
     #: How long a pod may stay pending before it is given up; 0 is for ever.
     pending_timeout_seconds: float = 600
-    #: What the kubelet tries again by itself (a pull from a registry that is away, a container whose Secret comes late)
+    #: How long a pod may wait for room in a full cluster, or for whoever opens its scheduling gate (Kueue), as in a
+    #: queue; 0 is for ever.
+    capacity_timeout_seconds: float = 86_400
+    #: How long a pod waits for a registry that is away (5xx, 429, no answer); 0 is for ever.
+    registry_timeout_seconds: float = 1_800
+    #: How long one init container may work; 0 is for ever.
+    init_timeout_seconds: float = 3_600
+    #: How long a pod's container may run whose agent has not called; 0 is for ever.
+    claim_timeout_seconds: float = 900
+    #: What the kubelet tries again by itself (an image that is not found, a container whose Secret comes late)
     #: is given up after so long: two or three of its tries.
     startup_patience_seconds: float = 30
     #: How long an ended pod stays for people to look at.
