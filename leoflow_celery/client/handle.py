@@ -43,6 +43,8 @@ class Handle:
     attempt: AttemptId
     id: str
     created: bool = True
+    #: The try had been submitted before, with another request: that one counts. ``Client.submit`` finds it out.
+    differs: bool = False
 
     @property
     def result(self) -> AsyncResult[Any]:

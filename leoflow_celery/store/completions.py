@@ -20,7 +20,7 @@ from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.models import DatabaseTime, TaskCompletion, table_of
-from leoflow_celery.store.task_instance_sql import ended_try
+from leoflow_celery.store.task_instance_sql import ended_try, value_is_replaced
 
 _TABLE = table_of(TaskCompletion)
 #: As many are taken at once: what a worker does in a small part of a lease.
@@ -134,6 +134,24 @@ def take_of_try(
     parameters |= {"p_ti": task_instance_id, "p_try": try_number}
     statement = _take(one_try=True, locking=connection.dialect.name != "sqlite")
     return [Waiting(*row) for row in connection.execute(statement, parameters)]
+
+
+def told_since(since: float, limit: int) -> sa.Update:
+    """Open again what was told since then, the newest first; not a success whose value a later try has replaced."""
+    columns = _TABLE.c
+    told = sa.select(columns.celery_task_id).where(
+        columns.done_at >= since, ~value_is_replaced(columns.task_instance_id, columns.try_number)
+    )
+    told = told.order_by(columns.done_at.desc()).limit(limit)
+    is_told = columns.celery_task_id.in_(sa.select(told.cte("told").c.celery_task_id))
+    return sa.update(_TABLE).where(is_told).values(done_at=None, lease_until=None, failures=0)
+
+
+def in_flight() -> sa.Update:
+    """End the leases of what is being told: whoever tells it may have told a server that has forgotten it."""
+    columns = _TABLE.c
+    is_held = sa.and_(columns.done_at.is_(None), columns.lease_until.is_not(None), columns.failures == 0)
+    return sa.update(_TABLE).where(is_held).values(lease_until=None)
 
 
 def _check_owner(celery_task_id: str, named: tuple[str, int], owner: tuple[str, int] | None) -> None:
