@@ -385,6 +385,9 @@ class MaintenanceSettings(BaseSettings):
     #: How long a started attempt may take until its agent calls; a pod's time begins after its pending timeout.
     launch_timeout_seconds: float = 900
     cancel_grace_seconds: float = 60
+    #: When Redis went back (a failover, a crash, an empty restart), ends told this long ago at most are told again. An
+    #: empty Redis has forgotten days of them, and their callbacks have long been heard.
+    retell_seconds: float = Field(default=600, ge=0)
     #: A try whose container was killed for its memory starts again with its memory limit times this; 1 switches it off.
     oom_memory_factor: float = 1.0
     #: The most that such a limit may grow to (a Kubernetes quantity).

@@ -14,6 +14,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat, FinishCondition
+from leoflow_celery.store.completions import Waiting
 from leoflow_celery.store.events import event_row
 from leoflow_celery.store.models import DagRun, TaskCompletion, TaskEvent, TaskInstance, table_of
 from leoflow_celery.store.submissions import _completion_row, _row
@@ -81,7 +82,7 @@ CALLS: dict[str, Call] = {
     "staging": lambda store: store.staging.list_active(),
     "take": lambda store: store.completions.take(60),
     "take of one": lambda store: store.completions.take(60, "ti-1", 1),
-    "done": lambda store: store.completions.done(["some-id"]),
+    "done": lambda store: store.completions.done([Waiting("some-id", "ti-1", 1, {}, None, lease_until=1.0)]),
     "record": lambda store: submit(store, "fresh"),
     "end superseded": lambda store: store.submissions.end_superseded(),
     "record again": lambda store: submit(store, "old-7", 2),
