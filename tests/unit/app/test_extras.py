@@ -28,7 +28,7 @@ def names(queue: str) -> dict[str, set[str]]:
     [
         ("inline", set(), set()),
         ("subprocess", set(), {"Room"}),
-        ("results", {"LaunchCollector"}, set()),
+        ("results", {"LaunchCollector", "RedisMarks"}, set()),
         ("maintenance", {"Gauges"}, set()),
         ("k8s", set(), {"BackEndPresence"}),
         ("docker", set(), {"BackEndPresence", "Room"}),
@@ -36,7 +36,8 @@ def names(queue: str) -> dict[str, set[str]]:
 )
 def test_a_worker_has_what_its_queues_need(queue: str, worker: set[str], consumer: set[str]) -> None:
     assert names(queue) == {
-        "worker": {"LogFields", "BackEndFiles", "MetricsEndpoint", "CloseServices", "ReadClocks"} | worker,
+        "worker": {"LogFields", "BackEndFiles", "BrokerRights", "MetricsEndpoint", "CloseServices", "ReadClocks"}
+        | worker,
         "consumer": {"AliveFile"} | consumer,
     }
 
