@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 #: The header has whole seconds, and what is left of one is cut off.
@@ -73,6 +74,11 @@ class ServerClock:
     def to_own(self, instant: float) -> float:
         """An instant of the server's clock, as this host's clock will show it then: for code that knows only that."""
         return instant - self.time() + time.time()
+
+
+def due_in(seconds: float) -> datetime:
+    """The instant in so many seconds by the broker's clock, as the ``eta`` of a message of ours."""
+    return datetime.fromtimestamp(broker_clock.time() + seconds, UTC)
 
 
 #: Of the broker that this process uses. There is one in a process.
