@@ -31,7 +31,7 @@ _TIME_FIELDS = frozenset({"at"})
 #: A pipe has no width; a program that reads it wants whole lines.
 _PIPE_WIDTH = 240
 #: Columns that people copy from.
-_UNBROKEN = frozenset({"task", "task instance"})
+_UNBROKEN = frozenset({"task", "task instance", "dag", "run"})
 
 
 def visible(text: str) -> str:
@@ -67,6 +67,11 @@ def note(text: str) -> None:
 def iso(seconds: float | None) -> str | None:
     """Epoch seconds as ISO 8601 in UTC."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def day_and_time(seconds: float) -> str:
+    """A moment for people, in this host's time zone."""
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def view_json(view: RunView | TaskInstanceView | EventView | StagingVolumeState | DeletedVolume) -> dict[str, Any]:

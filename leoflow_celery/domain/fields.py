@@ -5,6 +5,7 @@ Text without what no database keeps, JSON that every reader takes, names that fi
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 #: Control and format characters (ESC, bidi overrides, zero-width ones), halves of pairs, line and paragraph separators.
 _UNPRINTABLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _CLAIM_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 #: Of a Pod object; the API server would drop any other key, and say nothing.
 _POD_KEYS = frozenset({"apiVersion", "kind", "metadata", "spec"})
 #: How an agent is run is for its image and its executor to say: a request that could would break it, or take it over.
@@ -218,6 +220,19 @@ def _mount_path(value: str) -> str:
     return _label(value)
 
 
+def _host_name(value: str) -> str:
+    if not _HOST_NAME.fullmatch(value):
+        raise ValueError("is the name of a host: letters, digits, '-', '.' and '_'")
+    return value
+
+
+def _address(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("is an IP address, e.g. 10.0.0.7") from None
+
+
 def _parameters(value: dict[str, Item]) -> dict[str, Item]:
     seen: dict[str, str] = {}
     for name in value:
@@ -242,6 +257,8 @@ Name = Annotated[Label, Field(max_length=MAX_NAME_CHARACTERS)]
 Identifier = Annotated[str, AfterValidator(_identifier)]
 PlainIdentifier = Annotated[str, AfterValidator(_plain_identifier)]
 ClaimName = Annotated[str, AfterValidator(_claim_name)]
+HostName = Annotated[str, AfterValidator(_host_name)]
+Address = Annotated[str, AfterValidator(_address)]
 MountPath = Annotated[str, AfterValidator(_mount_path)]
 Quantity = Annotated[str, AfterValidator(_quantity)]
 OptionalQuantity = Annotated[str, AfterValidator(lambda value: value and _quantity(value))]

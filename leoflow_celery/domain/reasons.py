@@ -44,11 +44,14 @@ class FailureReason(StrEnum):
     UNSCHEDULABLE = "unschedulable"
     IMAGE_PULL_FAILED = "image_pull_failed"
     CONTAINER_CREATE_FAILED = "container_create_failed"
+    INIT_TIMEOUT = "init_timeout"
     CONTAINER_LOST = "container_lost"
     POD_DELETED = "pod_deleted"
     PROCESS_LOST = "process_lost"
     # resources
     OOM_KILLED = "oom_killed"
+    INIT_OOM_KILLED = "init_oom_killed"
+    STORAGE_EXCEEDED = "storage_exceeded"
     # config
     INVALID_IMAGE = "invalid_image"
     INVALID_SPEC = "invalid_spec"
@@ -90,13 +93,14 @@ CLASS_OF: dict[FailureReason, FailureClass] = {
             _R.UNSCHEDULABLE,
             _R.IMAGE_PULL_FAILED,
             _R.CONTAINER_CREATE_FAILED,
+            _R.INIT_TIMEOUT,
             _R.CONTAINER_LOST,
             _R.POD_DELETED,
             _R.PROCESS_LOST,
         ),
         _C.INFRASTRUCTURE,
     ),
-    _R.OOM_KILLED: _C.RESOURCES,
+    **dict.fromkeys((_R.OOM_KILLED, _R.INIT_OOM_KILLED, _R.STORAGE_EXCEEDED), _C.RESOURCES),
     **dict.fromkeys(
         (
             _R.INVALID_IMAGE,
@@ -122,6 +126,7 @@ NOT_LAUNCHED = frozenset(
         _R.UNSCHEDULABLE,
         _R.IMAGE_PULL_FAILED,
         _R.CONTAINER_CREATE_FAILED,
+        _R.INIT_TIMEOUT,
     }
 )
 

@@ -150,7 +150,16 @@ def _patience(task: LeoflowTask, view: TaskInstanceView, policy: ReapPolicy) -> 
     """A pod may be pending first: how long, its reconcile decides and says why; the agent's time comes after that."""
     if view.executor != ExecutorType.KUBERNETES:
         return policy
-    pending = task.services.settings.kubernetes.pending_timeout_seconds or math.inf
+    kubernetes = task.services.settings.kubernetes
+    limits = [kubernetes.pending_timeout_seconds]
+    if task.services.store.presence.back_ends(ExecutorType.KUBERNETES):
+        # A reconcile watches it, and knows which of these it waits for. Without one nobody does.
+        limits += [
+            kubernetes.capacity_timeout_seconds,
+            kubernetes.registry_timeout_seconds,
+            kubernetes.init_timeout_seconds,
+        ]
+    pending = sum(one or math.inf for one in limits)
     return replace(policy, launch_timeout_seconds=pending + policy.launch_timeout_seconds)
 
 

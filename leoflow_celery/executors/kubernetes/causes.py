@@ -30,7 +30,12 @@ _DISRUPTIONS = {
     "DeletionByPodGC": (Reason.NODE_LOST, "lost with"),
     "TerminationByKubelet": (Reason.EVICTED, "ended by the kubelet of"),
 }
-_PULL = frozenset({"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "ErrImageNeverPull", "RegistryUnavailable"})
+_PULL = frozenset(
+    {
+        *("ErrImagePull", "ImagePullBackOff", "ImageInspectError", "ErrImageNeverPull", "RegistryUnavailable"),
+        "SignatureValidationFailed",
+    }
+)
 _CREATE = frozenset(
     {"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "PreCreateHookError", "StartError"}
 )
@@ -42,6 +47,26 @@ _LOST_TRACK = frozenset({"ContainerStatusUnknown", "Unknown"})
 _NO_PROGRAM = re.compile(r"no such file|not found|permission denied|exec format error|is a directory", re.IGNORECASE)
 _NO_SECRET = re.compile(r'secret "(?P<missing>[^"]+)" not found|couldn\'t find key \S+ in Secret (?:\S+/)?(?P<of>\S+)')
 _NON_ROOT = re.compile(r"runAsNonRoot|non-root policy")
+#: The kubelet's words for a pod that used more disk than its own limits allow; a node that is short of disk says else.
+_OVER_STORAGE = re.compile(
+    r"ephemeral local storage usage exceeds|exceeded its local ephemeral storage limit|"
+    r"Usage of EmptyDir volume .* exceeds the limit"
+)
+#: A registry that is away or busy. What it knows and refuses (not found, denied) stays so.
+_REGISTRY_AWAY = re.compile(
+    r"(?:status|code|HTTP)\D{0,30}(?:429|5\d\d)\b|too ?many ?requests|service unavailable|bad gateway|"
+    r"gateway time-?out|"
+    r"internal server error|i/o timeout|TLS handshake timeout|deadline exceeded|Client\.Timeout|connection refused|"
+    r"connection reset|RegistryUnavailable|unexpected EOF|server misbehaving|temporary failure in name resolution",
+    re.IGNORECASE,
+)
+_REFUSED_PULL = re.compile(
+    r"not found|manifest unknown|does not exist|denied|unauthorized|authentication required|forbidden|"
+    r"invalid reference",
+    re.IGNORECASE,
+)
+#: The scheduler's words for nodes that are full: room comes when others end.
+_FULL = re.compile(r"Insufficient |free ports|Too many pods|max volume count", re.IGNORECASE)
 _FIXES = {
     Reason.INVALID_SPEC: "; give the image a numeric USER other than 0, or the pod a runAsUser (pod_override)",
     Reason.UNKNOWN_SECRET: "; create the Secret in the namespace of the task pods, or correct its name",
@@ -55,14 +80,20 @@ def cause_of_end(pod: PodState) -> Outcome:
 
 def disturbance(pod: PodState) -> Outcome | None:
     """What ended the pod from outside, or None when its container ended by itself."""
+    if pod.ended_by_itself:
+        return None
     if pod.reason == "DeadlineExceeded":
         return _past_deadline(pod)
     if pod.reason in _POD_REASONS:
         reason, verb = _POD_REASONS[pod.reason]
+        if pod.reason == "Evicted" and _OVER_STORAGE.search(pod.message):
+            reason = Reason.STORAGE_EXCEEDED
         return Outcome.failed(reason, _sentence(f"the pod was {verb} {_node(pod)}", pod.message))
     if pod.disruption is not None:
         kind, words = pod.disruption
         reason, verb = _DISRUPTIONS.get(kind, (Reason.EVICTED, f"ended ({kind}) on"))
+        if _OVER_STORAGE.search(words):
+            reason = Reason.STORAGE_EXCEEDED
         return Outcome.failed(reason, _sentence(f"the pod was {verb} {_node(pod)}", words))
     if pod.phase == "Unknown":
         return Outcome.failed(Reason.NODE_LOST, _sentence(f"{_node(pod)} does not answer", pod.message))
@@ -95,8 +126,8 @@ def _past_deadline(pod: PodState) -> Outcome:
 
 
 def _container_end(pod: PodState) -> Outcome:
-    init, task = pod.troubled_init, pod.task
-    if init is not None and init.failed:
+    init, task = pod.failed_init, pod.task
+    if init is not None and not pod.has_run:
         return _exit(pod, init, f"init container {init.name!r}")
     if task is None or not task.terminated:
         return Outcome.failed(Reason.AGENT_LOST, _sentence(f"the pod ended on {_node(pod)}", pod.message))
@@ -115,7 +146,8 @@ def _exit(pod: PodState, container: ContainerState, what: str) -> Outcome:
     if container.reason == "OOMKilled":
         limit = f" (limit {pod.memory_limit})" if pod.memory_limit and container is pod.task else ""
         message = f"{what} was killed on {_node(pod)}: it used more memory than it may{limit}"
-        return Outcome.failed(Reason.OOM_KILLED, message, code)
+        # More memory for the task would not help an init container.
+        return Outcome.failed(Reason.OOM_KILLED if container is pod.task else Reason.INIT_OOM_KILLED, message, code)
     if container.reason in _LOST_TRACK:
         message = f"{_node(pod)} lost track of {what} and does not know how it ended"
         return Outcome.failed(Reason.AGENT_LOST, _sentence(message, container.message))
@@ -146,13 +178,43 @@ def describe_exit(container: ContainerState) -> str:
         return f"exit code {container.exit_code}"
 
 
+def waits_for_registry(pod: PodState, words: str = "") -> bool:
+    """Whether its image cannot be pulled because the registry is away or busy. ``words``: the last failed pull's."""
+    stalled = _stalled(pod)
+    if stalled is None or stalled.reason not in _PULL:
+        return False
+    text = f"{stalled.reason} {stalled.message} {words}"
+    return _REFUSED_PULL.search(text) is None and _REGISTRY_AWAY.search(text) is not None
+
+
+def waits_for_room(pod: PodState) -> bool:
+    """Whether it is in line: for room on the nodes, or for whoever opens its scheduling gate (Kueue)."""
+    return not pod.scheduled and (pod.gated or _FULL.search(pod.unscheduled) is not None)
+
+
+def _stalled(pod: PodState) -> ContainerState | None:
+    if pod.troubled_init is not None and pod.troubled_init.waiting:
+        return pod.troubled_init
+    return pod.task
+
+
+def init_overdue(pod: PodState, working_seconds: float) -> Outcome:
+    """An init container that works for too long."""
+    name = pod.working_init.name if pod.working_init else ""
+    message = (
+        f"init container {name!r} works on {_node(pod)} for {working_seconds:.0f} s, longer than it may "
+        "(LEOFLOW_KUBERNETES_INIT_TIMEOUT_SECONDS)"
+    )
+    return Outcome.failed(Reason.INIT_TIMEOUT, message)
+
+
 def cause_of_stall(pod: PodState, age_seconds: float, patience_seconds: float) -> Outcome | None:
     """Why a pod that has not ended never will start, or None while it may.
 
     ``age_seconds`` is for how long that may have been so. What the kubelet tries again by itself (a registry that is
     away, a Secret that comes late) is given ``patience_seconds``: two or three tries.
     """
-    stalled = pod.troubled_init if pod.troubled_init is not None and pod.troubled_init.waiting else pod.task
+    stalled = _stalled(pod)
     if stalled is None or not stalled.waiting:
         return None
     if stalled.reason == "InvalidImageName":

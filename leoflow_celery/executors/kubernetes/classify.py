@@ -7,6 +7,7 @@ knows that it was interrupted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,7 +22,10 @@ from leoflow_celery.executors.kubernetes.causes import (
     cause_of_pending,
     cause_of_stall,
     disturbance,
+    init_overdue,
     overdue_deletion,
+    waits_for_registry,
+    waits_for_room,
 )
 from leoflow_celery.executors.kubernetes.observe import PodState
 from leoflow_celery.settings import KubernetesSettings
@@ -39,6 +43,13 @@ class ReconcilePolicy:
     patience_seconds: float = 30
     pending_timeout_seconds: float = 600
     finished_grace_seconds: float = 600
+    #: How long a pod waits for room in the cluster or for a scheduling gate, how long for a registry that is away, and
+    #: how long one init container may work; 0 is for ever.
+    capacity_timeout_seconds: float = 86_400
+    registry_timeout_seconds: float = 1_800
+    init_timeout_seconds: float = 3_600
+    #: How long a container may run whose agent has not called; 0 is for ever.
+    claim_timeout_seconds: float = 900
     #: Pods of another system in the namespace are none of our business.
     system: str = ""
 
@@ -48,6 +59,10 @@ class ReconcilePolicy:
             patience_seconds=settings.startup_patience_seconds,
             pending_timeout_seconds=settings.pending_timeout_seconds,
             finished_grace_seconds=settings.finished_grace_seconds,
+            capacity_timeout_seconds=settings.capacity_timeout_seconds,
+            registry_timeout_seconds=settings.registry_timeout_seconds,
+            init_timeout_seconds=settings.init_timeout_seconds,
+            claim_timeout_seconds=settings.claim_timeout_seconds,
             system=settings.system,
         )
 
@@ -81,10 +96,12 @@ def decide_pod(
     now: float,
     policy: ReconcilePolicy,
     failing_since: float | None = None,
+    pull_words: str = "",
 ) -> PodDecision:
     """``expected`` is the live attempt of the pod's name, as SQL had it at ``read_at``.
 
-    ``failing_since`` is when its kubelet failed to start it for the first time, where the pod's events were asked.
+    ``failing_since`` is when its kubelet failed to start it for the first time, ``pull_words`` what the last failed
+    pull said, where the pod's events were asked.
     Another system's pod is left alone even under a name that is expected: the same DAG may run in both. So is one of
     that name that is no attempt's.
     """
@@ -101,7 +118,24 @@ def decide_pod(
         return PodDecision(PodReport(overdue_deletion(pod, overdue))) if overdue > policy.margin_seconds else KEEP
     if pod.phase == "Unknown":
         return PodDecision(PodReport(cause_of_end(pod)))
-    return _starting(pod, expected, now, policy, failing_since)
+    if pod.has_run:
+        return _running(pod, expected, now, policy)  # whatever its sidecars wait for
+    return _starting(pod, expected, now, policy, failing_since, pull_words)
+
+
+def _running(pod: PodState, expected: ExpectedAttempt, now: float, policy: ReconcilePolicy) -> PodDecision:
+    """A pod whose task's container runs: nothing about starting applies. But an agent calls within minutes."""
+    if expected.claimed or pod.task is None or pod.task.started_at is None:
+        return KEEP
+    running = now - pod.task.started_at
+    if not 0 < policy.claim_timeout_seconds <= running:
+        return KEEP
+    message = (
+        f"pod {pod.name} runs for {running:.0f} s, and its agent never called; is leoflow-agent the entry point of "
+        f"image {pod.image!r}, and does it reach LEOFLOW_CONTROL_PLANE_ADDR?"
+    )
+    report = PodReport(Outcome.failed(FailureReason.LAUNCH_LOST, message), wants_log_tail=True)
+    return PodDecision(report, delete=True, why="never_called")
 
 
 def _unexpected(pod: PodState, read_at: float, now: float, policy: ReconcilePolicy) -> PodDecision:
@@ -110,22 +144,40 @@ def _unexpected(pod: PodState, read_at: float, now: float, policy: ReconcilePoli
         return KEEP
     if not pod.ended:
         return PodDecision(delete=True, why="unexpected")
+    if pod.only_sidecars_run:
+        return PodDecision(delete=True, why="only_sidecars_run")
     # Evicted pods of old versions have no end time.
     ended_at = pod.finished_at or pod.created_at
     return PodDecision(delete=True, why="finished") if now - ended_at >= policy.finished_grace_seconds else KEEP
 
 
 def _starting(
-    pod: PodState, expected: ExpectedAttempt, now: float, policy: ReconcilePolicy, failing_since: float | None
+    pod: PodState,
+    expected: ExpectedAttempt,
+    now: float,
+    policy: ReconcilePolicy,
+    failing_since: float | None,
+    pull_words: str,
 ) -> PodDecision:
     """A pod that does not start is deleted with the report: it must not start beside the next launch."""
     # A launch that a second delivery finished (the pod's Secret) has only been complete since then; one that nobody
     # reported yet may wait for that delivery.
     complete_at = now if expected.launched_at is None else max(pod.started_at or pod.created_at, expected.launched_at)
     # A pull may take minutes before it fails for the first time.
-    age, pending = now - max(complete_at, failing_since or 0.0), now - pod.created_at
-    cause = cause_of_stall(pod, age, policy.patience_seconds)
-    if cause is None and pod.phase == "Pending" and 0 < policy.pending_timeout_seconds <= pending:
+    age, pending = now - max(complete_at, failing_since or 0.0), now - max(pod.created_at, pod.moved_at or 0.0)
+    limit = policy.pending_timeout_seconds
+    if pod.working_init is not None:
+        # It moves, and has a limit of its own.
+        working = now - (pod.working_init.started_at or now)
+        overdue = 0 < policy.init_timeout_seconds <= working
+        return PodDecision(PodReport(init_overdue(pod, working)), delete=True, why=NEVER_STARTED) if overdue else KEEP
+    patience = policy.patience_seconds
+    if waits_for_registry(pod, pull_words):
+        limit, patience = 0.0, policy.registry_timeout_seconds or math.inf
+    elif waits_for_room(pod):
+        limit = policy.capacity_timeout_seconds
+    cause = cause_of_stall(pod, age, patience)
+    if cause is None and pod.phase == "Pending" and 0 < limit <= pending:
         # Whatever patience is left: a pod that waits for its image is given up because of its image.
         cause = cause_of_stall(pod, age, 0) or cause_of_pending(pod, pending)
     return PodDecision(PodReport(cause), delete=True, why=NEVER_STARTED) if cause else KEEP
@@ -138,15 +190,23 @@ def _end(
     settled = (pod.finished_at or now) < read_at - policy.margin_seconds
     if record is not None and record.state is TaskState.NONE:
         return None  # its claim was refused: somebody else runs the attempt, or nobody may
+    if record is not None and record.state is TaskState.SUCCESS and not expected.claimed:
+        # SQL may have been read before the claim; later, nobody who held no claim can have run the task.
+        return PodReport(_unclaimed_success(pod), wants_log_tail=True) if settled else None
     if record is not None and record.ended:
         # SQL was read before the report arrived, most likely; reporting it again does no harm.
         return _of_record(pod, record) if settled or not record.reported else None
     if record is not None:
         return PodReport(cause_of_agent_death(pod), wants_log_tail=pod.has_run)
-    outcome = cause_of_end(pod)
+    outcome = cause_of_agent_death(pod) if expected.claimed and pod.has_run else cause_of_end(pod)
     if outcome.exit_code == 0 and not settled:
         return None  # an agent that leaves no record may have reported all the same
-    return PodReport(outcome, wants_log_tail=pod.has_run)
+    return PodReport(outcome, wants_log_tail=pod.has_run or pod.failed_init is not None)
+
+
+def _unclaimed_success(pod: PodState) -> Outcome:
+    message = f"pod {pod.name} left a record of success, but its agent never claimed the attempt; it is not believed"
+    return Outcome.failed(FailureReason.INVALID_IMAGE, message)
 
 
 def _of_record(pod: PodState, record: TerminationRecord) -> PodReport:

@@ -94,6 +94,12 @@ def failing_since(events: list[PodEvent]) -> float | None:
     return min((one.since for one in events if one.reason in _FAILED_STARTS and one.since is not None), default=None)
 
 
+def pull_words(events: list[PodEvent]) -> str:
+    """What the last failed pull said; a container that backs off says only that it does."""
+    words = _EXPLAINS[Reason.IMAGE_PULL_FAILED]
+    return next((one.message for one in reversed(events) if one.message.startswith(words)), "")
+
+
 def explain(outcome: Outcome, events: list[PodEvent]) -> Outcome:
     """The outcome with the last word of the events, and the true reason where they know better."""
     if outcome.reason in (Reason.POD_DELETED, Reason.INTERRUPTED):

@@ -20,11 +20,15 @@ _NO_LOG = "unable to retrieve container logs for "
 
 
 def fetch_log_tail(api: KubernetesApi, pod: PodState, lines: int) -> tuple[str, ...]:
-    """The last ``lines`` lines, of at most 32 KiB together; nothing when there is no log (any more)."""
-    if pod.task is None or lines <= 0:
+    """The last ``lines`` lines, of at most 32 KiB together; nothing when there is no log (any more).
+
+    They are of the task's container, or of the init container whose failure kept it from starting.
+    """
+    container = pod.task if pod.has_run else pod.failed_init
+    if container is None or lines <= 0:
         return ()
     try:
-        text = _read(partial(_ask, api, pod.name, pod.task.name), lines)
+        text = _read(partial(_ask, api, pod.name, container.name), lines)
     except ApiError as error:
         # The pod, its container or its node may be gone: an outcome without a log is better than none.
         log.info("kubernetes.no_log", extra={"attempt_name": pod.name, "error": str(error)})

@@ -15,6 +15,7 @@ from leoflow_celery.executors.kubernetes.identity import attempt_of, system_of, 
 
 Json = dict[str, Any]
 _ENDED_PHASES = frozenset({"Succeeded", "Failed"})
+_CLOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,15 @@ class PodState:
     unscheduled: str = ""
     disruption: tuple[str, str] | None = None
     task: ContainerState | None = None
+    #: The init container that those after it wait for, the one that works, and the one whose failure ended the pod.
+    #: A sidecar (an init container with restartPolicy Always) may be the first of these, and never the last.
     troubled_init: ContainerState | None = None
+    working_init: ContainerState | None = None
+    failed_init: ContainerState | None = None
+    #: When one of its init containers last started or ended.
+    moved_at: float | None = None
+    deletion_asked_at: float | None = None
+    gated: bool = False
     image: str = ""
     memory_limit: str = ""
     deadline_seconds: int | None = None
@@ -98,11 +107,29 @@ class PodState:
         """Whether there may be a log."""
         return self.task is not None and self.task.has_run
 
+    @property
+    def ended_by_itself(self) -> bool:
+        """Whether the task's container was over before anybody asked to delete the pod."""
+        if self.task is None or not self.task.terminated:
+            return False
+        if self.task.reason == "OOMKilled":
+            return True
+        asked, finished = self.deletion_asked_at, self.task.finished_at
+        # Whole seconds of two clocks: a node's and the API server's.
+        return asked is not None and finished is not None and finished < asked - _CLOCK_SECONDS
+
+    @property
+    def only_sidecars_run(self) -> bool:
+        """Whether the task is over and the pod is not: what is left of it serves nobody."""
+        return self.task is not None and self.task.terminated and self.phase not in _ENDED_PHASES
+
 
 def observe(pod: Json) -> PodState:
     """Reduce one item of a list of pods."""
     metadata, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
     container = _named(spec.get("containers"), TASK_CONTAINER)
+    inits = _init_containers(spec, status)
+    due_at = seconds(metadata.get("deletionTimestamp"))
     conditions = {one.get("type"): one for one in status.get("conditions") or ()}
     scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
     return PodState(
@@ -116,12 +143,19 @@ def observe(pod: Json) -> PodState:
         reason=status.get("reason", ""),
         message=status.get("message", "").strip(),
         started_at=seconds(status.get("startTime")),
-        deletion_due_at=seconds(metadata.get("deletionTimestamp")),
+        deletion_due_at=due_at,
+        deletion_asked_at=_asked_at(due_at, metadata.get("deletionGracePeriodSeconds")),
+        gated=scheduled.get("reason") == "SchedulingGated" or bool(spec.get("schedulingGates")),
         scheduled=bool(spec.get("nodeName")),
         unscheduled=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         disruption=_disruption(disruption),
         task=_container(_named(status.get("containerStatuses"), TASK_CONTAINER)),
-        troubled_init=_troubled(status.get("initContainerStatuses")),
+        troubled_init=next((one for one, is_sidecar in inits if _blocks(one, is_sidecar)), None),
+        working_init=next((one for one, is_sidecar in inits if one.running and not is_sidecar), None),
+        failed_init=next((one for one, is_sidecar in inits if one.failed and not is_sidecar), None),
+        moved_at=max(
+            (at for one, _ in inits for at in (one.started_at, one.finished_at) if at is not None), default=None
+        ),
         image=container.get("image", ""),
         memory_limit=str(((container.get("resources") or {}).get("limits") or {}).get("memory", "")),
         deadline_seconds=spec.get("activeDeadlineSeconds"),
@@ -137,9 +171,12 @@ def claims_of(spec: Json) -> tuple[str, ...]:
 
 
 def _named(items: list[Json] | None, name: str) -> Json:
-    """The item of that name, else the first: a template may call the container what it likes."""
-    items = items or [{}]
-    return next((one for one in items if one.get("name") == name), items[0])
+    """The item of that name. Another one says nothing of the task."""
+    return next((one for one in items or () if one.get("name") == name), {})
+
+
+def _asked_at(due_at: float | None, grace_seconds: int | None) -> float | None:
+    return None if due_at is None or grace_seconds is None else due_at - grace_seconds
 
 
 def _disruption(condition: Json) -> tuple[str, str] | None:
@@ -148,17 +185,29 @@ def _disruption(condition: Json) -> tuple[str, str] | None:
     return condition.get("reason", ""), condition.get("message", "").strip()
 
 
-def _troubled(statuses: list[Json] | None) -> ContainerState | None:
-    """The first init container that waits or failed: those after it wait for it."""
-    states = (_container(one) for one in statuses or ())
-    return next((one for one in states if one is not None and (one.waiting or one.failed)), None)
+def _init_containers(spec: Json, status: Json) -> list[tuple[ContainerState, bool]]:
+    """The init containers in their order, each with whether it is a sidecar (1.29)."""
+    sidecars = {one.get("name") for one in spec.get("initContainers") or () if one.get("restartPolicy") == "Always"}
+    found = []
+    for one in status.get("initContainerStatuses") or ():
+        state, is_sidecar = _container(one), one.get("name") in sidecars
+        # Of a sidecar that has started others wait no more, whatever it does now.
+        if state is not None and not (is_sidecar and one.get("started")):
+            found.append((state, is_sidecar))
+    return found
+
+
+def _blocks(one: ContainerState, is_sidecar: bool) -> bool:
+    return one.waiting or (one.failed and not is_sidecar)
 
 
 def _container(status: Json) -> ContainerState | None:
     if not status:
         return None
     name, state = status.get("name", ""), status.get("state") or {}
-    if (ended := state.get("terminated")) is not None:
+    # A container that a webhook lets restart has ended all the same: what runs now is a second run of the same attempt.
+    last = (status.get("lastState") or {}).get("terminated") if name == TASK_CONTAINER else None
+    if (ended := last or state.get("terminated")) is not None:
         return ContainerState(
             name,
             terminated=True,

@@ -35,6 +35,7 @@ from leoflow_celery.executors.kubernetes.events import (
     explain_claim,
     failing_since,
     fetch_events,
+    pull_words,
 )
 from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
 from leoflow_celery.executors.kubernetes.logs import fetch_log_tail
@@ -139,7 +140,7 @@ class Reconciler:
         if decision.report is not None and expected is not None:
             events = self._events(pod.name, pod.uid) if decision.report.outcome.reason else []
             if decision.why == NEVER_STARTED:
-                decision = decide(failing_since=failing_since(events))
+                decision = decide(failing_since=failing_since(events), pull_words=pull_words(events))
             if decision.report is not None:
                 self._report_end(pod, expected.attempt, decision.report, events)
         deleted = decision.delete and self._delete(pod, decision)

@@ -258,7 +258,7 @@ def test_without_the_right_to_read_events_and_logs_or_to_delete_ends_are_reporte
     done = scene.reconcile(failed, pending)
     assert (done.reported, done.deleted) == (2, 0)
     outcome = scene.reports.outcome(failed)
-    assert (outcome.reason, outcome.exit_code) == (Reason.NON_ZERO_EXIT, 3)
+    assert (outcome.reason, outcome.exit_code) == (Reason.AGENT_LOST, 3)
     assert (outcome.last_event, outcome.log_tail) == ("", ())
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_a_shorter_record_over_a_longer_one_leaves_no_rest(tmp_path):
 
 def test_a_success_whose_value_cannot_be_kept_is_recorded_as_lost(tmp_path):
     log = TerminationLog(str(tmp_path / "log"), "ti")
-    log.record(Outcome.success(), b'"' + b"x" * MAX_BYTES + b'"')
+    log.record(Outcome.success(), b'"' + secrets.token_hex(MAX_BYTES).encode() + b'"')
     record = decode((tmp_path / "log").read_bytes())
     assert (record.state, record.reason) == (TaskState.FAILED, FailureReason.AGENT_LOST)
 
@@ -73,3 +74,51 @@ def test_a_success_whose_value_cannot_be_kept_is_recorded_as_lost(tmp_path):
 def test_a_path_that_cannot_be_written_does_not_stop_the_agent():
     TerminationLog("/no/such/dir/log", "ti").record(Outcome.success())
     TerminationLog("", "ti").record(Outcome.success())
+
+
+def kept_of(record: TerminationRecord, containers: int) -> TerminationRecord | None:
+    """What a kubelet leaves of it: 12 KiB for all containers of the pod."""
+    return decode(encode(record)[: min(4_096, 12_288 // containers)])
+
+
+@pytest.mark.parametrize("containers", [1, 3, 6, 12, 24])
+def test_a_success_with_a_long_value_stays_one_in_a_pod_of_many_containers(containers):
+    text = json.dumps({"rows": ["a value of three thousand characters"] * 75})
+    record = kept_of(TerminationRecord("ti", TaskState.SUCCESS, 0, return_value=text), containers)
+    assert (record.state, record.exit_code, record.return_value, record.lost_value) == (
+        TaskState.SUCCESS, 0, text, False,
+    )  # fmt: skip
+
+
+def test_a_success_whose_value_was_cut_stays_one_and_says_what_is_missing():
+    text = json.dumps(secrets.token_hex(1_500))
+    record = kept_of(TerminationRecord("ti", TaskState.SUCCESS, 0, return_value=text), 6)
+    assert (record.state, record.return_value, record.lost_value) == (TaskState.SUCCESS, None, True)
+    assert f"the return value ({len(text)} characters) is lost" in record.outcome().message
+
+
+@pytest.mark.parametrize("message", ["x" * 4_000, 'a "quoted" \\ and\n\tescaped é ' * 100])
+def test_a_failure_that_was_cut_keeps_its_reason_its_code_and_most_of_its_sentence(message):
+    whole = encode(TerminationRecord("ti", TaskState.FAILED, 137, "oom_killed", message))
+    for size in range(120, len(whole)):
+        record = decode(whole[:size])
+        assert (record.state, record.reason, record.exit_code) == (TaskState.FAILED, "oom_killed", 137)
+        assert record.message[:-1] == message[: len(record.message) - 1]
+    assert len(decode(whole[:2_048]).message) > 300
+
+
+def test_a_number_right_before_the_cut_is_not_believed():
+    whole = encode(TerminationRecord("ti", TaskState.FAILED, 137, "oom_killed"))
+    record = decode(whole[: whole.index(b"137") + 2])
+    assert (record.state, record.exit_code) == (TaskState.FAILED, None)
+
+
+def test_a_record_of_an_older_agent_that_was_cut_is_read_as_far_as_it_goes():
+    old = json.dumps({"attempt": "ti", "state": "success", "exit_code": 0, "reason": None, "return_value": "x" * 3_000})
+    assert decode(old[:2_048]).state is TaskState.SUCCESS
+
+
+@pytest.mark.parametrize("packed", ["!!", "AAAA", "x" * 3_000])
+def test_a_packed_value_that_is_none_is_a_lost_one(packed):
+    text = json.dumps({"attempt": "ti", "state": "success", "value_characters": 9, "packed_value": packed})
+    assert decode(text).lost_value

@@ -32,7 +32,7 @@ def _disruption(reason: str) -> dict[str, Any]:
         ),
         (
             {"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total limit 20Mi. "},
-            Reason.EVICTED,
+            Reason.STORAGE_EXCEEDED,
             "the pod was evicted from node 'node-1': Pod ephemeral local storage usage exceeds the total limit 20Mi.",
         ),
         (

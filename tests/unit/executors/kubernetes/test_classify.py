@@ -117,7 +117,8 @@ def test_an_agent_killed_while_its_task_ran_is_lost_infrastructure() -> None:
 
 @pytest.mark.parametrize("text", ["", "Traceback …", '{"attempt": "ti-1"', record(TaskState.SUCCESS, attempt="other")])
 def test_without_a_record_of_this_attempt_the_container_speaks(text: str | bytes) -> None:
-    decision = decide("Failed", state=terminated(3, "Error", text))
+    pod = observed("Failed", state=terminated(3, "Error", text))
+    decision = decide_pod(pod, replace(EXPECTED, claimed=False), NOW, NOW, POLICY)
     assert decision.report is not None
     assert (decision.report.outcome.reason, decision.report.outcome.exit_code) == (Reason.NON_ZERO_EXIT, 3)
     assert decision.report.wants_log_tail
@@ -125,7 +126,11 @@ def test_without_a_record_of_this_attempt_the_container_speaks(text: str | bytes
 
 def test_an_end_without_a_record_may_have_been_reported_a_moment_ago() -> None:
     assert decide("Succeeded", state=terminated(0, "Completed", ago=29)) == KEEP
-    assert reported("Succeeded", state=terminated(0, "Completed", ago=31))[1] is Reason.INVALID_IMAGE
+    assert reported("Succeeded", state=terminated(0, "Completed", ago=31))[1] is Reason.AGENT_LOST
+    unclaimed = replace(EXPECTED, claimed=False)
+    decision = decide_pod(observed("Succeeded", state=terminated(0, "Completed", ago=31)), unclaimed, NOW, NOW, POLICY)
+    assert decision.report is not None
+    assert decision.report.outcome.reason is Reason.INVALID_IMAGE
 
 
 def test_there_is_no_log_of_a_container_that_never_ran() -> None:
@@ -168,14 +173,12 @@ def test_patience_begins_when_the_launch_was_complete() -> None:
 
 
 def test_patience_counts_from_the_first_failure_and_not_from_the_start_of_a_long_pull() -> None:
-    pod = observed("Pending", state=waiting("ErrImagePull", "connection reset"))
+    pod = observed("Pending", state=waiting("ErrImagePull", "no such host"))
     assert decide_pod(pod, EXPECTED, NOW, NOW, POLICY, failing_since=NOW - 29) == KEEP
     decision = decide_pod(pod, EXPECTED, NOW, NOW, POLICY, failing_since=NOW - 30)
     assert decision.delete
     assert decision.report is not None
-    assert decision.report.outcome.message == (
-        "node 'node-1' cannot pull image 'example/etl:1' for 30 s: connection reset"
-    )
+    assert decision.report.outcome.message == ("node 'node-1' cannot pull image 'example/etl:1' for 30 s: no such host")
     never = observed("Pending", state=waiting("InvalidImageName"))
     assert decide_pod(never, EXPECTED, NOW, NOW, POLICY, failing_since=NOW).delete
     pending_too_long = observed("Pending", state=waiting("ErrImagePull"), age=600)
