@@ -32,8 +32,8 @@ class TooCostly(LeoflowError):
 class Confined:
     """Asks ``python -m module``, which calls ``serve``. Thread-safe; each child answers one question at a time.
 
-    Children start with the first question and stay. They have nothing of our environment, no open file of ours, the
-    lowest priority, and end when we do.
+    Children start with the first question and stay. They have nothing of our environment, no open file of ours, a low
+    priority, and end when we do.
     """
 
     def __init__(self, module: str, processes: int) -> None:
