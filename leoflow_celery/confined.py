@@ -32,8 +32,8 @@ class TooCostly(LeoflowError):
 class Confined:
     """Asks ``python -m module``, which calls ``serve``. Thread-safe; each child answers one question at a time.
 
-    Children start with the first question and stay. They have nothing of our environment, no open file of ours, the
-    lowest priority, and end when we do.
+    Children start with the first question and stay. They have nothing of our environment, no open file of ours, a low
+    priority, and end when we do.
     """
 
     def __init__(self, module: str, processes: int) -> None:
@@ -135,7 +135,7 @@ def serve(answer: Callable[[bytes], bytes]) -> None:
     """Answer questions until whoever asks is gone. SIGPROF ends the process in one that costs too much."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(19)
+    os.nice(10)  # behind the event loop, and not so far that a busy host stops it for seconds
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     questions, answers = sys.stdin.buffer, sys.stdout.buffer
     while len(header := questions.read(_HEADER.size)) == _HEADER.size:

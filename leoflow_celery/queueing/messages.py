@@ -26,7 +26,7 @@ Beat holds no key. It sends the maintenance tasks without content, and they look
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from pydantic import ValidationError
@@ -185,11 +185,14 @@ class Reconcile:
     expectation: Expectation
 
     def to_json(self) -> dict[str, Any]:
-        return self.expectation.to_json()
+        return {**self.expectation.to_json(), "said_at": broker_clock.time()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(Expectation.from_json(data))
+        expectation = Expectation.from_json(data)
+        if "said_at" not in data:  # by the version before
+            return cls(expectation)
+        return cls(replace(expectation, age_seconds=max(0.0, broker_clock.time() - float(data["said_at"]))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from kombu.exceptions import KombuError, OperationalError
 from redis.exceptions import RedisError
 
 from leoflow_celery.background import patiently
+from leoflow_celery.clock import due_in
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.memory import with_memory_limit
@@ -213,7 +214,8 @@ class Publisher:
         """
         message = AdvanceTry(task_instance_id, try_number)
         shown = {"try": f"{task_instance_id}/{try_number}"}
-        self._report(TaskName.ADVANCE_TRY, Scope.CONTROL, message, shown, countdown=countdown_seconds)
+        eta = None if countdown_seconds is None else due_in(countdown_seconds)
+        self._report(TaskName.ADVANCE_TRY, Scope.CONTROL, message, shown, eta=eta)
 
     def cancel(self, celery_id: str) -> None:
         """Ask the control plane to cancel the try that a Celery id belongs to.

@@ -22,6 +22,7 @@ import urllib3
 from docker import auth
 from docker.utils import kwargs_from_env, parse_repository_tag
 
+from leoflow_celery.clock import ServerClock
 from leoflow_celery.domain.attempt import digest, sanitise
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.docker.archive import Archive, only_file
@@ -56,6 +57,8 @@ class Engine:
     def __init__(self, settings: DockerSettings) -> None:
         """Calls no server."""
         self._settings = settings
+        #: What the Engine's own times are compared with.
+        self.clock = ServerClock()
         self._lock = threading.Lock()
         self._connected: docker.APIClient | None = None
         self._facts: EngineFacts | None = None
@@ -239,7 +242,7 @@ class Engine:
     def _connect(self) -> docker.APIClient:
         environment = {**os.environ, **({"DOCKER_HOST": self._settings.url} if self._settings.url else {})}
         try:
-            return docker.APIClient(
+            client = docker.APIClient(
                 version="auto",
                 timeout=self._settings.request_timeout_seconds,
                 max_pool_size=self._settings.max_connections,
@@ -252,6 +255,11 @@ class Engine:
             raise ConfigurationError(
                 f"LEOFLOW_DOCKER_URL={where!r} (or DOCKER_HOST): {error}; write unix:///path or tcp://host:port"
             ) from error
+        client.hooks["response"].append(self._read_clock)
+        return client
+
+    def _read_clock(self, response: requests.Response, **_: object) -> None:
+        self.clock.read_date(response.headers.get("Date"), time.monotonic() - response.elapsed.total_seconds())
 
     def _forget(self, client: docker.APIClient) -> None:
         """Whatever answers next may be another version of the Engine."""

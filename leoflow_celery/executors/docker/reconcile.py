@@ -137,9 +137,12 @@ class Reconciler:
     def reconcile(self, expectation: Expectation) -> Reconciled:
         """List, decide, act. Raises EngineError when the list cannot be had."""
         host = self._engine.facts().host
+        begun = time.monotonic()
         containers = [observe_listed(item) for item in self._engine.list_containers(label=MANAGED)]
+        now = self._engine.clock.time()
+        expectation = expectation.by_clock_of(now, time.monotonic() - begun)
         grace = self._settings.finished_grace_seconds
-        decided = plan(containers, expectation, host, self._system, time.time(), grace)
+        decided = plan(containers, expectation, host, self._system, now, grace)
         for one in decided.vanished:
             report = vanished(one.name, host)
             self._reporter(one.attempt, report.outcome)
@@ -210,7 +213,7 @@ class Reconciler:
     def _stop_overdue(self, one: Listed) -> bool:
         """The list knows when it was created; it may have been started later."""
         begun = started_at(self._engine.inspect(one.id))
-        if begun is None or time.time() - begun <= one.deadline_seconds:
+        if begun is None or self._engine.clock.time() - begun <= one.deadline_seconds:
             return False
         log.warning("docker.deadline_passed", extra={"attempt": str(one.attempt)})
         return self._stop(one)

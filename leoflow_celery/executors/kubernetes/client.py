@@ -16,6 +16,7 @@ from urllib.parse import quote, urlencode
 
 import urllib3
 
+from leoflow_celery.clock import ServerClock
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.base import Observer
 from leoflow_celery.executors.kubernetes.connection import Connection
@@ -52,6 +53,8 @@ class KubernetesApi:
     def __init__(self, connect: Callable[[], Connection], settings: KubernetesSettings, observer: Observer) -> None:
         self._connect, self._settings, self._observer = connect, settings, observer
         self._connection = connect()
+        #: What the API server's own times are compared with.
+        self.clock = ServerClock()
         self._reload_lock, self._reloaded_at = threading.Lock(), float("-inf")
         self._timeout = urllib3.Timeout(connect=settings.connect_timeout_seconds, read=settings.request_timeout_seconds)
 
@@ -237,7 +240,9 @@ class KubernetesApi:
         headers = {"Accept": accept, "User-Agent": "leoflow-celery", **connection.credentials()}
         if content is not None:
             headers["Content-Type"] = content_type
+        sent_at = time.monotonic()
         response = self._exchange(connection, method, target, headers, content)
+        self.clock.read_date(response.headers.get("Date"), sent_at)
         if response.status >= 300:
             raise api_error(response.status, response.data, response.headers.get("Retry-After"))
         return response.data

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason
@@ -288,3 +291,21 @@ def test_cancel_of_what_is_gone_or_ended_is_fine(engine, docker_system, executor
     docker_system.run_plain(launch, "true")
     engine.wait(launch.name)
     executor.cancel(launch.name, grace)
+
+
+def test_a_worker_whose_clock_is_wrong_judges_by_the_engines(engine, docker_system, monkeypatch):
+    """An hour ahead, everything is past its deadline; SQL's times are moved to the Engine's clock as well."""
+    executor = docker_system.executor(deadline_allowance_seconds=0, termination_grace_seconds=1)
+    live, fresh = docker_system.launch("live"), docker_system.launch("fresh")
+    for launch in (live, fresh):
+        docker_system.run_plain(launch, *SLEEPER, labels={"leoflow.io/deadline-seconds": "600"})
+    wrong = time.time() + 3_600
+    monkeypatch.setattr("leoflow_celery.clock.time.time", lambda: wrong)
+    # SQL, whose clock is two hours ahead of the Engine's, was read before the other one came into being.
+    read = docker_system.expectation(live, read_at=wrong + 3_600)
+    executor.reconcile(replace(read, age_seconds=5.0))
+    assert [engine.state(one.name)["Running"] for one in (live, fresh)] == [True, True]
+    assert docker_system.reports == []
+    executor.reconcile(replace(read, age_seconds=-3_600.0))
+    wait_until(lambda: not engine.state(fresh.name)["Running"], 60)
+    assert engine.state(live.name)["Running"]
