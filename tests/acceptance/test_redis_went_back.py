@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ from tests.support.waiting import wait_until
 #: Celery forgets the connections that it lost, and says so when a result is collected.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <(socket.socket|function AsyncResult)")
 CALLBACK = {"task": "user.note", "queue": "user"}
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What Celery says of connections that it forgot, it says while that is expected."""
+    yield
+    gc.collect()
 
 
 def ids_in(system: System, queue: str) -> set[str]:
