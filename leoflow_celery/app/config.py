@@ -78,6 +78,8 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
         "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.2},
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        # A Redis that fails over, loads or is full says so by the error of a command: wait and go on.
+        "broker_channel_error_retry": True,
         "broker_pool_limit": max(10, concurrency + 2),
         # JSON only: a message must never be able to run code by being read.
         "task_serializer": "json",

@@ -32,6 +32,9 @@ class Finding:
         return asdict(self)
 
 
+#: A deleted pod waits for a reconcile for seconds; so long only where none runs.
+_HELD_SECONDS = 300.0
+_HELD_SHOWN = 5
 #: More is worth a look: nothing here depends on it, but logs, tokens and people do.
 _CLOCK_SECONDS = 5.0
 
@@ -61,6 +64,8 @@ def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CH
         findings.append(_clocks(settings, findings))
     if "exchange" in only and (settings.kubernetes.exchanges_tokens or len(only) < len(CHECKS)):
         findings.append(_guarded("exchange", lambda: check_exchange(settings)))
+    if "pods" in only and (settings.kubernetes.hold_pods or len(only) < len(CHECKS)):
+        findings.append(_guarded("pods", lambda: check_held_pods(settings)))
     return findings
 
 
@@ -165,6 +170,7 @@ def check_broker(settings: Settings) -> Finding:
 
     from leoflow_celery.app import create_app
     from leoflow_celery.queueing.depths import safe_url
+    from leoflow_celery.queueing.permissions import refusal, refused_commands
 
     address, variable = safe_url(settings.broker.url), "LEOFLOW_BROKER_URL"
     app = create_app(settings=settings)
@@ -172,10 +178,13 @@ def check_broker(settings: Settings) -> Finding:
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=_ANSWER_SECONDS)
+            with suppress(RedisError, OSError):  # what follows says which server did not answer
+                if refused := refused_commands(settings.broker, needed_queues(settings)):
+                    return Finding("broker", False, refusal(settings.broker, refused))
             doing = "a message through a queue (LPUSH, BRPOP)"
-            _hear_message(connection, "direct")
+            _hear_message(connection)
             doing = "a message to everybody (PUBLISH, PSUBSCRIBE)"
-            _hear_message(connection, "fanout")
+            _hear_broadcast(app, connection)
         if settings.broker.result_url:
             address, variable = safe_url(settings.broker.result_url), "LEOFLOW_BROKER_RESULT_URL"
         doing = "a result (SETEX, GET, PUBLISH, SUBSCRIBE)"
@@ -188,8 +197,8 @@ def check_broker(settings: Settings) -> Finding:
     return Finding("broker", True, f"{address} answers{_dead_letters(settings)}")
 
 
-def _hear_message(connection: Any, kind: str) -> None:
-    """Send a message as workers do and take it again; ``kind`` is the exchange's.
+def _hear_message(connection: Any) -> None:
+    """Send a message through a queue as workers do and take it again.
 
     Raises:
         TimeoutError: it did not come.
@@ -197,23 +206,48 @@ def _hear_message(connection: Any, kind: str) -> None:
     """
     import kombu
 
-    name, heard = f"{_SCRATCH}.{uuid.uuid4().hex}", list[Any]()
-    exchange = kombu.Exchange(name, type=kind, durable=False, auto_delete=True)
-    queue = kombu.Queue(name, exchange, routing_key=name, durable=False, auto_delete=True)
+    name = f"{_SCRATCH}.{uuid.uuid4().hex}"
+    queue = kombu.Queue(name, kombu.Exchange(name), routing_key=name, durable=False, auto_delete=True)
+    producer = connection.Producer(serializer="json")
+
+    def send() -> None:
+        producer.publish(name, name, exchange=name, retry=False)
+
+    _hear(connection, queue, lambda body: body == name, send)
+
+
+def _hear_broadcast(app: Any, connection: Any) -> None:
+    """Send a command to nobody as everybody hears it, and hear it as a worker does.
+
+    Raises:
+        The same as ``_hear_message``.
+    """
+    import kombu
+
+    name = f"{_SCRATCH}.{uuid.uuid4().hex}"
+    exchange = app.control.mailbox.exchange
+    queue = kombu.Queue(name, exchange, durable=False, auto_delete=True)
+
+    def is_ours(body: Any) -> bool:
+        return isinstance(body, dict) and body.get("destination") == [name]
+
+    _hear(connection, queue, is_ours, lambda: app.control.broadcast("ping", destination=[name], connection=connection))
+
+
+def _hear(connection: Any, queue: Any, is_ours: Callable[[Any], bool], send: Callable[[], Any]) -> None:
+    heard: list[bool] = []
 
     def hear(body: Any, message: Any) -> None:
         message.ack()
-        heard.append(body)
+        heard.append(is_ours(body))
 
     deadline = time.monotonic() + _ANSWER_SECONDS
-    producer = connection.Producer(serializer="json")
     with connection.Consumer([queue], callbacks=[hear], accept=["json"]) as consumer:
         try:
-            while name not in heard:
+            while not any(heard):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"nothing came back within {_ANSWER_SECONDS} s")
-                # Again and again: nobody says when a listener has begun to listen.
-                producer.publish(name, exchange=exchange, routing_key=name, retry=False)
+                send()  # again and again: nobody says when a listener has begun to listen
                 with suppress(TimeoutError):
                     connection.drain_events(timeout=_LISTEN_SECONDS)
         finally:
@@ -398,6 +432,40 @@ def check_exchange(settings: Settings) -> Finding:
         text = f"the API server does not let this process {' or '.join(missing)}, as the gateway has to; grant it"
         return Finding("exchange", False, text)
     return Finding("exchange", True, f"tokens of pods in namespace {reviewer.namespace} can be exchanged from here")
+
+
+def check_held_pods(settings: Settings) -> Finding:
+    """No deleted pod is kept by our finalizer because no reconcile lets it go."""
+    import time
+
+    from leoflow_celery.executors.kubernetes.client import KubernetesApi
+    from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
+    from leoflow_celery.executors.kubernetes.observe import observe
+
+    try:
+        api = KubernetesApi.from_settings(settings.kubernetes)
+    except ConfigurationError as error:
+        text = f"not asked: this process does not reach the cluster ({error}); ask where the k8s worker runs"
+        return Finding("pods", True, text)
+    try:
+        selector = of_system(MANAGED_SELECTOR, settings.kubernetes.system)
+        pages = api.list_pages(api.pods_path(), operation="list_pods", label_selector=selector)
+        held = [pod for page in pages for pod in map(observe, page["items"]) if pod.held]
+    finally:
+        api.close()
+    now = time.time()
+    stuck = sorted(pod.name for pod in held if now - (pod.deletion_due_at or now) > _HELD_SECONDS)
+    if not stuck:
+        return Finding(
+            "pods", True, f"{len(held)} pods of namespace {api.namespace} are held until their end is recorded"
+        )
+    names = ", ".join(stuck[:_HELD_SHOWN]) + (", …" if len(stuck) > _HELD_SHOWN else "")
+    text = (
+        f"{len(stuck)} deleted pods of namespace {api.namespace} wait for a reconcile ({names}): run the control plane "
+        "and a worker of queue k8s that may patch pods, or take the finalizer off by hand "
+        "(docs/kubernetes.md, 'Held pods')"
+    )
+    return Finding("pods", False, text)
 
 
 #: What a worker of these executors talks to.

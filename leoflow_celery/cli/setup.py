@@ -12,7 +12,7 @@ from leoflow_celery.cli.output import echo_json, visible
 from leoflow_celery.cli.target import JsonOption
 
 #: What ``leoflow doctor`` looks at, in this order.
-CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange")
+CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange", "pods")
 
 
 def fresh_keys() -> dict[str, str]:
@@ -28,7 +28,8 @@ def keys(
         typer.Option(
             "--for",
             metavar="SCOPE",
-            help="The key of k8s, docker or subprocess workers, or of publishers (dispatch), out of LEOFLOW_SEAL_KEYS.",
+            help="The key of k8s, docker or subprocess workers, of publishers (dispatch), or of who may cancel tries "
+            "(cancel), out of LEOFLOW_SEAL_KEYS.",
         ),
     ] = None,
     as_json: JsonOption = False,

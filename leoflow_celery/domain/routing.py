@@ -75,6 +75,7 @@ class TaskName(StrEnum):
     RECORD_STAGING = "leoflow.results.staging_deleted"
     RECORD_PRESENCE = "leoflow.results.present"
     ADVANCE_TRY = "leoflow.results.advance"
+    CANCEL_TRY = "leoflow.results.cancel"
 
     SEND_DUE = "leoflow.maintenance.send_due"
     COMPLETE_DUE = "leoflow.maintenance.complete_due"

@@ -575,6 +575,8 @@ _OLDER_NAMES = {
     "dump_tasks": "registered",
     "dump_conf": "conf",
 }
+#: Never obeyed: these make a worker drop messages that SQL says are queued, and store a result that nobody decided.
+_REVOKING = ("revoke", "terminate", "revoke_by_stamped_headers", "hello")
 REPLY_EXCHANGE = "reply.celery.pidbox"
 
 
@@ -604,6 +606,13 @@ def _check_command(command: Any, all_commands: bool) -> None:
     if not isinstance(method, str) or _name(method) or not isinstance(arguments, dict):
         raise Refused(Kind.CONTROL, "control.method", "control: a command has a method, and arguments by name")
     _check_addressees(command, all_commands)
+    if method in _REVOKING:
+        raise Refused(
+            Kind.CONTROL,
+            "control.method",
+            f"control: {method!r} comes from somebody without a key and is not obeyed; use app.control of "
+            "leoflow_celery.app, Flower with that app, or 'leoflow cancel'",
+        )
     if all_commands:
         return
     takes = _QUESTIONS.get(_OLDER_NAMES.get(method, method))

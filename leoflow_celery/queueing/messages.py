@@ -17,6 +17,7 @@ message            from → to           scope       task, or where it rests
 ``StagingDeleted`` launch → control    its queue   ``leoflow.results.staging_deleted``
 ``Present``        launch → control    its queue   ``leoflow.results.present``
 ``AdvanceTry``     control → control   control     ``leoflow.results.advance``
+``Cancel``         any → control       cancel      ``leoflow.results.cancel``
 ==================  ==================  ==========  =====================================================
 
 Beat holds no key. It sends the maintenance tasks without content, and they look at SQL by themselves.
@@ -321,6 +322,23 @@ class AdvanceTry:
     def from_json(cls, data: dict[str, Any]) -> Self:
         one = AttemptId.from_json(data)
         return cls(one.task_instance_id, one.try_number)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop the try that a Celery id belongs to, queued or running: the try's own id, or that of its dispatch."""
+
+    purpose: ClassVar[str] = "cancel"
+    max_age_seconds: ClassVar[float | None] = _MAX_AGE_SECONDS
+
+    celery_id: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"celery_id": self.celery_id}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(text_in(data["celery_id"], "celery_id"))
 
 
 def seal_request(keys: KeyRing, request: TaskRequest) -> str:

@@ -29,6 +29,7 @@ from leoflow_celery.queueing.messages import (
     SCOPE_OF,
     AdvanceTry,
     AttemptEnded,
+    Cancel,
     CollectStaging,
     Launch,
     LaunchInline,
@@ -213,6 +214,15 @@ class Publisher:
         message = AdvanceTry(task_instance_id, try_number)
         shown = {"try": f"{task_instance_id}/{try_number}"}
         self._report(TaskName.ADVANCE_TRY, Scope.CONTROL, message, shown, countdown=countdown_seconds)
+
+    def cancel(self, celery_id: str) -> None:
+        """Ask the control plane to cancel the try that a Celery id belongs to.
+
+        Raises:
+            BrokerUnavailable: the broker did not take it.
+            ConfigurationError: this process holds no key for that.
+        """
+        self._report(TaskName.CANCEL_TRY, Scope.CANCEL, Cancel(celery_id), {"cancels": celery_id}, priority=_FIRST)
 
     def attempt_ended(self, executor: ExecutorType, message: AttemptEnded) -> None:
         """Tell how an attempt ended; waits for a broker that is away.

@@ -218,12 +218,20 @@ def test_who_asks_is_answered(command: Any) -> None:
     assert decode_broadcast(broadcast(command), Limits(), all_commands=False)
 
 
-@pytest.mark.parametrize("method", ["shutdown", "pool_restart", "add_consumer", "cancel_consumer", "revoke", "hello"])
+@pytest.mark.parametrize("method", ["shutdown", "pool_restart", "add_consumer", "cancel_consumer", "rate_limit"])
 def test_who_changes_a_worker_is_refused_unless_a_setting_allows_it(method: str) -> None:
     data = broadcast({"method": method, "arguments": {}})
     with pytest.raises(Refused, match="LEOFLOW_BROKER_REMOTE_CONTROL=all"):
         decode_broadcast(data, Limits(), all_commands=False)
     assert decode_broadcast(data, Limits(), all_commands=True)
+
+
+@pytest.mark.parametrize("all_commands", [False, True])
+@pytest.mark.parametrize("method", ["revoke", "terminate", "revoke_by_stamped_headers", "hello"])
+def test_nobody_revokes_by_a_broadcast_whatever_the_setting(method: str, all_commands: bool) -> None:
+    data = broadcast({"method": method, "arguments": {"task_id": ["x"]}})
+    with pytest.raises(Refused, match="leoflow cancel"):
+        decode_broadcast(data, Limits(), all_commands=all_commands)
 
 
 @pytest.mark.parametrize(
