@@ -136,15 +136,23 @@ def take_of_try(
     return [Waiting(*row) for row in connection.execute(statement, parameters)]
 
 
-def told_since(since: float, limit: int) -> sa.Update:
-    """Open again what was told since then, the newest first; not a success whose value a later try has replaced."""
+def told_since(since: float, limit: int) -> sa.Executable:
+    """Open again what was told since then, the newest first; not a success whose value a later try has replaced.
+
+    It returns the ids: not every driver counts the rows of such a statement.
+    """
     columns = _TABLE.c
     told = sa.select(columns.celery_task_id).where(
         columns.done_at >= since, ~value_is_replaced(columns.task_instance_id, columns.try_number)
     )
     told = told.order_by(columns.done_at.desc()).limit(limit)
     is_told = columns.celery_task_id.in_(sa.select(told.cte("told").c.celery_task_id))
-    return sa.update(_TABLE).where(is_told).values(done_at=None, lease_until=None, failures=0)
+    return (
+        sa.update(_TABLE)
+        .where(is_told)
+        .values(done_at=None, lease_until=None, failures=0)
+        .returning(columns.celery_task_id)
+    )
 
 
 def in_flight() -> sa.Update:

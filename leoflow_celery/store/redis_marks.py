@@ -72,7 +72,7 @@ class RedisMarkStore:
             now = database_now(connection)
             since = max(found.at, now - longest_seconds)
             connection.execute(in_flight())
-            completions = connection.execute(told_since(since, limit)).rowcount
+            completions = len(connection.execute(told_since(since, limit)).all())
             tries = connection.execute(task_instance_sql.unsend(since)).rowcount
             return SaidAgain(completions, tries, since > found.at or completions >= limit, since, now)
 
