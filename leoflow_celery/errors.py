@@ -167,6 +167,13 @@ class TransientLaunchError(LaunchError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class HostFull(TransientLaunchError):
+    """The host runs as many attempts as it may. Nothing is wrong: the launch waits in its queue."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("queued_timeout", message)
+
+
 class PermanentLaunchError(LaunchError):
     """The request cannot work, however often it is sent."""
 

@@ -49,6 +49,8 @@ class Consumer(CeleryConsumer):
     _events_leave_at = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: Told of what is taken, by the name of the task (``tasks.room``).
+        self.gates: dict[str, Any] = {}
         self._acknowledgements: deque[Callable[[], Any]] = deque()
         super().__init__(*args, **{**kwargs, "without_mingle": True, "without_gossip": True})
         self.door = Door(self.app)
@@ -121,6 +123,9 @@ class Consumer(CeleryConsumer):
             # Only what a closed channel says; errors of a connection are Celery's to handle.
             message.ack_log_error = _forgiving(message.ack_log_error, "broker.ack_too_late", AttributeError)
             message.reject_log_error = _forgiving(message.reject_log_error, "broker.reject_too_late", AttributeError)
+            gate = self.gates.get(str(message.headers.get("task"))) if self.gates else None
+            if gate is not None:
+                gate.taken()
             try:
                 return handle(message)
             except _SURPRISES as error:

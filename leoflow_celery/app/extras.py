@@ -16,7 +16,7 @@ from celery.signals import after_task_publish, task_revoked, worker_shutdown
 
 from leoflow_celery import metrics
 from leoflow_celery.app.logging import show_fields
-from leoflow_celery.domain.routing import MAINTENANCE_QUEUE, QUEUE_OF, RECONCILED, RESULTS_QUEUE
+from leoflow_celery.domain.routing import MAINTENANCE_QUEUE, QUEUE_OF, RECONCILED, RESULTS_QUEUE, ExecutorType
 from leoflow_celery.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ _MAX_QUEUE_CHARACTERS = 255
 _GAUGES = "leoflow_celery.tasks.gauges:Gauges"
 _LAUNCH_COLLECTOR = "leoflow_celery.tasks.results:LaunchCollector"
 _READ_CLOCKS = "leoflow_celery.app.clocks:ReadClocks"
+_ROOM = "leoflow_celery.tasks.room:Room"
 _BACK_END_PRESENCE = "leoflow_celery.tasks.back_end_presence:BackEndPresence"
 
 
@@ -140,6 +141,8 @@ def steps_of(queues: Sequence[str]) -> dict[str, set[Any]]:
         worker.add(_LAUNCH_COLLECTOR)
     if any(QUEUE_OF[one] in queues for one in RECONCILED):
         consumer.add(_BACK_END_PRESENCE)
+    if any(QUEUE_OF[one] in queues for one in (ExecutorType.SUBPROCESS, ExecutorType.DOCKER)):
+        consumer.add(_ROOM)
     return {"worker": worker, "consumer": consumer}
 
 

@@ -116,6 +116,18 @@ class Executor(Protocol):
         ...
 
 
+class LimitedExecutor(Executor, Protocol):
+    """An executor of which a host runs so many attempts and no more. ``execute`` raises HostFull beyond that."""
+
+    def room(self) -> int | None:
+        """How many more would start now; None for no limit. It may wait for a server.
+
+        Raises:
+            TransientLaunchError: the server did not answer.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Reconciled:
     """What one reconcile did: things looked at, ends reported, things deleted."""

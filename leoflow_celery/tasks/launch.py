@@ -25,8 +25,8 @@ from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
-from leoflow_celery.domain.routing import ExecutorType, TaskName, executor_of_task
-from leoflow_celery.errors import BrokerUnavailable, LeoflowError, PermanentLaunchError, TransientLaunchError
+from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType, TaskName, executor_of_task
+from leoflow_celery.errors import BrokerUnavailable, HostFull, LeoflowError, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import Launched, LaunchSpec
 from leoflow_celery.queueing.messages import SCOPE_OF, AttemptEnded, Launch, seal_message
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
@@ -64,6 +64,8 @@ def launch(self: LeoflowTask, sealed: str) -> str:
     order = self.opened(Launch, sealed, SCOPE_OF[executor])
     try:
         launched = _start(self, order)
+    except HostFull as error:
+        _give_back(self, order, error)
     except TransientLaunchError as error:
         _retry_or_give_up(self, order, error)
     except PermanentLaunchError as error:
@@ -75,6 +77,17 @@ def launch(self: LeoflowTask, sealed: str) -> str:
         _leave_note(self, LaunchReport(order.attempt, launched.external_name, host, str(back_end)))
         return f"launched {launched.external_name}"
     return "not launched"
+
+
+def _give_back(task: LeoflowTask, order: Launch, error: HostFull) -> None:
+    """To the queue, whose next message this worker takes when there is room (``tasks.room``), or another host before.
+
+    A launch that only this host may do is tried again from here: its queue has other messages behind it.
+    """
+    if (task.request.delivery_info or {}).get("routing_key") != QUEUE_OF[executor_of_task(task.name)]:
+        _retry_or_give_up(task, order, error)
+    else:
+        raise Reject(str(error), requeue=True) from error
 
 
 @contextmanager
