@@ -322,6 +322,9 @@ class DockerSettings(BaseSettings):
     agent_environment: Literal["file", "plain"] = "file"
     #: Containers cannot write but to /tmp (memory), /staging and /run/leoflow.
     read_only_root: bool = False
+    #: Containers of this system that one Engine runs at once; more messages wait in the queue, where other hosts take
+    #: them. 0: 16 for each core of the Engine's host as far as each has 256 MiB of memory, and at least 4.
+    max_running: Annotated[int, Field(ge=0)] = 0
     #: Processes and threads in one container; 0 is no limit.
     pids_limit: int = 4_096
     #: What ``docker logs`` keeps of a container (the control plane has the whole log).

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -207,3 +208,21 @@ def test_images_that_cannot_work_are_tried_once(system: DockerSystem, engine: Te
             assert (failed.reason, handle.task_instance().launch) == (reason, 1)
             assert failed.message.startswith("image: ")
         system.nothing_is_left()
+
+
+def test_a_full_host_leaves_messages_in_the_queue(
+    tmp_path: Path, shared_redis: RedisServer, engine: TestEngine
+) -> None:
+    with DockerSystem(tmp_path, shared_redis.url(), engine, DOCKER_MAX_RUNNING=2) as limited:
+        limited.start_all()
+        handles = [limited.submit_bash(f"t{number}", "sleep 3") for number in range(6)]
+        most = 0
+
+        def done() -> bool:
+            nonlocal most
+            most = max(most, sum(one["State"] in ("created", "running") for one in engine.containers(limited.name)))
+            return all(one.state() is TaskState.SUCCESS for one in handles)
+
+        wait_until(done, 180, lambda: str([one.state() for one in handles]), interval=0.1)
+        assert most == 2
+        assert {one.task_instance().launch for one in handles} == {1}

@@ -45,10 +45,11 @@ _NOT_RUNNING = 304
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What the Engine says of itself: its name for queues and records, and its CPUs."""
+    """What the Engine says of itself: its name for queues and records, its CPUs and its memory in bytes."""
 
     host: str
     cpus: int
+    memory_bytes: int
 
 
 class Engine:
@@ -70,7 +71,7 @@ class Engine:
             with self._calling() as client:
                 info = client.info()
             host = self._settings.host or _host_name(str(info["Name"]), str(info["ID"]))
-            found = self._facts = EngineFacts(host, int(info["NCPU"]))
+            found = self._facts = EngineFacts(host, int(info["NCPU"]), int(info["MemTotal"]))
         return found
 
     def ping(self) -> None:
@@ -122,8 +123,8 @@ class Engine:
             found: Json = client.inspect_container(container)
             return found
 
-    def list_containers(self, **filters: str) -> list[Json]:
-        """All containers, running or not, that fit: ``label="a=b"``, ``volume="name"``."""
+    def list_containers(self, **filters: str | list[str]) -> list[Json]:
+        """All containers, running or not, that fit: ``label="a=b"``, ``volume="name"``, ``status=["created"]``."""
         with self._calling() as client:
             found: list[Json] = client.containers(all=True, filters=filters)
             return found

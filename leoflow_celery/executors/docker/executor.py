@@ -16,8 +16,8 @@ from dataclasses import replace
 from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.staging import StagingPlan
-from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
-from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Reconciled
+from leoflow_celery.errors import HostFull, PermanentLaunchError, TransientLaunchError
+from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Reconciled, standard_max_running
 from leoflow_celery.executors.docker.archive import launch_archive
 from leoflow_celery.executors.docker.container import Environment, Json, build_container, build_environment
 from leoflow_celery.executors.docker.engine import Engine
@@ -28,7 +28,8 @@ from leoflow_celery.executors.docker.errors import (
     NotFound,
     to_launch_error,
 )
-from leoflow_celery.executors.docker.labels import another_system, system_in, system_name
+from leoflow_celery.executors.docker.labels import SYSTEM, another_system, system_in, system_name
+from leoflow_celery.executors.docker.observe import observe_listed
 from leoflow_celery.executors.docker.policy import DockerPolicy
 from leoflow_celery.executors.docker.reconcile import Reconciler
 from leoflow_celery.executors.docker.volumes import StagingVolumes
@@ -37,6 +38,7 @@ from leoflow_celery.executors.policy import load_policy
 from leoflow_celery.settings import Settings
 
 _CREATED = "created"
+_LIVE = ["created", "running", "paused", "restarting"]
 _APPEARS_SECONDS, _POLL_SECONDS = 5.0, 0.05
 
 
@@ -51,6 +53,9 @@ class DockerExecutor:
         self._engine = Engine(settings.docker)
         self._volumes = StagingVolumes(self._engine, self._system)
         self._names = _Names()
+        #: Names that have a place and may not be listed yet, under the lock of admission.
+        self._starting: set[str] = set()
+        self._admission = threading.Lock()
 
     @property
     def host(self) -> str:
@@ -63,11 +68,12 @@ class DockerExecutor:
         """Create the staging volume and the container, and start it, as far as that has not been done.
 
         Raises:
+            HostFull: it runs as many as it may.
             TransientLaunchError: the Engine is busy or away, or the registry is.
             PermanentLaunchError: the Engine or the registry refused; the message is theirs.
         """
         launch = replace(launch, request=self._policy.within(launch.request))
-        with self._names.one_at_a_time(launch.name), _launch_errors():
+        with self._names.one_at_a_time(launch.name), _launch_errors(), self._admitted(launch.name):
             facts = self._engine.facts()
             environment = build_environment(launch, self._settings)
             config = build_container(launch, self._settings, environment, self._system, facts.cpus, self._policy)
@@ -77,6 +83,38 @@ class DockerExecutor:
             if state == _CREATED:
                 self._start(launch, environment)
         return Launched(launch.name, already, facts.host)
+
+    def room(self) -> int:
+        """How many more containers would start on this host now."""
+        with _launch_errors(), self._admission:
+            return self._limit() - len(self._live() | self._starting)
+
+    @contextmanager
+    def _admitted(self, name: str) -> Iterator[None]:
+        """Inside, the name has one of the host's places, until the Engine lists it as a container.
+
+        Raises:
+            HostFull: all are taken, and none by this name.
+        """
+        with self._admission:
+            taken = self._live() | self._starting
+            if name not in taken and len(taken) >= self._limit():
+                raise HostFull(f"this host runs {len(taken)} containers, which is LEOFLOW_DOCKER_MAX_RUNNING")
+            self._starting.add(name)
+        try:
+            yield
+        finally:
+            with self._admission:
+                self._starting.discard(name)
+
+    def _limit(self) -> int:
+        facts = self._engine.facts()
+        return self._settings.max_running or standard_max_running(facts.cpus, facts.memory_bytes)
+
+    def _live(self) -> set[str]:
+        """The names of this system's containers that run, or are to."""
+        found = self._engine.list_containers(label=f"{SYSTEM}={self._system}", status=_LIVE)
+        return {observe_listed(one).name for one in found}
 
     def cancel(self, name: str, grace_seconds: float) -> None:
         """SIGTERM now, SIGKILL after the grace, by the Engine itself. Returns within seconds."""

@@ -9,18 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from leoflow_celery.errors import HostFull
+from leoflow_celery.executors.base import standard_max_running
 from leoflow_celery.executors.subprocess.directory import all_attempts
 
-#: Most tasks wait for a server; an agent with a small task has 50 to 100 MiB.
-_PER_CORE = 16
-_BYTES_EACH = 256 << 20
-_AT_LEAST = 4
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def standard_max_running(cores: int, memory_bytes: int) -> int:
-    """How many attempts a host runs at once unless it is told."""
-    return max(_AT_LEAST, min(_PER_CORE * cores, memory_bytes // _BYTES_EACH))
 
 
 def host_memory_bytes() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason
-from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
+from leoflow_celery.errors import HostFull, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.docker.container import build_container, build_environment
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.settings import DockerSettings
@@ -314,6 +314,35 @@ def test_an_override_gets_what_the_operator_allows(plane, engine, docker_system,
     docker_system.executor(policy=policy).execute(docker_system.agent_launch(plane, docker_override=override))
     assert succeeded(plane)
     assert plane.text("stdout") == ["128", "1024", "2048", "10.0.0.7", "rows of the host", "2", "end"]
+
+
+def test_a_host_runs_so_many_containers_and_no_more(engine, docker_system):
+    executor = docker_system.executor(max_running=3)
+    assert executor.room() == 3
+    for number in range(2):
+        docker_system.run_plain(docker_system.launch(f"t{number}"), "sleep", "1000")
+    ended = docker_system.launch("ended")
+    docker_system.run_plain(ended, "true")
+    engine.wait(ended.name)
+    assert executor.room() == 1
+    with engine.image(base_image(), 'ENTRYPOINT ["sleep", "1000"]') as image:
+        launches = [docker_system.launch(f"new-{number}", image=image) for number in range(6)]
+
+        def started(launch) -> bool:
+            try:
+                return not executor.execute(launch).already
+            except HostFull:
+                return False
+
+        with ThreadPoolExecutor(6) as pool:
+            outcomes = list(pool.map(started, launches))
+        assert (outcomes.count(True), executor.room()) == (1, 0)
+        running = launches[outcomes.index(True)]
+        assert executor.execute(running).already, "a second delivery needs no place"
+        with pytest.raises(HostFull, match="LEOFLOW_DOCKER_MAX_RUNNING"):
+            executor.execute(docker_system.launch("one-more"))
+        engine.api.remove_container(running.name, force=True, v=True)
+        assert executor.room() == 1
 
 
 @pytest.mark.parametrize(
