@@ -19,7 +19,7 @@ from leoflow_celery.errors import LeoflowError, Unavailable
 
 #: Address space of a child. The engine itself takes a fifth of it.
 MEMORY_BYTES = 1 << 30
-#: A child that had no processor for so long is given up as well, and so is the wait for a free one.
+#: A child that had no processor for so long is given up, without a verdict, and so is the wait for a free one.
 PATIENCE_SECONDS = 60.0
 _HEADER = struct.Struct("!dI")
 _LENGTH = struct.Struct("!I")
@@ -47,7 +47,7 @@ class Confined:
 
         Raises:
             TooCostly: it took more.
-            Unavailable: no child is free, or none can be started.
+            Unavailable: no child is free, none can be started, or it had no processor for a minute.
         """
         if not self._free.acquire(timeout=PATIENCE_SECONDS):
             raise Unavailable("every process that checks values is busy; try again")
@@ -110,7 +110,8 @@ def _read(pipe: IO[bytes], size: int, deadline: float) -> bytes:
         waiting = select.poll()
         waiting.register(descriptor, select.POLLIN | select.POLLHUP)
         if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise EOFError
+            # It would have been ended by now if it had had a processor: that says nothing about what was asked.
+            raise Unavailable(f"a process that checks values had no processor for {PATIENCE_SECONDS:g} s; try again")
         part = os.read(descriptor, size - len(found))
         if not part:
             raise EOFError

@@ -16,6 +16,7 @@
     │   └── ClusterUnavailable
     ├── InvalidToken              an agent token that is expired, forged or foreign
     ├── DecryptionFailed                a payload sealed with a key this process does not have
+    │   └── StoredRequestInvalid  older rules let it in and those of this version do not
     ├── ClaimRefused              the attempt may not run (again): terminal, superseded or held
     ├── Fenced                    the writer no longer holds the attempt
     ├── LeaseLost                 the worker no longer holds the lease of what it does
@@ -116,6 +117,10 @@ class InvalidToken(LeoflowError):
 
 class DecryptionFailed(LeoflowError):
     """A sealed payload cannot be opened with the keys this process has."""
+
+
+class StoredRequestInvalid(DecryptionFailed):
+    """A stored request breaks a rule that came after it: it can never run as it is."""
 
 
 class MessageExpired(LeoflowError):

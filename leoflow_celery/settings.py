@@ -1,8 +1,8 @@
-"""Every setting, its unit, its default and why. The only file that reads the environment.
+"""Every setting, its unit, its default and why. With ``environment``, the only file that reads the environment.
 
 A setting is the environment variable ``LEOFLOW_<GROUP>_<FIELD>`` (``LEOFLOW_BROKER_URL``, ``LEOFLOW_GATEWAY_LISTEN``);
 a few keep the names Leoflow gave them. A secret may also come from a file:
-``LEOFLOW_JWT_SECRET_FILE=/run/secrets/jwt``.
+``LEOFLOW_JWT_SECRET_FILE=/run/secrets/jwt``, and any setting from the file that ``LEOFLOW_ENV_FILE`` names.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from leoflow_celery.broker_url import BrokerUrl
+from leoflow_celery.broker_url import BrokerUrl, OptionalBrokerUrl
+from leoflow_celery.environment import read_files, state_dir
 from leoflow_celery.errors import ConfigurationError
 
 
 def _config(prefix: str) -> SettingsConfigDict:
     return SettingsConfigDict(env_prefix=prefix, frozen=True, extra="ignore", populate_by_name=True)
-
-
-def state_dir() -> Path:
-    """Where a user's own state lives: ``$XDG_STATE_HOME/leoflow``."""
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "leoflow"
 
 
 class BrokerSettings(BaseSettings):
@@ -35,7 +31,7 @@ class BrokerSettings(BaseSettings):
 
     url: BrokerUrl = "redis://127.0.0.1:6379/0"
     #: Empty: the broker's own URL. Workers need no SQL, so results live in Redis.
-    result_url: str = ""
+    result_url: OptionalBrokerUrl = ""
     #: Every Redis key starts with it, so that systems can share a server.
     key_prefix: str = "leoflow:"
     #: Seconds until an unacknowledged message is delivered again. A launch takes seconds, an inline call at most 300.
@@ -185,7 +181,8 @@ class InlineSettings(BaseSettings):
 
     #: Total deadline of one task over all its attempts, in seconds; a task asking for more is refused.
     max_duration: int = 300
-    #: Further attempts after the first, for transient failures.
+    #: Further attempts after the first for transient failures, of calls that may be repeated (GET, PUT, DELETE) and say
+    #: no http_request.attempts. POST and PATCH are made once unless they say so.
     max_retries: int = 3
     #: Response bytes read at the most.
     max_response_bytes: int = 1_048_576
@@ -356,7 +353,7 @@ class XComSettings(BaseSettings):
     #: sql or redis.
     backend: Literal["sql", "redis"] = "sql"
     #: For the redis back end; empty: the broker's URL.
-    redis_url: str = ""
+    redis_url: OptionalBrokerUrl = ""
     max_bytes: int = 262_144
     ttl_seconds: int = 7 * 24 * 3600
 
@@ -451,13 +448,26 @@ class Settings(BaseSettings):
         Raises:
             ConfigurationError: names the variable, its problem and never a secret's value.
         """
-        _read_secret_files()
+        read_files()
         try:
             return cls()
         except ValidationError as error:
             item = error.errors(include_url=False, include_input=False)[0]
             name, said = _variable(error.title, item["loc"]), item["msg"].removeprefix("Value error, ")
             raise ConfigurationError(f"{name}: {said}") from None  # the cause repeats the value
+
+
+def variables(group: type[BaseSettings]) -> dict[str, tuple[str, ...]]:
+    """Field → the environment variables that set it, the first that is set wins."""
+    prefix = str(group.model_config.get("env_prefix", ""))
+    return {name: _names_of(name, field, prefix) for name, field in group.model_fields.items()}
+
+
+def _names_of(name: str, field: FieldInfo, prefix: str) -> tuple[str, ...]:
+    alias = field.validation_alias
+    if isinstance(alias, AliasChoices):
+        return tuple(one for one in alias.choices if isinstance(one, str) and one.startswith("LEOFLOW_"))
+    return (alias if isinstance(alias, str) else f"{prefix}{name}".upper(),)
 
 
 def _variable(group_name: str, place: tuple[int | str, ...]) -> str:
@@ -467,18 +477,6 @@ def _variable(group_name: str, place: tuple[int | str, ...]) -> str:
     prefix = next((str(g.model_config["env_prefix"]) for g in groups if g is not None and g.__name__ == group_name), "")
     name = first if first.startswith(prefix) else f"{prefix}{first}".upper()
     return f"{name} ({'.'.join(rest)})" if rest else name
-
-
-_SECRET_VARIABLES = ("LEOFLOW_JWT_SECRET", "LEOFLOW_SEAL_KEYS", "LEOFLOW_DATABASE_URL", "LEOFLOW_BROKER_URL")
-
-
-def _read_secret_files() -> None:
-    for name in _SECRET_VARIABLES:
-        if (path := os.environ.get(f"{name}_FILE")) and name not in os.environ:
-            try:
-                os.environ[name] = Path(path).read_text().strip()
-            except OSError as error:
-                raise ConfigurationError(f"{name}_FILE={path}: {error.strerror}") from error
 
 
 def environment_with_prefix(prefix: str) -> dict[str, str]:

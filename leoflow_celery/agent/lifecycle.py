@@ -220,8 +220,11 @@ class Agent:
 
 @contextlib.contextmanager
 def _private_directory(parent: str | None) -> Iterator[Path]:
-    """A directory of this agent alone, with nothing to import but ``leoflow_runtime`` in its ``runtime``."""
-    path = Path(tempfile.mkdtemp(prefix="leoflow-agent-", dir=parent))
+    """A directory of this agent alone, with nothing to import but ``leoflow_runtime`` in its ``runtime``.
+
+    Executors name a parent outside of /tmp: that is the user's to tidy up.
+    """
+    path = _directory_in(parent)
     try:
         spec = find_spec("leoflow_runtime")
         (path / "runtime").mkdir()
@@ -230,3 +233,13 @@ def _private_directory(parent: str | None) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _directory_in(parent: str | None) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="leoflow-agent-", dir=parent))
+    except OSError as error:
+        if parent is None:
+            raise
+        log.warning("LEOFLOW_AGENT_WORK_DIR=%s: %s; using the temporary directory", parent, error.strerror)
+        return Path(tempfile.mkdtemp(prefix="leoflow-agent-"))

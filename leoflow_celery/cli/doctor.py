@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from leoflow_celery.cli.setup import CHECKS
 from leoflow_celery.errors import ConfigurationError, LeoflowError
 from leoflow_celery.settings import Settings
 
 _ANSWER_SECONDS = 3
+_LISTEN_SECONDS = 0.2
+#: What the names of keys and channels begin with that are there only while it looks.
+_SCRATCH = "leoflow-doctor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,6 @@ class Finding:
         return asdict(self)
 
 
-CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange", "pods")
 #: A deleted pod waits for a reconcile for seconds; so long only where none runs.
 _HELD_SECONDS = 300.0
 _HELD_SHOWN = 5
@@ -158,23 +164,96 @@ def check_database(settings: Settings) -> Finding:
 
 
 def check_broker(settings: Settings) -> Finding:
-    """The broker takes a connection, and whether there are dead letters."""
+    """What a worker needs of the broker and the result backend works, each both ways and over the URL that it uses."""
     from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
 
     from leoflow_celery.app import create_app
     from leoflow_celery.queueing.depths import safe_url
 
-    address = safe_url(settings.broker.url)
+    address, variable = safe_url(settings.broker.url), "LEOFLOW_BROKER_URL"
     app = create_app(settings=settings)
+    doing = "connecting"
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=_ANSWER_SECONDS)
-    except (OperationalError, OSError) as error:
-        text = f"{address} did not answer ({error}); start the broker or correct LEOFLOW_BROKER_URL"
-        return Finding("broker", False, text)
+            doing = "a message through a queue (LPUSH, BRPOP)"
+            _hear_message(connection, "direct")
+            doing = "a message to everybody (PUBLISH, PSUBSCRIBE)"
+            _hear_message(connection, "fanout")
+        if settings.broker.result_url:
+            address, variable = safe_url(settings.broker.result_url), "LEOFLOW_BROKER_RESULT_URL"
+        doing = "a result (SETEX, GET, PUBLISH, SUBSCRIBE)"
+        _hear_result(app)
+    except (OperationalError, RedisError, OSError) as error:
+        said = "did not answer" if doing == "connecting" else f"{doing} failed"
+        return Finding("broker", False, f"{address}: {said} ({error}); start the broker or correct {variable}")
     finally:
         app.close()
     return Finding("broker", True, f"{address} answers{_dead_letters(settings)}")
+
+
+def _hear_message(connection: Any, kind: str) -> None:
+    """Send a message as workers do and take it again; ``kind`` is the exchange's.
+
+    Raises:
+        TimeoutError: it did not come.
+        OperationalError, RedisError, OSError: the broker refused a command, or is away.
+    """
+    import kombu
+
+    name, heard = f"{_SCRATCH}.{uuid.uuid4().hex}", list[Any]()
+    exchange = kombu.Exchange(name, type=kind, durable=False, auto_delete=True)
+    queue = kombu.Queue(name, exchange, routing_key=name, durable=False, auto_delete=True)
+
+    def hear(body: Any, message: Any) -> None:
+        message.ack()
+        heard.append(body)
+
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    producer = connection.Producer(serializer="json")
+    with connection.Consumer([queue], callbacks=[hear], accept=["json"]) as consumer:
+        try:
+            while name not in heard:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"nothing came back within {_ANSWER_SECONDS} s")
+                # Again and again: nobody says when a listener has begun to listen.
+                producer.publish(name, exchange=exchange, routing_key=name, retry=False)
+                with suppress(TimeoutError):
+                    connection.drain_events(timeout=_LISTEN_SECONDS)
+        finally:
+            with suppress(Exception):  # what went wrong before says more
+                consumer.queues[0].delete()
+
+
+def _hear_result(app: Any) -> None:
+    """Store a result as workers do, hear of it as those who wait for it do, read it and forget it.
+
+    Raises:
+        TimeoutError: nobody was told.
+        RedisError, OSError: the back end refused a command, or is away.
+    """
+    from celery.states import SUCCESS
+
+    backend, celery_id = app.backend, f"{_SCRATCH}.{uuid.uuid4().hex}"
+    with backend.client.pubsub() as listening:
+        listening.subscribe(backend.get_key_for_task(celery_id))
+        _wait_for_news(listening, "subscribe")
+        backend.store_result(celery_id, None, SUCCESS)
+        _wait_for_news(listening, "message")
+    state = backend.get_state(celery_id)
+    backend.forget(celery_id)
+    if state != SUCCESS:
+        raise TimeoutError(f"the result that was stored is not there: its state is {state}")
+
+
+def _wait_for_news(listening: Any, kind: str) -> None:
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        news = listening.get_message(timeout=left)
+        if news is not None and news["type"] == kind:
+            return
+    raise TimeoutError(f"no {kind} came within {_ANSWER_SECONDS} s")
 
 
 def _dead_letters(settings: Settings) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from celery import Celery
 from kombu.exceptions import KombuError, OperationalError
 from redis.exceptions import RedisError
-from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from leoflow_celery.background import patiently
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.memory import with_memory_limit
@@ -243,13 +243,7 @@ class Publisher:
         name, expires = TaskName.RECORD_PRESENCE, EXPIRY_SECONDS
         self._send(name, payload, queue=name.queue, shown=shown, priority=_FIRST, expires=expires)
 
-    @retry(
-        retry=retry_if_exception_type(BrokerUnavailable),
-        wait=wait_random_exponential(max=10),
-        stop=stop_after_delay(_DELIVERY_SECONDS),
-        before_sleep=before_sleep_log(log, logging.WARNING),
-        reraise=True,
-    )
+    @patiently(log, _DELIVERY_SECONDS)
     def _report_patiently(self, task: TaskName, scope: Scope, message: Message, shown: dict[str, Any]) -> None:
         self._report(task, scope, message, shown)
 

@@ -474,6 +474,12 @@ def of_run(tenant_id: str, dag_id: str, run_id: str) -> Rows:
     return sa.select(*_ROW).where(is_run).order_by(_T.try_number)
 
 
+def latest_run(tenant_id: str, dag_id: str) -> sa.Select[tuple[str]]:
+    """The run that the newest task instance of a DAG names."""
+    of_dag = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id)
+    return sa.select(_T.run_id).where(of_dag).order_by(_T.queued_at.desc()).limit(1)
+
+
 def old_tries(older_than_seconds: float, limit: int) -> Rows:
     """Tries of task instances that ended so long ago as a whole and whose results were delivered."""
     before = DatabaseTime(-older_than_seconds)

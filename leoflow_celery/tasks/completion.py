@@ -29,11 +29,10 @@ from leoflow_celery.domain.canvas import permitted_context
 from leoflow_celery.domain.outcome import FinalEvent
 from leoflow_celery.domain.routing import callback_problems
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.domain.xcom import XComKey, parse_value
-from leoflow_celery.errors import TaskFailed, Unavailable, XComRejected
+from leoflow_celery.errors import Unavailable, XComRejected
 from leoflow_celery.services import Services
 from leoflow_celery.store.completions import Waiting
-from leoflow_celery.store.views import TaskInstanceView
+from leoflow_celery.store.views import TaskInstanceView, failure_of
 from leoflow_celery.tasks.monitoring import send_failed, send_succeeded
 
 log = logging.getLogger(__name__)
@@ -122,11 +121,10 @@ def _with_value(services: Services, view: TaskInstanceView) -> Ended:
     if view.state is not TaskState.SUCCESS:
         return Ended(view)
     try:
-        return Ended(view, return_value(services, view))
+        return Ended(view, services.store.return_value(view))
     except XComRejected as error:
         log.warning("completion.unreadable_value", extra={"attempt": str(view.attempt), "error": str(error)})
-        message = f"the task succeeded, but its return value cannot be read: {error}"
-        return Ended(replace(view, state=TaskState.FAILED, reason=error.reason, message=message))
+        return Ended(view.unreadable(error))
 
 
 def complete(app: Celery, item: Waiting, ended: Ended) -> None:
@@ -139,7 +137,7 @@ def complete(app: Celery, item: Waiting, ended: Ended) -> None:
         if not (ended.monitored and item.celery_task_id == view.celery_task_id):
             send_succeeded(app, view, item.celery_task_id, value)
     else:
-        error = _failure(view)
+        error = failure_of(view)
         app.backend.mark_as_failure(item.celery_task_id, error, traceback=None, request=context)
         send_failed(app, view, item.celery_task_id, error)
     if item.result_callback:
@@ -189,21 +187,7 @@ def store_result(app: Celery, services: Services, view: TaskInstanceView, celery
     if ended.view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
         app.backend.store_result(celery_task_id, ended.value, SUCCESS)
     else:
-        app.backend.store_result(celery_task_id, _failure(ended.view), FAILURE)
-
-
-def _failure(view: TaskInstanceView) -> TaskFailed:
-    return TaskFailed(str(view.reason), view.message, view.exit_code, f"{view.dag_id}.{view.task_id}")
-
-
-def return_value(services: Services, view: TaskInstanceView) -> Any:
-    """The return_value XCom of a try, parsed; None when it has none.
-
-    Raises:
-        XComRejected: ``invalid_xcom``, nobody can parse it.
-    """
-    found = services.store.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
-    return None if found is None else parse_value(found)
+        app.backend.store_result(celery_task_id, failure_of(ended.view), FAILURE)
 
 
 def _send_successors(app: Celery, item: Waiting, value: Any) -> None:

@@ -17,16 +17,16 @@ from typing import Any
 
 from celery.exceptions import Reject
 from celery.worker.request import Request as CeleryRequest
-from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from leoflow_celery import metrics
+from leoflow_celery.background import patiently
 from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.routing import ExecutorType, TaskName, executor_of_task
-from leoflow_celery.errors import BrokerUnavailable, LeoflowError, PermanentLaunchError, TransientLaunchError
+from leoflow_celery.errors import LeoflowError, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import Launched, LaunchSpec
 from leoflow_celery.queueing.messages import SCOPE_OF, AttemptEnded, Launch, seal_message
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
@@ -91,13 +91,7 @@ def _leave_note(task: LeoflowTask, report: LaunchReport) -> None:
         _leave_patiently(task, report)
 
 
-@retry(
-    retry=retry_if_exception_type(BrokerUnavailable),
-    wait=wait_random_exponential(max=10),
-    stop=stop_after_delay(_NOTE_SECONDS),
-    before_sleep=before_sleep_log(log, logging.WARNING),
-    reraise=True,
-)
+@patiently(log, _NOTE_SECONDS)
 def _leave_patiently(task: LeoflowTask, report: LaunchReport) -> None:
     task.services.launch_notes.leave(SCOPE_OF[executor_of_task(task.name)], report)
 

@@ -37,8 +37,8 @@ from leoflow_celery.services import Services
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_try, advance_view, keep_given_up
-from leoflow_celery.tasks.completion import store_result
+from leoflow_celery.tasks.advance_try import advance_view, keep_given_up
+from leoflow_celery.tasks.completion import complete_try, store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, services_of
 
 log = logging.getLogger(__name__)
@@ -172,9 +172,19 @@ def _schema_of(task: LeoflowTask, view: TaskInstanceView) -> dict[str, Any] | No
 
 @leoflow_task(TaskName.ADVANCE_TRY, autoretry_for=(Unavailable,))
 def advance(self: LeoflowTask, sealed: str, speaker: str) -> None:  # noqa: ARG001 - as in every fact
-    """Look at a try now: complete it when it has ended, send its next launch when that is due."""
+    """Look at a try now: complete it (again) when it has ended, send its next launch when that is due."""
     message = self.opened(AdvanceTry, sealed, Scope.CONTROL)
-    advance_try(self, message.task_instance_id, message.try_number)
+    view = self.services.store.attempts.get(message.task_instance_id, message.try_number)
+    if not view.is_terminal:
+        advance_view(self, view)
+    elif not complete_try(self.app, self.services, view):
+        _write_again(self, view)
+
+
+def _write_again(task: LeoflowTask, view: TaskInstanceView) -> None:
+    """Write the result of a try that was told before: Redis may have lost it, and somebody has asked."""
+    if view.state is not TaskState.SUCCESS or task.services.store.attempts.is_newest(view):
+        store_result(task.app, task.services, view)
 
 
 @leoflow_task(TaskName.RECORD_STAGING, autoretry_for=(Unavailable,))

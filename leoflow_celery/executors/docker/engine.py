@@ -7,6 +7,7 @@ newer Engine's API version. Its session is shared by all threads, as ``requests`
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -145,6 +146,17 @@ class Engine:
         with self._calling() as client:
             output: bytes = client.logs(container, tail=lines)
         return output.decode("utf-8", "replace").splitlines()
+
+    def events(self, container: str, since: float, until: float) -> list[Json]:
+        """What the Engine remembers of a container between two moments of its own clock, oldest first.
+
+        It keeps the last 256 events of everything, and none from before its own start. Returns at ``until``.
+        """
+        with self._calling() as client:
+            found = client.events(
+                since=int(since), until=math.ceil(until), filters={"container": [container]}, decode=True
+            )
+            return sorted(found, key=lambda one: int(one["timeNano"]))
 
     # -- images --------------------------------------------------------------------------------------------------
 

@@ -29,10 +29,11 @@ from leoflow_celery.executors.docker.errors import (
     to_launch_error,
 )
 from leoflow_celery.executors.docker.labels import another_system, system_in, system_name
+from leoflow_celery.executors.docker.policy import DockerPolicy
 from leoflow_celery.executors.docker.reconcile import Reconciler
 from leoflow_celery.executors.docker.volumes import StagingVolumes
 from leoflow_celery.executors.identity import attempt_in
-from leoflow_celery.executors.policy import ExecutorPolicy, load_policy
+from leoflow_celery.executors.policy import load_policy
 from leoflow_celery.settings import Settings
 
 _CREATED = "created"
@@ -46,7 +47,7 @@ class DockerExecutor:
         """Calls no server: a worker starts without its Engine. Raises ConfigurationError for an unusable policy."""
         self._settings, self._reporter = settings.docker, reporter
         self._system = system_name(settings.docker.system, settings.broker)
-        self._policy = load_policy(settings.docker.policy, "LEOFLOW_DOCKER_POLICY", ExecutorPolicy)
+        self._policy = load_policy(settings.docker.policy, "LEOFLOW_DOCKER_POLICY", DockerPolicy)
         self._engine = Engine(settings.docker)
         self._volumes = StagingVolumes(self._engine, self._system)
         self._names = _Names()
@@ -69,7 +70,7 @@ class DockerExecutor:
         with self._names.one_at_a_time(launch.name), _launch_errors():
             facts = self._engine.facts()
             environment = build_environment(launch, self._settings)
-            config = build_container(launch, self._settings, environment, self._system, facts.cpus)
+            config = build_container(launch, self._settings, environment, self._system, facts.cpus, self._policy)
             if launch.request.staging_claim:
                 self._volumes.ensure(launch.request)
             state, already = self._create(launch, config)
@@ -118,6 +119,8 @@ class DockerExecutor:
                 self._engine.create(launch.name, config)
         except Conflict:
             return self._existing(launch), True
+        except EngineError as error:
+            raise _of_mounts(error, launch) or error from None
         return _CREATED, False
 
     def _existing(self, launch: LaunchSpec) -> str:
@@ -150,6 +153,7 @@ class DockerExecutor:
             environment.secret,
             staging=bool(launch.request.staging_claim),
             read_only_root=self._settings.read_only_root,
+            source=launch.request.source,
         )
         try:
             self._engine.put(launch.name, archive)
@@ -165,6 +169,14 @@ class DockerExecutor:
             self._engine.remove(name)
         except (NotFound, Conflict):
             return
+
+
+def _of_mounts(error: EngineError, launch: LaunchSpec) -> PermanentLaunchError | None:
+    """The refusal of a directory that the operator lists and this host does not have; another one may."""
+    mounts = launch.request.docker_override.mounts
+    missing = next((one.source for one in mounts if error.message.endswith(f"does not exist: {one.source}")), "")
+    message = f"docker_override.mounts: {missing!r} is not on this host; create it, or take it out of allow.mounts"
+    return PermanentLaunchError(FailureReason.CONTAINER_CREATE_FAILED, message) if missing else None
 
 
 class _Names:

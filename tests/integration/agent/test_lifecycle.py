@@ -127,6 +127,17 @@ def test_sigterm_is_forwarded_and_never_ends_as_success(plane, start_agent):
     assert "cleaned up" in plane.text("stdout")
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGABRT", "SIGRTMIN"])
+def test_every_signal_that_may_mean_stop_is_a_stop(plane, start_agent, name):
+    plane.spec = bash("trap 'exit 0' TERM; echo ready; while true; do sleep 0.05; done")
+    agent = start_agent()
+    wait_until(lambda: "ready" in plane.text("stdout"))
+    agent.popen.send_signal(signal.Signals[name])
+    assert agent.wait() == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "interrupted"
+    assert plane.final().request.error_message == f"the agent received {name}"
+
+
 def test_sigterm_of_a_cancelled_task_is_a_cancellation(plane, start_agent):
     plane.spec = bash("echo ready; sleep 300")
     agent = start_agent()

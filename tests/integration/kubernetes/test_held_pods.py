@@ -60,7 +60,7 @@ def test_a_success_survives_the_deletion_of_its_pod_and_the_pod_goes_once_it_is_
 def test_a_task_that_ends_while_its_pod_is_deleted_is_what_the_kubelet_still_tells(
     namespace: Namespace, scene: Scene
 ) -> None:
-    """A kubelet may remove the container before it reads what it left; then the record is lost, and the pod goes too."""
+    """A kubelet may remove the container before it reads what it left: the record is lost then, and the pod goes."""
     pod = held(leaving(task_pod(spec={"terminationGracePeriodSeconds": 60}), TaskState.SUCCESS, exit_code=0))
     leave = 'printf %s "$RECORD" > /dev/termination-log; exit 0'
     script = f"trap '{leave}' TERM; touch /tmp/ready; while true; do sleep 0.1; done"

@@ -47,8 +47,7 @@ def _pods() -> dict[str, tuple[Manifest, str]]:
             ),
             "Failed",
         ),
-        # Long enough for a busy node to start it: one that did not start in time is another case.
-        "deadline": (task_pod("echo on; sleep 600", spec={"activeDeadlineSeconds": 45}), "Failed"),
+        "deadline": (task_pod("echo on; sleep 600", spec={"activeDeadlineSeconds": 15}), "Failed"),
         "deadline used up": (_late(), "Failed"),
         "deadline before its start": (
             task_pod("true", image=NOBODY_HAS, spec={"activeDeadlineSeconds": 4}),
@@ -171,7 +170,7 @@ def all_cases(module_namespace: Namespace) -> Iterator[Reconciledes]:
     [
         ("oom", Reason.OOM_KILLED, "it used more memory than it may (limit 40Mi)"),
         ("evicted", Reason.STORAGE_EXCEEDED, 'Usage of EmptyDir volume "scratch" exceeds the limit "20Mi"'),
-        ("deadline", Reason.TIMEOUT, "longer than its deadline of 45 s"),
+        ("deadline", Reason.TIMEOUT, "longer than its deadline of 15 s"),
         ("deadline used up", Reason.CONTAINER_CREATE_FAILED, "and its task may take 38 s: pulls and init containers"),
         ("deadline before its start", Reason.IMAGE_PULL_FAILED, "for 4 s"),
         ("no image", Reason.IMAGE_PULL_FAILED, f'Failed to pull image "{NOBODY_HAS}"'),
