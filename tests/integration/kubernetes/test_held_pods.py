@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from leoflow_celery.cli import doctor
 from leoflow_celery.domain.reasons import FailureReason as Reason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.executors.kubernetes import KubernetesExecutor
@@ -161,3 +162,21 @@ def test_the_executor_holds_pods_where_it_is_asked_to_and_may_let_them_go(namesp
     assert _launched(may, namespace, hold_pods=True)["metadata"]["finalizers"] == [FINALIZER]
     assert "finalizers" not in _launched(may, namespace)["metadata"]
     assert "finalizers" not in _launched(may_not, namespace, hold_pods=True)["metadata"]
+
+
+def test_doctor_names_pods_that_wait_for_a_system_that_is_gone(
+    namespace: Namespace, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod, kept = held(task_pod(spec=PARKED)), held(task_pod(spec=PARKED))
+    for one in (pod, kept):
+        namespace.create(one)
+    namespace.delete("pods", name_of(pod))
+    settings = Settings(kubernetes=scene.settings)
+    assert (doctor.check_held_pods(settings).ok, "2 pods" in doctor.check_held_pods(settings).sentence) == (True, True)
+    monkeypatch.setattr(doctor, "_HELD_SECONDS", -60.0)  # nobody waits five minutes here
+    found = doctor.check_held_pods(settings)
+    assert not found.ok
+    assert f"({name_of(pod)})" in found.sentence
+    scene.reconcile(kept, read_at=time.time() + 1)
+    namespace.wait_for_no_pod(name_of(pod))
+    assert doctor.check_held_pods(settings).ok
