@@ -454,7 +454,8 @@ def check_held_pods(settings: Settings) -> Finding:
     finally:
         api.close()
     now = time.time()
-    stuck = sorted(pod.name for pod in held if now - (pod.deletion_due_at or now) > _HELD_SECONDS)
+    deleted = [(pod.name, pod.deletion_due_at) for pod in held if pod.deletion_due_at is not None]
+    stuck = sorted(name for name, due_at in deleted if now - due_at > _HELD_SECONDS)
     if not stuck:
         return Finding(
             "pods", True, f"{len(held)} pods of namespace {api.namespace} are held until their end is recorded"
