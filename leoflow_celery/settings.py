@@ -273,6 +273,9 @@ class KubernetesSettings(BaseSettings):
     startup_patience_seconds: float = 30
     #: How long an ended pod stays for people to look at.
     finished_grace_seconds: float = 600
+    #: Keep a deleted pod in sight, by a finalizer, until its end is recorded. Needs to patch pods; without that right
+    #: no pod is held. Off: pods that are held when the system is removed for good have to be let go by hand.
+    hold_pods: bool = False
     #: Refuse a staging claim at once when no storage class can serve it. Needs to read storage classes, which belong to
     #: the cluster; without that right nothing is checked. Off: for volumes that an administrator made by hand.
     check_storage_class: bool = True
@@ -382,6 +385,9 @@ class MaintenanceSettings(BaseSettings):
     #: How long a started attempt may take until its agent calls; a pod's time begins after its pending timeout.
     launch_timeout_seconds: float = 900
     cancel_grace_seconds: float = 60
+    #: When Redis went back (a failover, a crash, an empty restart), ends told this long ago at most are told again. An
+    #: empty Redis has forgotten days of them, and their callbacks have long been heard.
+    retell_seconds: float = Field(default=600, ge=0)
     #: A try whose container was killed for its memory starts again with its memory limit times this; 1 switches it off.
     oom_memory_factor: float = 1.0
     #: The most that such a limit may grow to (a Kubernetes quantity).

@@ -103,7 +103,9 @@ def outcome_of_exit(
     reason, message = named
     if exit_code == 0:
         return Outcome(TaskState.SKIPPED, message=message) if reason == SKIPPED else Outcome.success()
-    described = f"{describe_exit(exit_code)}: {message}" if message else describe_exit(exit_code)
+    described = describe_exit(exit_code)
+    if message:  # one without a reason is the program's own word for what the exit code only counts
+        described = f"{described}: {message}" if reason else message
     default = FailureReason.NON_ZERO_EXIT
     if oom_killed:
         described += ": out of memory, the kernel killed a process of this task"

@@ -32,6 +32,8 @@ class TaskRun:
         self._process: UserProcess | None = None
         self._echo = EchoPair(config.echo)
         self.seconds = 0.0
+        #: Why there are no variables or connections; said in the task's log once the task speaks of them.
+        self.withheld: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int | None:
@@ -85,12 +87,21 @@ class TaskRun:
         reason = self._stop.reason or FailureReason.INTERRUPTED
         return Outcome.failed(reason, self._stop.message, shell_exit_code(exit_code))
 
+    def mention(self, text: str) -> None:
+        """Say what was withheld when the task uses it: a line, or its command, names such a variable."""
+        if self.withheld and ("AIRFLOW_VAR_" in text or "AIRFLOW_CONN_" in text):
+            for warning in self.withheld:
+                self._shipper.add(AGENT_STREAM, warning, pb.LOG_LEVEL_WARN)
+            self.withheld = ()
+
     def _stdout(self, line: str) -> None:
         self._shipper.add("stdout", line, pb.LOG_LEVEL_INFO)
+        self.mention(line)
         self._echo.stdout.line(line)
 
     def _stderr(self, line: str) -> None:
         self._shipper.add("stderr", line, pb.LOG_LEVEL_ERROR)
+        self.mention(line)
         self._echo.stderr.line(line)
 
 

@@ -28,6 +28,7 @@ _MAX_QUEUE_CHARACTERS = 255
 #: Of tasks' modules, by name: a worker loads only what its queues need. Workers of launch queues never import SQL.
 _GAUGES = "leoflow_celery.tasks.gauges:Gauges"
 _LAUNCH_COLLECTOR = "leoflow_celery.tasks.results:LaunchCollector"
+_REDIS_MARKS = "leoflow_celery.tasks.redis_marks:RedisMarks"
 _READ_CLOCKS = "leoflow_celery.app.clocks:ReadClocks"
 _BACK_END_PRESENCE = "leoflow_celery.tasks.back_end_presence:BackEndPresence"
 
@@ -157,7 +158,7 @@ def steps_of(queues: Sequence[str]) -> dict[str, set[Any]]:
     if MAINTENANCE_QUEUE in queues:
         worker.add(_GAUGES)
     if RESULTS_QUEUE in queues:
-        worker.add(_LAUNCH_COLLECTOR)
+        worker |= {_LAUNCH_COLLECTOR, _REDIS_MARKS}
     if any(QUEUE_OF[one] in queues for one in RECONCILED):
         consumer.add(_BACK_END_PRESENCE)
     return {"worker": worker, "consumer": consumer}

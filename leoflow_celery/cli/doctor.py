@@ -32,6 +32,9 @@ class Finding:
         return asdict(self)
 
 
+#: A deleted pod waits for a reconcile for seconds; so long only where none runs.
+_HELD_SECONDS = 300.0
+_HELD_SHOWN = 5
 #: More is worth a look: nothing here depends on it, but logs, tokens and people do.
 _CLOCK_SECONDS = 5.0
 
@@ -61,6 +64,8 @@ def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CH
         findings.append(_clocks(settings, findings))
     if "exchange" in only and (settings.kubernetes.exchanges_tokens or len(only) < len(CHECKS)):
         findings.append(_guarded("exchange", lambda: check_exchange(settings)))
+    if "pods" in only and (settings.kubernetes.hold_pods or len(only) < len(CHECKS)):
+        findings.append(_guarded("pods", lambda: check_held_pods(settings)))
     return findings
 
 
@@ -427,6 +432,40 @@ def check_exchange(settings: Settings) -> Finding:
         text = f"the API server does not let this process {' or '.join(missing)}, as the gateway has to; grant it"
         return Finding("exchange", False, text)
     return Finding("exchange", True, f"tokens of pods in namespace {reviewer.namespace} can be exchanged from here")
+
+
+def check_held_pods(settings: Settings) -> Finding:
+    """No deleted pod is kept by our finalizer because no reconcile lets it go."""
+    import time
+
+    from leoflow_celery.executors.kubernetes.client import KubernetesApi
+    from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
+    from leoflow_celery.executors.kubernetes.observe import observe
+
+    try:
+        api = KubernetesApi.from_settings(settings.kubernetes)
+    except ConfigurationError as error:
+        text = f"not asked: this process does not reach the cluster ({error}); ask where the k8s worker runs"
+        return Finding("pods", True, text)
+    try:
+        selector = of_system(MANAGED_SELECTOR, settings.kubernetes.system)
+        pages = api.list_pages(api.pods_path(), operation="list_pods", label_selector=selector)
+        held = [pod for page in pages for pod in map(observe, page["items"]) if pod.held]
+    finally:
+        api.close()
+    now = time.time()
+    stuck = sorted(pod.name for pod in held if now - (pod.deletion_due_at or now) > _HELD_SECONDS)
+    if not stuck:
+        return Finding(
+            "pods", True, f"{len(held)} pods of namespace {api.namespace} are held until their end is recorded"
+        )
+    names = ", ".join(stuck[:_HELD_SHOWN]) + (", …" if len(stuck) > _HELD_SHOWN else "")
+    text = (
+        f"{len(stuck)} deleted pods of namespace {api.namespace} wait for a reconcile ({names}): run the control plane "
+        "and a worker of queue k8s that may patch pods, or take the finalizer off by hand "
+        "(docs/kubernetes.md, 'Held pods')"
+    )
+    return Finding("pods", False, text)
 
 
 #: What a worker of these executors talks to.

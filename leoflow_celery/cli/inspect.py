@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +34,7 @@ from leoflow_celery.cli.target import (
     TryOption,
 )
 from leoflow_celery.domain.states import RunState
-from leoflow_celery.errors import InvalidRequest, NotFound
+from leoflow_celery.errors import DecryptionFailed, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from leoflow_celery.client import Client
@@ -61,12 +61,17 @@ def status(
             _show_task_instance(client, view, as_json)
             return
         views = named.task_instances(client)
-        run = _run_or_none(client, named)
         if as_json:
             echo_json(run_json(client, named.dag_id, named.run_id, named.tenant_id, with_values=False))
             return
+        run = _run_or_none(client, named)
+        cleared = client.cleared(named.dag_id, named.run_id, named.tenant_id)
     title = f"{named.dag_id} {named.run_id}: {run.state if run else 'no run record (tasks submitted one by one)'}"
-    table(title, ("task", "state", "try", "time", "reason", "host", "task instance"), [_row(view) for view in views])
+    table(
+        title,
+        ("task", "state", "try", "time", "reason", "host", "task instance"),
+        [_row(view, cleared) for view in views],
+    )
 
 
 def run_json(client: Client, dag_id: str, run_id: str, tenant_id: str, *, with_values: bool = True) -> dict[str, Any]:
@@ -75,10 +80,20 @@ def run_json(client: Client, dag_id: str, run_id: str, tenant_id: str, *, with_v
     run = _run_or_none(client, target)
     views = client.task_instances(dag_id, run_id, tenant_id)
     found: dict[str, Any] = {"run": view_json(run) if run else None}
-    found["task_instances"] = [view_json(view) for view in views]
+    cleared = client.cleared(dag_id, run_id, tenant_id)
+    found["task_instances"] = [_try_json(view, cleared) for view in views]
     if with_values:
         found["xcoms"] = _values_json(client.xcoms(dag_id, run_id, tenant_id))
     return found
+
+
+def _try_json(view: TaskInstanceView, cleared: Mapping[str, int]) -> dict[str, Any]:
+    return {**view_json(view), "cleared": _is_cleared(view, cleared)}
+
+
+def _is_cleared(view: TaskInstanceView, cleared: Mapping[str, int]) -> bool:
+    """Whether the try no longer counts: its task runs again, or did."""
+    return view.try_number <= cleared.get(view.task_id, 0)
 
 
 def _values_json(values: Sequence[tuple[str, str, Any, float]]) -> list[dict[str, Any]]:
@@ -92,11 +107,11 @@ def _run_or_none(client: Client, named: Target) -> RunView | None:
         return None
 
 
-def _row(view: TaskInstanceView) -> Sequence[str]:
+def _row(view: TaskInstanceView, cleared: Mapping[str, int]) -> Sequence[str]:
     reason = f"{view.reason}: {view.message}" if view.reason else view.message
     return (
         view.task_id,
-        view.state.value,
+        f"{view.state} (cleared)" if _is_cleared(view, cleared) else view.state.value,
         str(view.try_number),
         seconds_text(duration_of(view)),
         reason,
@@ -179,10 +194,12 @@ def tasks(
             place = {view.task_id: number for number, view in enumerate(views)}
             views = client.tries(named.dag_id, named.run_id, tenant)
             views.sort(key=lambda view: (place.get(view.task_id, -1), view.try_number))
+        cleared = client.cleared(named.dag_id, named.run_id, tenant)
     if as_json:
-        echo_json([view_json(view) for view in views])
+        echo_json([_try_json(view, cleared) for view in views])
         return
-    rows = [(*_row(view)[:3], day_and_time(view.queued_at), *_row(view)[3:6]) for view in views]
+    shown = [(view, _row(view, cleared)) for view in views]
+    rows = [(*row[:3], day_and_time(view.queued_at), *row[3:6]) for view, row in shown]
     table(f"{named.dag_id} {named.run_id}", ("task", "state", "try", "queued", "time", "reason", "host"), rows)
 
 
@@ -284,7 +301,7 @@ def watch(
         named = Target.named(client, [dag_id, run_id], tenant)
         try:
             dag = client.dag_of(named.dag_id, named.run_id, tenant)
-        except NotFound:
+        except (NotFound, DecryptionFailed):
             dag = None
         known = dag.order if dag else [view.task_id for view in named.task_instances(client)]
         with json_lines() if as_json else progress(known) as shown:

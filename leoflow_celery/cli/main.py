@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from leoflow_celery.agent.linux import hide_from_our_user
 from leoflow_celery.cli import config, dead_letters, inspect, runs, serve, setup, staging, system
 from leoflow_celery.cli.lite import commands as lite
 from leoflow_celery.cli.output import note
@@ -94,6 +95,7 @@ def options(
 
 def main() -> None:
     """The console script. Typer turns usage errors into exit code 2 and Ctrl-C into 130."""
+    hide_from_our_user()  # the gateway and lite hold keys
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()

@@ -12,7 +12,7 @@ from leoflow_celery.cli.output import echo_json, visible
 from leoflow_celery.cli.target import JsonOption
 
 #: What ``leoflow doctor`` looks at, in this order.
-CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange")
+CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange", "pods")
 
 
 def fresh_keys() -> dict[str, str]:

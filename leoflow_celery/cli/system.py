@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leoflow_celery.cli.output import note
-from leoflow_celery.errors import BrokerUnavailable, ConfigurationError, LeoflowError, NotFound
+from leoflow_celery.errors import BrokerUnavailable, ConfigurationError, DatabaseUnavailable, LeoflowError, NotFound
 
 if TYPE_CHECKING:
     from leoflow_celery.cli.lite.state import StateDirectory
@@ -98,7 +98,7 @@ def where(error: LeoflowError) -> str:
         return (
             f" (in the embedded system of {_used.state.path}; --env-file or LEOFLOW_DATABASE_URL name a deployed one)"
         )
-    if isinstance(error, ConfigurationError) and _used is None and not _is_deployed():
+    if isinstance(error, ConfigurationError | DatabaseUnavailable) and _used is None and not _is_deployed():
         return "; on one machine 'leoflow lite run DAG.json' needs no settings"
     return ""
 

@@ -17,7 +17,7 @@ from redis import exceptions as redis_errors
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import NotFound, Unavailable, XComRejected
-from leoflow_celery.store.views import failure_of
+from leoflow_celery.store.views import failure_of, unreadable
 
 if TYPE_CHECKING:
     from leoflow_celery.client.client import Client
@@ -111,7 +111,7 @@ class Handle:
             if view.state is TaskState.SKIPPED:
                 return None
         except XComRejected as error:
-            raise failure_of(view.unreadable(error)) from error
+            raise failure_of(unreadable(view, error)) from error
         raise failure_of(view)
 
     def _value(self, view: TaskInstanceView) -> Any:

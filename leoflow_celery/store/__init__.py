@@ -24,6 +24,7 @@ from leoflow_celery.store.logs import LogLimits, LogStore
 from leoflow_celery.store.models import database_now
 from leoflow_celery.store.presence import PresenceStore
 from leoflow_celery.store.reaper_queries import ReaperQueries
+from leoflow_celery.store.redis_marks import RedisMarkStore
 from leoflow_celery.store.runs import RunStore
 from leoflow_celery.store.staging import StagingStore
 from leoflow_celery.store.submissions import SubmissionStore
@@ -112,6 +113,10 @@ class Store:
     @cached_property
     def leases(self) -> LeaseStore:
         return LeaseStore(self.database)
+
+    @cached_property
+    def redis_marks(self) -> RedisMarkStore:
+        return RedisMarkStore(self.database)
 
     @cached_property
     def presence(self) -> PresenceStore:

@@ -329,3 +329,16 @@ class Presence(Base):
     #: Present since then without a gap.
     since: Mapped[float] = mapped_column(Timestamp)
     seen_at: Mapped[float] = mapped_column(Timestamp)
+
+
+class RedisMark(Base):
+    """How far a Redis server has come, as SQL knows it: one that has less went back (``store.redis_marks``)."""
+
+    __tablename__ = "redis_mark"
+
+    #: broker, or results where those have a server of their own.
+    name: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    #: Of the server's process and its replication history; both change when it may have lost what it was told.
+    identity: Mapped[str] = mapped_column(_NAME)
+    #: Seconds since the epoch by the database's clock, when it was written.
+    mark: Mapped[float] = mapped_column(sa.Double)

@@ -118,10 +118,11 @@ class TaskInstanceView:
         reason = parse_reason(self.reason) if self.reason else None
         return Outcome(self.state, reason, self.message, self.exit_code, self.last_event, self.log_tail)
 
-    def unreadable(self, error: XComRejected) -> TaskInstanceView:
-        """This try told as a failure: it succeeded with a value that nobody can read, and who waits must hear it."""
-        message = f"the task succeeded, but its return value cannot be read: {error}"
-        return replace(self, state=TaskState.FAILED, reason=error.reason, message=message)
+
+def unreadable(view: TaskInstanceView, error: XComRejected) -> TaskInstanceView:
+    """A try told as a failure: it succeeded with a value that nobody can read, and who waits must hear it."""
+    message = f"the task succeeded, but its return value cannot be read: {error}"
+    return replace(view, state=TaskState.FAILED, reason=error.reason, message=message)
 
 
 def failure_of(view: TaskInstanceView) -> TaskFailed:

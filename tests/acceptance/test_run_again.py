@@ -335,3 +335,37 @@ def test_a_scheduler_of_its_own_clears_and_submits_the_new_tries(deployed: Syste
     client.submit(request("a", cleared.next_try)).get(timeout=60)
     assert [view.state.value for view in client.tries("own", "r")] == ["failed", "success"]
     assert client.clear("own", "r") == []
+
+
+def test_a_try_submitted_again_with_other_content_says_so(up: Embedded, tmp_path: Path) -> None:
+    request = {"task_instance_id": "ti", "dag_id": "d", "run_id": "r", "task_id": "t", "operator": "bash"}
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps({**request, "entrypoint": "true"}))
+    up("submit", path, "--wait")
+    assert up("submit", path).stderr == ""
+    path.write_text(json.dumps({**request, "entrypoint": "exit 7"}))
+    again = up("submit", path)
+    assert "ti try 1 was submitted before with another content, which stays; submit try_number 2" in again.stderr
+    assert "success" in again.stdout
+    settings = {one["name"]: one for one in json.loads(up("--lite", "config", "--json").stdout)}
+    assert settings["LEOFLOW_SEAL_KEYS"]["value"] == "***"
+    assert settings["LEOFLOW_DATABASE_URL"] == {
+        "name": "LEOFLOW_DATABASE_URL",
+        "value": f"sqlite:///{up.state}/leoflow.db",
+        "source": f"embedded system {up.state}",
+    }
+
+
+def test_a_deployed_system_is_named_by_a_file_and_wins_over_an_embedded_one(
+    deployed: System, leoflow: Embedded, tmp_path: Path
+) -> None:
+    leoflow.state.mkdir(parents=True)
+    (leoflow.state / "keys.json").write_text("{}")  # an embedded one that nobody could use
+    (tmp_path / "settings.env").write_text(
+        "".join(f"export {name}='{value}'\n" for name, value in deployed.env.items())
+    )
+    dag = write_dag(tmp_path, bash("a", "true"))
+    leoflow("--env-file", tmp_path / "settings.env", "run", dag, "--run-id", "r")
+    assert deployed.client.run("d", "r").state is RunState.SUCCESS
+    leoflow.env["LEOFLOW_ENV_FILE"] = str(tmp_path / "settings.env")
+    assert [run["run_id"] for run in leoflow.json("runs")] == ["r"]

@@ -142,6 +142,8 @@ class Reconciler:
             if decision.report is not None:
                 self._report_end(pod, expected.attempt, decision.report, events)
         deleted = decision.delete and self._delete(pod, decision)
+        if pod.held and (decision.release or decision.delete):
+            self._api.release_pod(pod.name, pod.uid)
         return _Done(decision.report is not None, deleted)
 
     def _report_end(self, pod: PodState, attempt: AttemptId, report: PodReport, events: list[PodEvent]) -> None:

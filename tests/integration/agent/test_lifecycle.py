@@ -350,7 +350,17 @@ def test_a_foreign_control_plane_without_our_extras_works(plane, start_agent):
     plane.spec = bash("echo hi")
     plane.script.update(GetVariables=unimplemented, GetConnections=unimplemented)
     assert start_agent().wait() == 0
-    assert any("going on without" in line for line in plane.text("agent"))
+    assert not any("going on without" in line for line in plane.text("agent"))
+
+
+def test_a_task_that_uses_what_is_withheld_hears_why(plane, start_agent):
+    def refused(call):
+        raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "not on plain text")
+
+    plane.spec = bash("echo $AIRFLOW_VAR_REGION")
+    plane.script.update(GetVariables=refused, GetConnections=refused)
+    assert start_agent().wait() == 0
+    assert any("not on plain text" in line for line in plane.text("agent"))
 
 
 def test_the_agent_imports_nothing_heavy():

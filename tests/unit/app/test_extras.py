@@ -28,7 +28,7 @@ def names(queue: str) -> dict[str, set[str]]:
     [
         ("inline", set(), set()),
         ("subprocess", set(), set()),
-        ("results", {"LaunchCollector"}, set()),
+        ("results", {"LaunchCollector", "RedisMarks"}, set()),
         ("maintenance", {"Gauges"}, set()),
         ("k8s", set(), {"BackEndPresence"}),
         ("docker", set(), {"BackEndPresence"}),
