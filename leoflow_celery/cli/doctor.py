@@ -436,8 +436,6 @@ def check_exchange(settings: Settings) -> Finding:
 
 def check_held_pods(settings: Settings) -> Finding:
     """No deleted pod is kept by our finalizer because no reconcile lets it go."""
-    import time
-
     from leoflow_celery.executors.kubernetes.client import KubernetesApi
     from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
     from leoflow_celery.executors.kubernetes.observe import observe
@@ -451,9 +449,9 @@ def check_held_pods(settings: Settings) -> Finding:
         selector = of_system(MANAGED_SELECTOR, settings.kubernetes.system)
         pages = api.list_pages(api.pods_path(), operation="list_pods", label_selector=selector)
         held = [pod for page in pages for pod in map(observe, page["items"]) if pod.held]
+        now = api.clock.time()
     finally:
         api.close()
-    now = time.time()
     deleted = [(pod.name, pod.deletion_due_at) for pod in held if pod.deletion_due_at is not None]
     stuck = sorted(name for name, due_at in deleted if now - due_at > _HELD_SECONDS)
     if not stuck:
