@@ -34,7 +34,7 @@ FROM task-requirements AS task-code
 COPY setup.cfg pyproject.toml README.md ./
 COPY leoflow_runtime leoflow_runtime
 COPY leoflow_celery/__init__.py leoflow_celery/errors.py leoflow_celery/broker_url.py leoflow_celery/settings.py \
-    leoflow_celery/background.py leoflow_celery/confined.py leoflow_celery/py.typed leoflow_celery/
+    leoflow_celery/background.py leoflow_celery/confined.py leoflow_celery/environment.py leoflow_celery/py.typed leoflow_celery/
 COPY leoflow_celery/domain leoflow_celery/domain
 COPY leoflow_celery/protocol leoflow_celery/protocol
 COPY leoflow_celery/agent leoflow_celery/agent

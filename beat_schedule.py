@@ -13,12 +13,14 @@ from celery.schedules import schedule
 from celery.signals import beat_init
 
 from leoflow_celery import metrics
+from leoflow_celery.agent.linux import hide_from_our_user
 from leoflow_celery.app import create_app
 from leoflow_celery.app.clocks import reading
 from leoflow_celery.app.extras import touch_with_messages
 from leoflow_celery.app.logging import show_fields
 from leoflow_celery.domain.routing import EXPIRY_SECONDS, MAINTENANCE_QUEUE
 
+hide_from_our_user()
 app = create_app()
 touch_with_messages(app.settings.health.file)
 

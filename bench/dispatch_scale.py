@@ -111,9 +111,9 @@ class Subject:
         ends = [(a, Outcome.success(), FinishCondition(holder=a.task_instance_id)) for a in attempts]
         self._each("finish", store.attempts.finish, ends)
         taken = self._each("take one", store.completions.take, [(60, name, 1) for name in ids])
-        waiting = [one.celery_task_id for found in taken for one in found]
+        waiting = [one for found in taken for one in found]
         assert len(waiting) == tasks
-        self._each("done", store.completions.done, [([name],) for name in waiting])
+        self._each("done", store.completions.done, [([one],) for one in waiting])
         sweeps: dict[str, Callable[[], object]] = {
             "sweep silent": lambda: list(store.reaper_queries.silent(90)),
             "sweep waiting": lambda: list(store.reaper_queries.waiting(60)),

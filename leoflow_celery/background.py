@@ -1,4 +1,4 @@
-"""Work that a process does every so often beside its own."""
+"""Work that a process does every so often beside its own, and work that waits for a server that is away."""
 
 from __future__ import annotations
 
@@ -7,15 +7,36 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Self
+from typing import ParamSpec, Self, TypeVar
 
-from leoflow_celery.errors import LeaseLost, LeoflowError
+from leoflow_celery.errors import LeaseLost, LeoflowError, Unavailable
 
 log = logging.getLogger(__name__)
 #: What differs between two tellings of one cause: addresses of objects, ports, times.
 _VARYING = re.compile(r"0x[0-9a-fA-F]+|\d+")
 #: A server that words every failure anew is remembered for so many of them.
 _MAX_CAUSES = 50
+#: The longest pause between two tries of what waits for a server; the mean is half of it.
+_MAX_PAUSE_SECONDS = 10.0
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def patiently(logger: logging.Logger, for_seconds: float) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: call again while a server is away, with growing random pauses, and log each time as a warning.
+
+    The last ``Unavailable`` is raised when that took longer than ``for_seconds``.
+    """
+    # Here, because task images have this module and not the library.
+    from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+    return retry(
+        retry=retry_if_exception_type(Unavailable),
+        wait=wait_random_exponential(max=_MAX_PAUSE_SECONDS),
+        stop=stop_after_delay(for_seconds),
+        before_sleep=before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )
 
 
 class Periodic:

@@ -2,7 +2,8 @@
 
 What SQL stores is written and compared by the database's clock, in SQL. What travels through the broker and is compared
 by another process (expiry, delays, the age of a sealed message) is by the broker's clock: every process asks it now and
-then, and reads its own monotonic clock in between, which nobody sets. Inside one process, monotonic time is enough.
+then, and reads its own monotonic clock in between, which nobody sets. What a cluster or an Engine wrote is compared
+with the ``Date`` of its own answers. Inside one process, monotonic time is enough.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+#: The header has whole seconds, and what is left of one is cut off.
+_HALF_A_SECOND = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +45,20 @@ class ServerClock:
             Whatever ``ask`` raises.
         """
         before = time.monotonic()
-        server = ask()
+        self._note(ask(), before)
+
+    def read_date(self, header: str | None, sent_at: float) -> None:
+        """Take the ``Date`` of an HTTP answer to what was sent at ``sent_at`` (monotonic); an answer may have none."""
+        try:
+            server = parsedate_to_datetime(header or "").timestamp()
+        except (ValueError, OverflowError):
+            return
+        self._note(server + _HALF_A_SECOND, sent_at)
+
+    def _note(self, server: float, before: float) -> None:
         after, own = time.monotonic(), time.time()
-        half = (after - before) / 2
         with self._lock:
-            self._reading = _Reading(server + half, after, own)
+            self._reading = _Reading(server + (after - before) / 2, after, own)
 
     def time(self) -> float:
         """What the server's clock says now, in seconds since the epoch."""
@@ -59,6 +74,11 @@ class ServerClock:
     def to_own(self, instant: float) -> float:
         """An instant of the server's clock, as this host's clock will show it then: for code that knows only that."""
         return instant - self.time() + time.time()
+
+
+def due_in(seconds: float) -> datetime:
+    """The instant in so many seconds by the broker's clock, as the ``eta`` of a message of ours."""
+    return datetime.fromtimestamp(broker_clock.time() + seconds, UTC)
 
 
 #: Of the broker that this process uses. There is one in a process.

@@ -19,7 +19,7 @@ from leoflow_celery.errors import LeoflowError, Unavailable
 
 #: Address space of a child. The engine itself takes a fifth of it.
 MEMORY_BYTES = 1 << 30
-#: A child that had no processor for so long is given up as well, and so is the wait for a free one.
+#: A child that had no processor for so long is given up, without a verdict, and so is the wait for a free one.
 PATIENCE_SECONDS = 60.0
 _HEADER = struct.Struct("!dI")
 _LENGTH = struct.Struct("!I")
@@ -32,8 +32,8 @@ class TooCostly(LeoflowError):
 class Confined:
     """Asks ``python -m module``, which calls ``serve``. Thread-safe; each child answers one question at a time.
 
-    Children start with the first question and stay. They have nothing of our environment, no open file of ours, the
-    lowest priority, and end when we do.
+    Children start with the first question and stay. They have nothing of our environment, no open file of ours, a low
+    priority, and end when we do.
     """
 
     def __init__(self, module: str, processes: int) -> None:
@@ -47,7 +47,7 @@ class Confined:
 
         Raises:
             TooCostly: it took more.
-            Unavailable: no child is free, or none can be started.
+            Unavailable: no child is free, none can be started, or it had no processor for a minute.
         """
         if not self._free.acquire(timeout=PATIENCE_SECONDS):
             raise Unavailable("every process that checks values is busy; try again")
@@ -110,7 +110,8 @@ def _read(pipe: IO[bytes], size: int, deadline: float) -> bytes:
         waiting = select.poll()
         waiting.register(descriptor, select.POLLIN | select.POLLHUP)
         if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise EOFError
+            # It would have been ended by now if it had had a processor: that says nothing about what was asked.
+            raise Unavailable(f"a process that checks values had no processor for {PATIENCE_SECONDS:g} s; try again")
         part = os.read(descriptor, size - len(found))
         if not part:
             raise EOFError
@@ -134,7 +135,7 @@ def serve(answer: Callable[[bytes], bytes]) -> None:
     """Answer questions until whoever asks is gone. SIGPROF ends the process in one that costs too much."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(19)
+    os.nice(10)  # behind the event loop, and not so far that a busy host stops it for seconds
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     questions, answers = sys.stdin.buffer, sys.stdout.buffer
     while len(header := questions.read(_HEADER.size)) == _HEADER.size:

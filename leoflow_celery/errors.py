@@ -16,6 +16,7 @@
     │   └── ClusterUnavailable
     ├── InvalidToken              an agent token that is expired, forged or foreign
     ├── DecryptionFailed                a payload sealed with a key this process does not have
+    │   └── StoredRequestInvalid  older rules let it in and those of this version do not
     ├── ClaimRefused              the attempt may not run (again): terminal, superseded or held
     ├── Fenced                    the writer no longer holds the attempt
     ├── LeaseLost                 the worker no longer holds the lease of what it does
@@ -118,6 +119,10 @@ class DecryptionFailed(LeoflowError):
     """A sealed payload cannot be opened with the keys this process has."""
 
 
+class StoredRequestInvalid(DecryptionFailed):
+    """A stored request breaks a rule that came after it: it can never run as it is."""
+
+
 class MessageExpired(LeoflowError):
     """A message was good for some time, which is over: the next one is there, or soon will be."""
 
@@ -165,6 +170,13 @@ class TransientLaunchError(LaunchError):
     def __init__(self, reason: str, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(reason, message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class HostFull(TransientLaunchError):
+    """The host runs as many attempts as it may. Nothing is wrong: the launch waits in its queue."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("queued_timeout", message)
 
 
 class PermanentLaunchError(LaunchError):

@@ -1,8 +1,8 @@
-"""Every setting, its unit, its default and why. The only file that reads the environment.
+"""Every setting, its unit, its default and why. With ``environment``, the only file that reads the environment.
 
 A setting is the environment variable ``LEOFLOW_<GROUP>_<FIELD>`` (``LEOFLOW_BROKER_URL``, ``LEOFLOW_GATEWAY_LISTEN``);
 a few keep the names Leoflow gave them. A secret may also come from a file:
-``LEOFLOW_JWT_SECRET_FILE=/run/secrets/jwt``.
+``LEOFLOW_JWT_SECRET_FILE=/run/secrets/jwt``, and any setting from the file that ``LEOFLOW_ENV_FILE`` names.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from leoflow_celery.broker_url import BrokerUrl
+from leoflow_celery.broker_url import BrokerUrl, OptionalBrokerUrl
+from leoflow_celery.environment import read_files, state_dir
 from leoflow_celery.errors import ConfigurationError
 
 
 def _config(prefix: str) -> SettingsConfigDict:
     return SettingsConfigDict(env_prefix=prefix, frozen=True, extra="ignore", populate_by_name=True)
-
-
-def state_dir() -> Path:
-    """Where a user's own state lives: ``$XDG_STATE_HOME/leoflow``."""
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "leoflow"
 
 
 class BrokerSettings(BaseSettings):
@@ -35,7 +31,7 @@ class BrokerSettings(BaseSettings):
 
     url: BrokerUrl = "redis://127.0.0.1:6379/0"
     #: Empty: the broker's own URL. Workers need no SQL, so results live in Redis.
-    result_url: str = ""
+    result_url: OptionalBrokerUrl = ""
     #: Every Redis key starts with it, so that systems can share a server.
     key_prefix: str = "leoflow:"
     #: Seconds until what a worker held is delivered again after the worker was last heard of. One that lives says so
@@ -188,7 +184,8 @@ class InlineSettings(BaseSettings):
 
     #: Total deadline of one task over all its attempts, in seconds; a task asking for more is refused.
     max_duration: int = 300
-    #: Further attempts after the first, for transient failures.
+    #: Further attempts after the first for transient failures, of calls that may be repeated (GET, PUT, DELETE) and say
+    #: no http_request.attempts. POST and PATCH are made once unless they say so.
     max_retries: int = 3
     #: Response bytes read at the most.
     max_response_bytes: int = 1_048_576
@@ -219,6 +216,9 @@ class SubprocessSettings(BaseSettings):
     state_dir: str = ""
     #: Keep a pre-imported agent and fork it per task (only for our own agent).
     preload_agent: bool = True
+    #: Attempts that this host runs at once; more wait in the queue, where other hosts take them. 0: 16 for each core
+    #: as far as each has 256 MiB of memory, and at least 4 (most tasks wait for a server).
+    max_running: Annotated[int, Field(ge=0)] = 0
 
 
 class KubernetesSettings(BaseSettings):
@@ -279,6 +279,9 @@ class KubernetesSettings(BaseSettings):
     startup_patience_seconds: float = 30
     #: How long an ended pod stays for people to look at.
     finished_grace_seconds: float = 600
+    #: Keep a deleted pod in sight, by a finalizer, until its end is recorded. Needs to patch pods; without that right
+    #: no pod is held. Off: pods that are held when the system is removed for good have to be let go by hand.
+    hold_pods: bool = False
     #: Refuse a staging claim at once when no storage class can serve it. Needs to read storage classes, which belong to
     #: the cluster; without that right nothing is checked. Off: for volumes that an administrator made by hand.
     check_storage_class: bool = True
@@ -322,6 +325,9 @@ class DockerSettings(BaseSettings):
     agent_environment: Literal["file", "plain"] = "file"
     #: Containers cannot write but to /tmp (memory), /staging and /run/leoflow.
     read_only_root: bool = False
+    #: Containers of this system that one Engine runs at once; more messages wait in the queue, where other hosts take
+    #: them. 0: 16 for each core of the Engine's host as far as each has 256 MiB of memory, and at least 4.
+    max_running: Annotated[int, Field(ge=0)] = 0
     #: Processes and threads in one container; 0 is no limit.
     pids_limit: int = 4_096
     #: What ``docker logs`` keeps of a container (the control plane has the whole log).
@@ -356,7 +362,7 @@ class XComSettings(BaseSettings):
     #: sql or redis.
     backend: Literal["sql", "redis"] = "sql"
     #: For the redis back end; empty: the broker's URL.
-    redis_url: str = ""
+    redis_url: OptionalBrokerUrl = ""
     max_bytes: int = 262_144
     ttl_seconds: int = 7 * 24 * 3600
 
@@ -388,6 +394,9 @@ class MaintenanceSettings(BaseSettings):
     #: How long a started attempt may take until its agent calls; a pod's time begins after its pending timeout.
     launch_timeout_seconds: float = 900
     cancel_grace_seconds: float = 60
+    #: When Redis went back (a failover, a crash, an empty restart), ends told this long ago at most are told again. An
+    #: empty Redis has forgotten days of them, and their callbacks have long been heard.
+    retell_seconds: float = Field(default=600, ge=0)
     #: A try whose container was killed for its memory starts again with its memory limit times this; 1 switches it off.
     oom_memory_factor: float = 1.0
     #: The most that such a limit may grow to (a Kubernetes quantity).
@@ -451,13 +460,26 @@ class Settings(BaseSettings):
         Raises:
             ConfigurationError: names the variable, its problem and never a secret's value.
         """
-        _read_secret_files()
+        read_files()
         try:
             return cls()
         except ValidationError as error:
             item = error.errors(include_url=False, include_input=False)[0]
             name, said = _variable(error.title, item["loc"]), item["msg"].removeprefix("Value error, ")
             raise ConfigurationError(f"{name}: {said}") from None  # the cause repeats the value
+
+
+def variables(group: type[BaseSettings]) -> dict[str, tuple[str, ...]]:
+    """Field → the environment variables that set it, the first that is set wins."""
+    prefix = str(group.model_config.get("env_prefix", ""))
+    return {name: _names_of(name, field, prefix) for name, field in group.model_fields.items()}
+
+
+def _names_of(name: str, field: FieldInfo, prefix: str) -> tuple[str, ...]:
+    alias = field.validation_alias
+    if isinstance(alias, AliasChoices):
+        return tuple(one for one in alias.choices if isinstance(one, str) and one.startswith("LEOFLOW_"))
+    return (alias if isinstance(alias, str) else f"{prefix}{name}".upper(),)
 
 
 def _variable(group_name: str, place: tuple[int | str, ...]) -> str:
@@ -467,18 +489,6 @@ def _variable(group_name: str, place: tuple[int | str, ...]) -> str:
     prefix = next((str(g.model_config["env_prefix"]) for g in groups if g is not None and g.__name__ == group_name), "")
     name = first if first.startswith(prefix) else f"{prefix}{first}".upper()
     return f"{name} ({'.'.join(rest)})" if rest else name
-
-
-_SECRET_VARIABLES = ("LEOFLOW_JWT_SECRET", "LEOFLOW_SEAL_KEYS", "LEOFLOW_DATABASE_URL", "LEOFLOW_BROKER_URL")
-
-
-def _read_secret_files() -> None:
-    for name in _SECRET_VARIABLES:
-        if (path := os.environ.get(f"{name}_FILE")) and name not in os.environ:
-            try:
-                os.environ[name] = Path(path).read_text().strip()
-            except OSError as error:
-                raise ConfigurationError(f"{name}_FILE={path}: {error.strerror}") from error
 
 
 def environment_with_prefix(prefix: str) -> dict[str, str]:

@@ -6,24 +6,25 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from leoflow_runtime.errors import RuntimeFailure
+from leoflow_runtime.errors import ImportExited, NotCallable
 
 
 def load_callable(entrypoint: str) -> Callable[..., Any]:
     """The plain function behind an entry point; a decorated one carries it as ``.function`` (Airflow Task SDK).
 
     Raises:
-        RuntimeFailure: the text is no entry point, the module or the attribute does not exist, or it is not callable.
+        NotCallable: the text is no entry point, the module or the attribute does not exist, or it is not callable.
+        ImportExited: the module called ``sys.exit``.
     """
     module_name, colon, path = entrypoint.partition(":")
     if not (module_name and colon and path):
-        raise RuntimeFailure(f"entry point {entrypoint!r} is not 'module:callable', for example 'dag:extract'")
+        raise NotCallable(f"entry point {entrypoint!r} is not 'module:callable', for example 'dag:extract'")
     target = _import_module(module_name)
     for name in path.split("."):
         try:
             target = getattr(target, name)
         except AttributeError:
-            raise RuntimeFailure(f"module {module_name!r} has no attribute {path!r}") from None
+            raise NotCallable(f"module {module_name!r} has no attribute {path!r}") from None
     return _undecorated(target, entrypoint)
 
 
@@ -33,10 +34,12 @@ def _import_module(name: str) -> Any:
     except ModuleNotFoundError as error:
         # Only the module asked for (or a parent of it) is our line; a missing import inside it is the user's traceback.
         if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise RuntimeFailure(
-                f"no module named {name!r}: is it on PYTHONPATH or in the working directory?"
-            ) from None
+            raise NotCallable(f"no module named {name!r}: is it on PYTHONPATH or in the working directory?") from None
         raise
+    except SystemExit as error:
+        raise ImportExited(
+            f"module {name!r} ended with sys.exit({error.code!r}) while it was imported; nothing was called"
+        ) from None
 
 
 def _undecorated(target: Any, entrypoint: str) -> Callable[..., Any]:
@@ -44,5 +47,5 @@ def _undecorated(target: Any, entrypoint: str) -> Callable[..., Any]:
     while callable(inner):
         target, inner = inner, getattr(inner, "function", None)
     if not callable(target):
-        raise RuntimeFailure(f"{entrypoint!r} is a {type(target).__name__}, not a callable")
+        raise NotCallable(f"{entrypoint!r} is a {type(target).__name__}, not a callable")
     return target  # type: ignore[no-any-return]

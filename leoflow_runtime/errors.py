@@ -8,6 +8,18 @@ class RuntimeFailure(Exception):
     reason = ""
 
 
+class NotCallable(RuntimeFailure):
+    """The module or the callable does not exist: this can never work."""
+
+    reason = "invalid_spec"
+
+
+class ImportExited(RuntimeFailure):
+    """The module ended the process while it was imported; nothing was called."""
+
+    exit_code = 1
+
+
 class InvalidResult(RuntimeFailure):
     """The callable returned something that is not JSON."""
 

@@ -18,18 +18,21 @@ from leoflow_runtime.errors import InvalidResult, RuntimeFailure
 
 #: An exception of this name (Airflow's) means: not failed, skipped.
 _SKIP_EXCEPTION = "AirflowSkipException"
+#: What the agent reads of a reason file is 8 KiB.
+_MAX_SENTENCE_CHARACTERS = 2_000
 
 
 def main(argv: list[str], environ: Mapping[str, str] | None = None) -> int:
     """Run one callable and return the exit code (see the package's docstring)."""
-    environ = os.environ if environ is None else environ
+    # A copy: user code may clear or change the environment, and is not asked how it is told from then on.
+    environ = dict(os.environ if environ is None else environ)
     if len(argv) != 1:
         sys.stderr.write("usage: python -m leoflow_runtime module:callable\n")
         return RuntimeFailure.exit_code
     try:
         _run(argv[0], environ)
     except RuntimeFailure as failure:
-        _leave_reason(environ, failure.reason)
+        _leave_reason(environ, failure.reason, str(failure))
         sys.stderr.write(f"leoflow_runtime: {failure}\n")
         return failure.exit_code
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything
@@ -75,11 +78,26 @@ def _write_atomically(path: str, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _leave_reason(environ: Mapping[str, str], reason: str) -> None:
+def _leave_reason(environ: Mapping[str, str], reason: str, sentence: str = "") -> None:
     path = environ.get("LEOFLOW_REASON_PATH")
-    if path and reason:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(reason)
+    if path and (reason or sentence):
+        try:
+            with open(path, "w", encoding="utf-8", errors="replace") as file:
+                file.write(f"{reason}\n{sentence[:_MAX_SENTENCE_CHARACTERS]}" if sentence else reason)
+        except OSError as error:
+            sys.stderr.write(f"leoflow_runtime: the reason cannot be written: {error.strerror}\n")
+
+
+def _sentence(error: Exception) -> str:
+    """``ValueError: bad row``, as the last line of a traceback says it."""
+    kind = type(error)
+    plain = kind.__module__ in ("builtins", "__main__")
+    name = kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - somebody else's __str__
+        text = "<its text cannot be shown>"
+    return f"{name}: {text}" if text else name
 
 
 def _user_exception(error: Exception, environ: Mapping[str, str]) -> int:
@@ -87,6 +105,7 @@ def _user_exception(error: Exception, environ: Mapping[str, str]) -> int:
         sys.stderr.write(f"skipped: {error}\n")
         _leave_reason(environ, "skipped")
         return 0
+    _leave_reason(environ, "", _sentence(error))
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_globals.get("__package__") == "leoflow_runtime":
         trace = trace.tb_next

@@ -22,8 +22,15 @@ from leoflow_celery.errors import ConfigurationError
 
 log = logging.getLogger("leoflow_celery.agent")
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_FORWARDED_SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+#: What a program is told for other reasons: a fault of its own, job control, a child, a pipe or file it cannot write.
+_NO_STOP_SIGNALS = frozenset(
+    {
+        *(signal.SIGKILL, signal.SIGSTOP),
+        *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS),
+        *(signal.SIGCONT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),
+        *(signal.SIGCHLD, signal.SIGURG, signal.SIGPIPE, signal.SIGXFSZ),
+    }
+)
 
 
 def command() -> NoReturn:
@@ -54,25 +61,45 @@ async def run_agent(config: AgentConfig, environ: Mapping[str, str]) -> int:
     stop = StopRequest()
     async with open_channel(config) as channel:
         agent = Agent(config, ControlPlane(channel, config), stop, environ)
-        _handle_signals(agent, stop)
+        _stop_on_signals(agent, stop)
         return await agent.run()
 
 
-def _handle_signals(agent: Agent, stop: StopRequest) -> None:
+def stop_signals() -> list[int]:
+    """Every signal that may mean stop. An image says itself which one it is (STOPSIGNAL), and the agent cannot know it.
+
+    A terminal sends SIGWINCH for another reason.
+    """
+    not_stops = _NO_STOP_SIGNALS | ({signal.SIGWINCH} if _has_terminal() else set())
+    return sorted(int(number) for number in signal.valid_signals() if number not in not_stops)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def signal_name(number: int) -> str:
+    """As STOPSIGNAL and kill have it: SIGQUIT, SIGRTMIN+3."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+
+
+def _stop_on_signals(agent: Agent, stop: StopRequest) -> None:
     loop = asyncio.get_running_loop()
 
     def interrupt(name: str) -> None:
         stop.ask(FailureReason.INTERRUPTED, f"the agent received {name}")
         agent.beat_now()
 
-    def forward(number: signal.Signals) -> None:
-        if agent.task_run is not None:
-            agent.task_run.forward(number)
-
-    for number in _STOP_SIGNALS:
-        loop.add_signal_handler(number, interrupt, number.name)
-    for number in _FORWARDED_SIGNALS:
-        loop.add_signal_handler(number, forward, number)
+    for number in stop_signals():
+        with contextlib.suppress(RuntimeError):  # a C library may keep some for itself
+            loop.add_signal_handler(number, interrupt, signal_name(number))
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ def _add_operator(command: Command, spec: pb.TaskSpec, inputs: Inputs, config: A
             command.argv = [config.python, "-m", "leoflow_runtime", spec.entrypoint]
             # Lines appear in the log when they are printed, not when a buffer is full.
             command.env.setdefault("PYTHONUNBUFFERED", "1")
+            # The runtime takes it away and puts the working directory on the path, after its own imports.
+            command.env.setdefault("PYTHONSAFEPATH", "leoflow")
             paths = (command.env.get("LEOFLOW_SOURCE_DIR"), command.env.get("PYTHONPATH"), str(directory / "runtime"))
             command.env["PYTHONPATH"] = ":".join(path for path in paths if path)
         case "bash":

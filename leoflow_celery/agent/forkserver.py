@@ -3,7 +3,8 @@
 Interpreter start and imports are most of what a short task costs, and a fork pays them once. FD is a SOCK_SEQPACKET
 socket to the executor; a packet is one line of JSON.
 
-in   ``{"id", "env", "cwd", "log"}`` with one open file (the attempt's lock, which the agent holds while it lives)
+in   ``{"id", "env", "cwd", "log", "mark"}`` with one open file: the attempt's lock, which the agent
+     holds while it lives
 out  ``{"id", "pid"}`` at the start or ``{"id", "error"}``, then ``{"id", "exited": status}``
 
 When the executor is gone (its end of the socket closed, however its process ended) the server stays until its agents
@@ -21,6 +22,7 @@ import socket
 import sys
 from typing import Any, NoReturn
 
+from leoflow_celery.agent import linux
 from leoflow_celery.agent.__main__ import main as agent_main
 
 MAX_PACKET_BYTES = 1 << 17
@@ -78,6 +80,7 @@ class ForkServer:
         code = 1
         try:
             os.setsid()
+            linux.mark_descendants(request["mark"])
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             self._selector.close()
@@ -101,6 +104,8 @@ class ForkServer:
         self._selector.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
+        # An agent that was killed leaves its processes to us, the next who adopts; one that ended has left none.
+        linux.kill_descendants(spare=frozenset(pid for _, pid in self._children.values()))
         self._send({"id": request_id, "exited": os.waitstatus_to_exitcode(status)})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -125,6 +130,8 @@ def main() -> int:
     # A signal to the worker's group (Ctrl-C, a supervisor's stop) is not for running tasks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    linux.adopt_orphans()
+    linux.hide_from_our_user()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     ForkServer(connection).run()

@@ -19,7 +19,7 @@ class InputRefused(LeoflowError):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Everything fetched, still under its own name. ``warnings`` go to the task's log."""
+    """Everything fetched, still under its own name. ``warnings`` are said to a task that uses what is missing."""
 
     xcoms: Mapping[str, bytes] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)

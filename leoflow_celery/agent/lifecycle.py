@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -49,6 +50,7 @@ AGENT_VERSION = "leoflow-celery"
 _HALF = 0.5
 #: What a shell says of a process that SIGTERM ended.
 _INTERRUPTED_EXIT_CODE = 143
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Stopped(LeoflowError):
@@ -77,8 +79,7 @@ class Agent:
         except LeoflowError as error:
             return self._never_started(error)
         self._termination.claimed()
-        with _private_directory(self._config.work_dir) as directory:
-            return await self._run_claimed(directory)
+        return await self._run_claimed()
 
     def beat_now(self) -> None:
         self._heartbeat.beat_now()
@@ -97,13 +98,19 @@ class Agent:
         self._termination.never_claimed(Outcome.failed(reason, f"the agent could not register: {error}"))
         return 1
 
-    async def _run_claimed(self, directory: Path) -> int:
+    async def _run_claimed(self) -> int:
         spool = Spool(self._config.spool_bytes)
         shipper = LogShipper(self._plane, spool, self._heartbeat.beat_now)
         shipping = asyncio.create_task(shipper.run())
         beating = asyncio.create_task(self._heartbeat.run())
         try:
-            outcome, value = await self._run_task_or_say_why(directory, shipper)
+            try:
+                with _private_directory(self._config.work_dir) as directory:
+                    outcome, value = await self._run_task_or_say_why(directory, shipper)
+            except OSError as error:
+                # Of the directory itself: a full disk, above all. Nothing ran.
+                message = f"the agent's directory cannot be made: {error}"
+                outcome, value = Outcome.failed(FailureReason.LAUNCH_FAILED, message), None
             return await self._deliver(outcome, value, shipper, shipping)
         finally:
             for task in (shipping, beating):
@@ -123,7 +130,7 @@ class Agent:
 
     async def _run_task(self, directory: Path, shipper: LogShipper) -> tuple[Outcome, bytes | None]:
         try:
-            command, timeout = await self._unless_stopped(self._prepare(directory, shipper))
+            command, timeout, withheld = await self._unless_stopped(self._prepare(directory))
         except Stopped:
             await self._heartbeat.explain_interruption()
             return self._stopped_outcome(), None
@@ -139,6 +146,8 @@ class Agent:
         except LeoflowError as error:
             return Outcome.failed(FailureReason.LAUNCH_FAILED, f"the task could not be prepared: {error}"), None
         self.task_run = TaskRun(self._config, self._stop, self._heartbeat, shipper)
+        self.task_run.withheld = withheld
+        self.task_run.mention(" ".join(command.argv))
         outcome = await self.task_run.run(command, timeout)
         if outcome.state is not TaskState.SUCCESS:
             return outcome, None
@@ -147,17 +156,22 @@ class Agent:
         except XComRejected as error:
             return Outcome.failed(FailureReason(error.reason), f"the return value was refused: {error}", 0), None
 
-    async def _prepare(self, directory: Path, shipper: LogShipper) -> tuple[Command, int]:
+    async def _prepare(self, directory: Path) -> tuple[Command, int, tuple[str, ...]]:
         spec = await retried(lambda: self._plane.call("GetTaskSpec", pb.GetTaskSpecRequest()), self._patience())
         inputs = await fetch_inputs(self._plane, spec.xcom_input_mapping, self._patience())
         for warning in inputs.warnings:
-            shipper.add("agent", warning, pb.LOG_LEVEL_WARN)
+            log.info("%s", warning)
         command = build_command(spec, inputs, self._config, directory, self._environ)
-        command.write_files()
+        try:
+            command.write_files()
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            raise LeoflowError(f"its inputs cannot be written: {error}") from error
         answer = await report_state(self._plane, Outcome(TaskState.RUNNING), self._patience())
         if answer.should_terminate:
             self._stop.ask(FailureReason.CANCELLED, FENCED)
-        return command, spec.execution_timeout_seconds
+        return command, spec.execution_timeout_seconds, inputs.warnings
 
     async def _deliver(
         self, outcome: Outcome, value: bytes | None, shipper: LogShipper, shipping: asyncio.Task[None]
@@ -220,8 +234,11 @@ class Agent:
 
 @contextlib.contextmanager
 def _private_directory(parent: str | None) -> Iterator[Path]:
-    """A directory of this agent alone, with nothing to import but ``leoflow_runtime`` in its ``runtime``."""
-    path = Path(tempfile.mkdtemp(prefix="leoflow-agent-", dir=parent))
+    """A directory of this agent alone, with nothing to import but ``leoflow_runtime`` in its ``runtime``.
+
+    Executors name a parent outside of /tmp: that is the user's to tidy up.
+    """
+    path = _directory_in(parent)
     try:
         spec = find_spec("leoflow_runtime")
         (path / "runtime").mkdir()
@@ -230,3 +247,13 @@ def _private_directory(parent: str | None) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _directory_in(parent: str | None) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="leoflow-agent-", dir=parent))
+    except OSError as error:
+        if parent is None:
+            raise
+        log.warning("LEOFLOW_AGENT_WORK_DIR=%s: %s; using the temporary directory", parent, error.strerror)
+        return Path(tempfile.mkdtemp(prefix="leoflow-agent-"))

@@ -69,7 +69,8 @@ class LogShipper:
             before = self._spool.first
             try:
                 await self._stream_once()
-                continue
+                if self._spool.first > before:
+                    continue
             except (InvalidToken, ClaimRefused, CallRefused) as error:
                 log.warning("log stream refused, going on without: %s", error)
                 self._refused = True
@@ -143,9 +144,11 @@ class LogShipper:
             await self._wake.wait()
 
     def _acknowledge(self, line: int) -> None:
+        before = self._spool.first
         self._spool.release(min(line, self._cursor - 1))
-        self._last_ack = time.monotonic()
-        self._denied_since = None
+        if self._spool.first > before:  # an empty stream, or an old number again, is no progress
+            self._last_ack = time.monotonic()
+            self._denied_since = None
         if self._dropped:
             self._announce_dropped()
 

@@ -19,6 +19,8 @@ _MAX_DRAIN_SECONDS = 60.0
 #: How long to wait for a process that even SIGKILL does not end (it hangs in the kernel).
 _UNKILLABLE_SECONDS = 10.0
 _THROTTLE_SECONDS = 0.05
+#: A line that has begun (a prompt, dots of progress) is shown when nothing was added to it for so long.
+PARTIAL_LINE_SECONDS = 2.0
 
 Sink = Callable[[str], None]
 
@@ -108,6 +110,7 @@ class _Pipe(asyncio.Protocol):
         self._transport: asyncio.ReadTransport | None = None
         # Kept here: pipes' is_reading() does not work in Python 3.11.2, Debian 12's.
         self._is_paused = False
+        self._flush_timer: asyncio.TimerHandle | None = None
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     @classmethod
@@ -119,10 +122,26 @@ class _Pipe(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for line in self._splitter.feed(data):
             self._sink(line)
+        self._stop_waiting_for_the_line()
         if self._throttled() and self._transport is not None:
             self._transport.pause_reading()
             self._is_paused = True
             self._loop.call_later(_THROTTLE_SECONDS, self._resume)
+        else:
+            self._wait_for_the_line()
+
+    def _wait_for_the_line(self) -> None:
+        if self._splitter.pending:
+            self._flush_timer = self._loop.call_later(PARTIAL_LINE_SECONDS, self._flush)
+
+    def _stop_waiting_for_the_line(self) -> None:
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+
+    def _flush(self) -> None:
+        for line in self._splitter.flush():
+            self._sink(line)
 
     def _resume(self) -> None:
         if self._transport is None or not self.paused:
@@ -132,8 +151,11 @@ class _Pipe(asyncio.Protocol):
         else:
             self._is_paused = False
             self._transport.resume_reading()
+            # Only from now: while reading waited, the rest of the line could not come.
+            self._wait_for_the_line()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self._stop_waiting_for_the_line()
         if not self.ended.done():
             for line in self._splitter.end():
                 self._sink(line)

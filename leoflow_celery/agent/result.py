@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
 import signal
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from leoflow_celery.domain.outcome import Outcome
@@ -61,16 +63,54 @@ def _open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def outcome_of_exit(exit_code: int, named: tuple[str, str] = ("", ""), oom_killed: bool = False) -> Outcome:
-    """What an exit code (negative for a signal) and the reason that was left behind mean."""
+class OomWatch:
+    """Tells a kill for memory that ended the process from one that it outlived: by then the counter had risen."""
+
+    _SECONDS = 1.0
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        self._count = count
+        #: At the start, and at the last two looks: the older one is at least ``_SECONDS`` ago.
+        self._first = self._older = self._newer = count()
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            await asyncio.sleep(self._SECONDS)
+            self.look()
+
+    def look(self) -> None:
+        self._older, self._newer = self._newer, self._count()
+
+    @property
+    def killed(self) -> bool:
+        """Whether the kernel killed anything since the start."""
+        return self._count() > self._first
+
+    @property
+    def outlived(self) -> bool:
+        """Whether the last such kill is so long ago that it did not end what has ended now."""
+        return self._count() == self._older
+
+
+def outcome_of_exit(
+    exit_code: int, named: tuple[str, str] = ("", ""), oom_killed: bool = False, outlived: bool = False
+) -> Outcome:
+    """What an exit code (negative for a signal) and the reason that was left behind mean.
+
+    ``oom_killed``: the kernel killed a process of the task for memory; ``outlived``: and the task went on after that.
+    """
     reason, message = named
     if exit_code == 0:
         return Outcome(TaskState.SKIPPED, message=message) if reason == SKIPPED else Outcome.success()
-    described = f"{describe_exit(exit_code)}: {message}" if message else describe_exit(exit_code)
+    described = describe_exit(exit_code)
+    if message:  # one without a reason is the program's own word for what the exit code only counts
+        described = f"{described}: {message}" if reason else message
     default = FailureReason.NON_ZERO_EXIT
     if oom_killed:
         described += ": out of memory, the kernel killed a process of this task"
-        if shell_exit_code(exit_code) == shell_exit_code(-signal.SIGKILL):
+        # 137 is a child's exit code that was handed on, however late; SIGKILL itself may come from anybody.
+        if exit_code == shell_exit_code(-signal.SIGKILL) or (exit_code == -signal.SIGKILL and not outlived):
             default = FailureReason.OOM_KILLED
     return Outcome.failed(parse_reason(reason, default), described, shell_exit_code(exit_code))
 

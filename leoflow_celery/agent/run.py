@@ -15,7 +15,7 @@ from leoflow_celery.agent.echo import EchoPair
 from leoflow_celery.agent.heartbeat import Heartbeat
 from leoflow_celery.agent.logs import AGENT_STREAM, LogShipper
 from leoflow_celery.agent.process import UserProcess
-from leoflow_celery.agent.result import outcome_of_exit, read_reason, read_return_value, shell_exit_code
+from leoflow_celery.agent.result import OomWatch, outcome_of_exit, read_reason, read_return_value, shell_exit_code
 from leoflow_celery.agent.stopping import StopRequest
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
@@ -32,11 +32,8 @@ class TaskRun:
         self._process: UserProcess | None = None
         self._echo = EchoPair(config.echo)
         self.seconds = 0.0
-
-    def forward(self, number: int) -> None:
-        """Hand a signal on to the user's process group."""
-        if self._process is not None:
-            self._process.signal(number)
+        #: Why there are no variables or connections; said in the task's log once the task speaks of them.
+        self.withheld: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int | None:
@@ -51,13 +48,17 @@ class TaskRun:
     async def run(self, command: Command, timeout_seconds: int) -> Outcome:
         """Run the command to its end; never raises for anything the command does."""
         self._shipper.add(AGENT_STREAM, "task started")
-        started, kills_before = time.monotonic(), linux.oom_kills()
+        started, watch = time.monotonic(), OomWatch(linux.oom_kills)
         try:
             self._process = UserProcess(command.argv, command.env)
         except OSError as error:
             return _cannot_execute(command.argv[0], error)
         await self._process.read_output(self._stdout, self._stderr, self._shipper.throttled)
-        stopped = await self._until_end(self._process, timeout_seconds)
+        watching = asyncio.create_task(watch.run())
+        try:
+            stopped = await self._until_end(self._process, timeout_seconds)
+        finally:
+            watching.cancel()
         await self._process.finish()
         self.seconds = time.monotonic() - started
         await self._echo.close()
@@ -65,7 +66,7 @@ class TaskRun:
         if stopped:
             return await self._stopped_outcome(exit_code)
         named = read_reason(Path(command.env["LEOFLOW_REASON_PATH"]))
-        return outcome_of_exit(exit_code, named, oom_killed=linux.oom_kills() > kills_before)
+        return outcome_of_exit(exit_code, named, watch.killed, watch.outlived)
 
     async def _until_end(self, process: UserProcess, timeout_seconds: int) -> bool:
         """Wait for the end; True when we brought it about."""
@@ -86,12 +87,21 @@ class TaskRun:
         reason = self._stop.reason or FailureReason.INTERRUPTED
         return Outcome.failed(reason, self._stop.message, shell_exit_code(exit_code))
 
+    def mention(self, text: str) -> None:
+        """Say what was withheld when the task uses it: a line, or its command, names such a variable."""
+        if self.withheld and ("AIRFLOW_VAR_" in text or "AIRFLOW_CONN_" in text):
+            for warning in self.withheld:
+                self._shipper.add(AGENT_STREAM, warning, pb.LOG_LEVEL_WARN)
+            self.withheld = ()
+
     def _stdout(self, line: str) -> None:
         self._shipper.add("stdout", line, pb.LOG_LEVEL_INFO)
+        self.mention(line)
         self._echo.stdout.line(line)
 
     def _stderr(self, line: str) -> None:
         self._shipper.add("stderr", line, pb.LOG_LEVEL_ERROR)
+        self.mention(line)
         self._echo.stderr.line(line)
 
 

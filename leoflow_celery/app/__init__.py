@@ -24,6 +24,7 @@ class LeoflowCelery(Celery):
     """A Celery app that knows the settings it was made with; tasks reach them, and its services, through it."""
 
     amqp_cls = "leoflow_celery.app.transport:AMQP"
+    control_cls = "leoflow_celery.app.control:Control"
     settings: Settings
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from leoflow_celery.broker_url import redis_address
 from leoflow_celery.domain.routing import (
     DISPATCH_QUEUE,
     MAINTENANCE_QUEUE,
@@ -41,12 +42,20 @@ def route_task(name: str, *_: object, **__: object) -> dict[str, str]:
 
 
 def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, Any]:
-    """The configuration of an app that consumes ``queues`` (none: it only sends)."""
+    """The configuration of an app that consumes ``queues`` (none: it only sends).
+
+    Raises:
+        ConfigurationError: a file that a URL of the broker names cannot be read.
+    """
     broker = settings.broker
+    address = redis_address(broker.url)
+    results = redis_address(broker.result_url, "LEOFLOW_BROKER_RESULT_URL") if broker.result_url else address
     concurrency = max((_CONCURRENCY.get(queue, _DEFAULT_CONCURRENCY) for queue in queues), default=1)
     return {
-        "broker_url": broker.url,
-        "result_backend": broker.result_url or broker.url,
+        "broker_url": address.url,
+        "broker_use_ssl": address.tls or None,
+        "result_backend": results.url,
+        "redis_backend_use_ssl": results.tls or None,
         "broker_transport_options": {
             "visibility_timeout": broker.visibility_timeout_seconds,
             # Look for messages of dead workers every few seconds, not every hundred.
@@ -57,7 +66,11 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
             "socket_timeout": broker.socket_timeout_seconds,
             "queue_order_strategy": "round_robin",
         },
-        "result_backend_transport_options": {"global_keyprefix": broker.key_prefix},
+        "result_backend_transport_options": {
+            "global_keyprefix": broker.key_prefix,
+            # Who only asks for results waits by himself, to a timeout of his own; Celery's twenty tries take longer.
+            **({} if queues else {"retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.2}}),
+        },
         "redis_socket_connect_timeout": broker.connect_timeout_seconds,
         "redis_socket_timeout": broker.socket_timeout_seconds,
         "result_expires": broker.result_expires_seconds,

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial, wraps
 from typing import Any
@@ -48,6 +48,8 @@ class Consumer(CeleryConsumer):
     connection_errors: Any
     _flush_events: Callable[[], None]
     _events_leave_at = 0.0
+    #: Told of what is taken, by the name of the task (``tasks.room``).
+    gates: Mapping[str, Any] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._acknowledgements: deque[Callable[[], Any]] = deque()
@@ -125,6 +127,9 @@ class Consumer(CeleryConsumer):
             # Only what a closed channel says; errors of a connection are Celery's to handle.
             message.ack_log_error = _forgiving(message.ack_log_error, "broker.ack_too_late", AttributeError)
             message.reject_log_error = _forgiving(message.reject_log_error, "broker.reject_too_late", AttributeError)
+            gate = self.gates.get(str(message.headers.get("task"))) if self.gates else None
+            if gate is not None:
+                gate.taken()
             try:
                 return handle(message)
             except _SURPRISES as error:

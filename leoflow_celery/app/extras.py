@@ -13,11 +13,13 @@ from typing import Any
 
 from celery import bootsteps
 from celery.signals import after_task_publish, task_revoked, worker_shutdown
+from redis.exceptions import RedisError
 
 from leoflow_celery import metrics
 from leoflow_celery.app.logging import show_fields
-from leoflow_celery.domain.routing import MAINTENANCE_QUEUE, QUEUE_OF, RECONCILED, RESULTS_QUEUE
+from leoflow_celery.domain.routing import MAINTENANCE_QUEUE, QUEUE_OF, RECONCILED, RESULTS_QUEUE, ExecutorType
 from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.queueing.permissions import refusal, refused_commands
 
 log = logging.getLogger(__name__)
 #: As often as a worker's heartbeats.
@@ -26,7 +28,9 @@ _MAX_QUEUE_CHARACTERS = 255
 #: Of tasks' modules, by name: a worker loads only what its queues need. Workers of launch queues never import SQL.
 _GAUGES = "leoflow_celery.tasks.gauges:Gauges"
 _LAUNCH_COLLECTOR = "leoflow_celery.tasks.results:LaunchCollector"
+_REDIS_MARKS = "leoflow_celery.tasks.redis_marks:RedisMarks"
 _READ_CLOCKS = "leoflow_celery.app.clocks:ReadClocks"
+_ROOM = "leoflow_celery.tasks.room:Room"
 _BACK_END_PRESENCE = "leoflow_celery.tasks.back_end_presence:BackEndPresence"
 
 
@@ -53,6 +57,24 @@ class BackEndFiles(bootsteps.Step):
                     check_executor(executor_type, worker.app.settings)
                 except ConfigurationError as error:
                     raise SystemExit(f"the worker does not start: {error}") from error
+
+
+class BrokerRights(bootsteps.Step):
+    """Asks whether the broker's user may do what a worker does: one that may not would end in the middle of it.
+
+    A broker that is away is waited for, by Celery, and not asked.
+    """
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        broker = worker.app.settings.broker
+        try:
+            refused = refused_commands(broker, sorted(worker.app.amqp.queues.consume_from))
+        except (RedisError, OSError) as error:
+            log.info("broker.rights_unknown", extra={"error": repr(error)})
+            return
+        if refused:
+            raise SystemExit(f"the worker does not start: {refusal(broker, refused)}")
 
 
 class MetricsEndpoint(bootsteps.StartStopStep):
@@ -132,14 +154,16 @@ def record_expired(queue: str, task: str, celery_task_id: str) -> None:
 
 def steps_of(queues: Sequence[str]) -> dict[str, set[Any]]:
     """The extra steps of a worker of these queues, by blueprint: classes, or where to find them."""
-    worker: set[Any] = {LogFields, BackEndFiles, MetricsEndpoint, CloseServices, _READ_CLOCKS}
+    worker: set[Any] = {LogFields, BackEndFiles, BrokerRights, MetricsEndpoint, CloseServices, _READ_CLOCKS}
     consumer: set[Any] = {AliveFile}
     if MAINTENANCE_QUEUE in queues:
         worker.add(_GAUGES)
     if RESULTS_QUEUE in queues:
-        worker.add(_LAUNCH_COLLECTOR)
+        worker |= {_LAUNCH_COLLECTOR, _REDIS_MARKS}
     if any(QUEUE_OF[one] in queues for one in RECONCILED):
         consumer.add(_BACK_END_PRESENCE)
+    if any(QUEUE_OF[one] in queues for one in (ExecutorType.SUBPROCESS, ExecutorType.DOCKER)):
+        consumer.add(_ROOM)
     return {"worker": worker, "consumer": consumer}
 
 

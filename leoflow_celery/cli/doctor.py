@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from leoflow_celery.cli.setup import CHECKS
 from leoflow_celery.errors import ConfigurationError, LeoflowError
 from leoflow_celery.settings import Settings
 
 _ANSWER_SECONDS = 3
 _OLDEST_REDIS = (6, 2)
+_LISTEN_SECONDS = 0.2
+#: What the names of keys and channels begin with that are there only while it looks.
+_SCRATCH = "leoflow-doctor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +33,9 @@ class Finding:
         return asdict(self)
 
 
-CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange")
+#: A deleted pod waits for a reconcile for seconds; so long only where none runs.
+_HELD_SECONDS = 300.0
+_HELD_SHOWN = 5
 #: More is worth a look: nothing here depends on it, but logs, tokens and people do.
 _CLOCK_SECONDS = 5.0
 
@@ -56,6 +65,8 @@ def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CH
         findings.append(_clocks(settings, findings))
     if "exchange" in only and (settings.kubernetes.exchanges_tokens or len(only) < len(CHECKS)):
         findings.append(_guarded("exchange", lambda: check_exchange(settings)))
+    if "pods" in only and (settings.kubernetes.hold_pods or len(only) < len(CHECKS)):
+        findings.append(_guarded("pods", lambda: check_held_pods(settings)))
     return findings
 
 
@@ -154,20 +165,34 @@ def check_database(settings: Settings) -> Finding:
 
 
 def check_broker(settings: Settings) -> Finding:
-    """The broker takes a connection, and whether there are dead letters."""
+    """What a worker needs of the broker and the result backend works, each both ways and over the URL that it uses."""
     from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
 
     from leoflow_celery.app import create_app
     from leoflow_celery.queueing.depths import safe_url
+    from leoflow_celery.queueing.permissions import refusal, refused_commands
 
-    address = safe_url(settings.broker.url)
+    address, variable = safe_url(settings.broker.url), "LEOFLOW_BROKER_URL"
     app = create_app(settings=settings)
+    doing = "connecting"
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=_ANSWER_SECONDS)
-    except (OperationalError, OSError) as error:
-        text = f"{address} did not answer ({error}); start the broker or correct LEOFLOW_BROKER_URL"
-        return Finding("broker", False, text)
+            with suppress(RedisError, OSError):  # what follows says which server did not answer
+                if refused := refused_commands(settings.broker, needed_queues(settings)):
+                    return Finding("broker", False, refusal(settings.broker, refused))
+            doing = "a message through a queue (LPUSH, BRPOP)"
+            _hear_message(connection)
+            doing = "a message to everybody (PUBLISH, PSUBSCRIBE)"
+            _hear_broadcast(app, connection)
+        if settings.broker.result_url:
+            address, variable = safe_url(settings.broker.result_url), "LEOFLOW_BROKER_RESULT_URL"
+        doing = "a result (SETEX, GET, PUBLISH, SUBSCRIBE)"
+        _hear_result(app)
+    except (OperationalError, RedisError, OSError) as error:
+        said = "did not answer" if doing == "connecting" else f"{doing} failed"
+        return Finding("broker", False, f"{address}: {said} ({error}); start the broker or correct {variable}")
     finally:
         app.close()
     if missing := _what_workers_miss(settings):
@@ -177,14 +202,16 @@ def check_broker(settings: Settings) -> Finding:
 
 def _what_workers_miss(settings: Settings) -> str:
     """What keeps workers from taking messages."""
-    from redis.exceptions import RedisError
+    from redis.exceptions import NoPermissionError, RedisError
 
     from leoflow_celery.queueing.depths import redis_client
     from leoflow_celery.queueing.holding import TAKE, Holder
 
     with redis_client(settings.broker) as client:
         try:
-            version = str(client.info("server")["redis_version"])
+            version = ".".join(map(str, _OLDEST_REDIS))
+            with suppress(NoPermissionError):  # it is a command of administrators
+                version = str(client.info("server")["redis_version"])
             if tuple(map(int, version.split(".")[:2])) < _OLDEST_REDIS:
                 return f"is Redis {version}; workers need Redis 6.2, Valkey or newer: upgrade it"
             keys = [f"{settings.broker.key_prefix}{key}" for key in ("unacked", "unacked_index")]
@@ -195,6 +222,94 @@ def _what_workers_miss(settings: Settings) -> str:
                 "EVALSHA and CLIENT TRACKING (docs/operations.md)"
             )
     return ""
+
+
+def _hear_message(connection: Any) -> None:
+    """Send a message through a queue as workers do and take it again.
+
+    Raises:
+        TimeoutError: it did not come.
+        OperationalError, RedisError, OSError: the broker refused a command, or is away.
+    """
+    import kombu
+
+    name = f"{_SCRATCH}.{uuid.uuid4().hex}"
+    queue = kombu.Queue(name, kombu.Exchange(name), routing_key=name, durable=False, auto_delete=True)
+    producer = connection.Producer(serializer="json")
+
+    def send() -> None:
+        producer.publish(name, name, exchange=name, retry=False)
+
+    _hear(connection, queue, lambda body: body == name, send)
+
+
+def _hear_broadcast(app: Any, connection: Any) -> None:
+    """Send a command to nobody as everybody hears it, and hear it as a worker does.
+
+    Raises:
+        The same as ``_hear_message``.
+    """
+    import kombu
+
+    name = f"{_SCRATCH}.{uuid.uuid4().hex}"
+    exchange = app.control.mailbox.exchange
+    queue = kombu.Queue(name, exchange, durable=False, auto_delete=True)
+
+    def is_ours(body: Any) -> bool:
+        return isinstance(body, dict) and body.get("destination") == [name]
+
+    _hear(connection, queue, is_ours, lambda: app.control.broadcast("ping", destination=[name], connection=connection))
+
+
+def _hear(connection: Any, queue: Any, is_ours: Callable[[Any], bool], send: Callable[[], Any]) -> None:
+    heard: list[bool] = []
+
+    def hear(body: Any, message: Any) -> None:
+        message.ack()
+        heard.append(is_ours(body))
+
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    with connection.Consumer([queue], callbacks=[hear], accept=["json"]) as consumer:
+        try:
+            while not any(heard):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"nothing came back within {_ANSWER_SECONDS} s")
+                send()  # again and again: nobody says when a listener has begun to listen
+                with suppress(TimeoutError):
+                    connection.drain_events(timeout=_LISTEN_SECONDS)
+        finally:
+            with suppress(Exception):  # what went wrong before says more
+                consumer.queues[0].delete()
+
+
+def _hear_result(app: Any) -> None:
+    """Store a result as workers do, hear of it as those who wait for it do, read it and forget it.
+
+    Raises:
+        TimeoutError: nobody was told.
+        RedisError, OSError: the back end refused a command, or is away.
+    """
+    from celery.states import SUCCESS
+
+    backend, celery_id = app.backend, f"{_SCRATCH}.{uuid.uuid4().hex}"
+    with backend.client.pubsub() as listening:
+        listening.subscribe(backend.get_key_for_task(celery_id))
+        _wait_for_news(listening, "subscribe")
+        backend.store_result(celery_id, None, SUCCESS)
+        _wait_for_news(listening, "message")
+    state = backend.get_state(celery_id)
+    backend.forget(celery_id)
+    if state != SUCCESS:
+        raise TimeoutError(f"the result that was stored is not there: its state is {state}")
+
+
+def _wait_for_news(listening: Any, kind: str) -> None:
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        news = listening.get_message(timeout=left)
+        if news is not None and news["type"] == kind:
+            return
+    raise TimeoutError(f"no {kind} came within {_ANSWER_SECONDS} s")
 
 
 def _dead_letters(settings: Settings) -> str:
@@ -344,6 +459,39 @@ def check_exchange(settings: Settings) -> Finding:
         text = f"the API server does not let this process {' or '.join(missing)}, as the gateway has to; grant it"
         return Finding("exchange", False, text)
     return Finding("exchange", True, f"tokens of pods in namespace {reviewer.namespace} can be exchanged from here")
+
+
+def check_held_pods(settings: Settings) -> Finding:
+    """No deleted pod is kept by our finalizer because no reconcile lets it go."""
+    from leoflow_celery.executors.kubernetes.client import KubernetesApi
+    from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
+    from leoflow_celery.executors.kubernetes.observe import observe
+
+    try:
+        api = KubernetesApi.from_settings(settings.kubernetes)
+    except ConfigurationError as error:
+        text = f"not asked: this process does not reach the cluster ({error}); ask where the k8s worker runs"
+        return Finding("pods", True, text)
+    try:
+        selector = of_system(MANAGED_SELECTOR, settings.kubernetes.system)
+        pages = api.list_pages(api.pods_path(), operation="list_pods", label_selector=selector)
+        held = [pod for page in pages for pod in map(observe, page["items"]) if pod.held]
+        now = api.clock.time()
+    finally:
+        api.close()
+    deleted = [(pod.name, pod.deletion_due_at) for pod in held if pod.deletion_due_at is not None]
+    stuck = sorted(name for name, due_at in deleted if now - due_at > _HELD_SECONDS)
+    if not stuck:
+        return Finding(
+            "pods", True, f"{len(held)} pods of namespace {api.namespace} are held until their end is recorded"
+        )
+    names = ", ".join(stuck[:_HELD_SHOWN]) + (", …" if len(stuck) > _HELD_SHOWN else "")
+    text = (
+        f"{len(stuck)} deleted pods of namespace {api.namespace} wait for a reconcile ({names}): run the control plane "
+        "and a worker of queue k8s that may patch pods, or take the finalizer off by hand "
+        "(docs/kubernetes.md, 'Held pods')"
+    )
+    return Finding("pods", False, text)
 
 
 #: What a worker of these executors talks to.

@@ -1,16 +1,40 @@
-"""``leoflow status``, ``logs``, ``xcom`` and ``cancel``: what became of runs and task instances."""
+"""``leoflow runs``, ``tasks``, ``status``, ``logs``, ``xcom``, ``cancel``: what became of runs and task instances."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leoflow_celery.cli.output import echo, echo_json, iso, json_text, log_line, note, seconds_text, table, view_json
-from leoflow_celery.cli.target import JsonOption, Target, TargetArgument, TenantOption, TryOption
-from leoflow_celery.errors import NotFound
+from leoflow_celery.cli import complete
+from leoflow_celery.cli.output import (
+    day_and_time,
+    echo,
+    echo_json,
+    iso,
+    json_text,
+    log_line,
+    note,
+    seconds_text,
+    table,
+    view_json,
+    visible,
+)
+from leoflow_celery.cli.target import (
+    DagIdArgument,
+    JsonOption,
+    RunArgument,
+    Target,
+    TargetArgument,
+    TenantOption,
+    TryOption,
+)
+from leoflow_celery.domain.states import RunState
+from leoflow_celery.errors import DecryptionFailed, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from leoflow_celery.client import Client
@@ -30,19 +54,50 @@ def status(
     target: TargetArgument, tenant: TenantOption = "default", try_number: TryOption = None, as_json: JsonOption = False
 ) -> None:
     """Show a run with its tasks, or one task instance with its history."""
-    named = Target.parse(target, tenant)
     with open_client() as client:
+        named = Target.named(client, target, tenant)
         if not named.is_run:
             view = named.task_instance(client, try_number)
             _show_task_instance(client, view, as_json)
             return
         views = named.task_instances(client)
+        if as_json:
+            echo_json(run_json(client, named.dag_id, named.run_id, named.tenant_id, with_values=False))
+            return
         run = _run_or_none(client, named)
-    if as_json:
-        echo_json({"run": view_json(run) if run else None, "task_instances": [view_json(view) for view in views]})
-        return
+        cleared = client.cleared(named.dag_id, named.run_id, named.tenant_id)
     title = f"{named.dag_id} {named.run_id}: {run.state if run else 'no run record (tasks submitted one by one)'}"
-    table(title, ("task", "state", "try", "time", "reason", "host", "task instance"), [_row(view) for view in views])
+    table(
+        title,
+        ("task", "state", "try", "time", "reason", "host", "task instance"),
+        [_row(view, cleared) for view in views],
+    )
+
+
+def run_json(client: Client, dag_id: str, run_id: str, tenant_id: str, *, with_values: bool = True) -> dict[str, Any]:
+    """A run with the newest try of each task, and its XCom values."""
+    target = Target(tenant_id, None, dag_id, run_id)
+    run = _run_or_none(client, target)
+    views = client.task_instances(dag_id, run_id, tenant_id)
+    found: dict[str, Any] = {"run": view_json(run) if run else None}
+    cleared = client.cleared(dag_id, run_id, tenant_id)
+    found["task_instances"] = [_try_json(view, cleared) for view in views]
+    if with_values:
+        found["xcoms"] = _values_json(client.xcoms(dag_id, run_id, tenant_id))
+    return found
+
+
+def _try_json(view: TaskInstanceView, cleared: Mapping[str, int]) -> dict[str, Any]:
+    return {**view_json(view), "cleared": _is_cleared(view, cleared)}
+
+
+def _is_cleared(view: TaskInstanceView, cleared: Mapping[str, int]) -> bool:
+    """Whether the try no longer counts: its task runs again, or did."""
+    return view.try_number <= cleared.get(view.task_id, 0)
+
+
+def _values_json(values: Sequence[tuple[str, str, Any, float]]) -> list[dict[str, Any]]:
+    return [{"task_id": task, "key": key, "value": value, "created_at": iso(at)} for task, key, value, at in values]
 
 
 def _run_or_none(client: Client, named: Target) -> RunView | None:
@@ -52,17 +107,100 @@ def _run_or_none(client: Client, named: Target) -> RunView | None:
         return None
 
 
-def _row(view: TaskInstanceView) -> Sequence[str]:
+def _row(view: TaskInstanceView, cleared: Mapping[str, int]) -> Sequence[str]:
     reason = f"{view.reason}: {view.message}" if view.reason else view.message
     return (
         view.task_id,
-        view.state.value,
+        f"{view.state} (cleared)" if _is_cleared(view, cleared) else view.state.value,
         str(view.try_number),
         seconds_text(duration_of(view)),
         reason,
         view.hostname,
         view.task_instance_id,
     )
+
+
+def runs(
+    dag_id: Annotated[
+        str | None, typer.Argument(metavar="[DAG]", help="Only runs of this DAG.", autocompletion=complete.dags)
+    ] = None,
+    states: Annotated[
+        list[RunState] | None, typer.Option("--state", help="Only runs in this state; may be given more than once.")
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--since", metavar="WHEN", help="Only runs started since then: 90s, 15m, 2h, 3d, or a date."),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="How many.")] = 20,
+    tenant: TenantOption = "default",
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs started last, the newest first."""
+    start = None if since is None else parse_since(since)
+    with open_client() as client:
+        found = client.runs(dag_id, states=states or (), since=start, limit=limit, tenant_id=tenant)
+    if as_json:
+        echo_json([view_json(run) for run in found])
+        return
+    if not found:
+        note("no runs" if not (dag_id or states or since) else "no runs that match")
+        return
+    rows = [
+        (run.dag_id, run.run_id, run.state.value, day_and_time(run.started_at), _run_time(run), run.dag_version)
+        for run in found
+    ]
+    table(f"runs of tenant {tenant}", ("dag", "run", "state", "started", "time", "version"), rows)
+
+
+def _run_time(run: RunView) -> str:
+    return seconds_text(None if run.ended_at is None else run.ended_at - run.started_at)
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+def parse_since(text: str) -> float:
+    """A moment: seconds before now, negative, for ``90s``, ``15m``, ``2h`` or ``3d``; else the epoch seconds of a date.
+
+    A date without a time zone is of this host's.
+
+    Raises:
+        InvalidRequest: neither of them.
+    """
+    number, unit = text[:-1], text[-1:]
+    try:
+        if unit in _UNITS and (ago := float(number)) > 0 and math.isfinite(ago):
+            return -ago * _UNITS[unit]
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequest(
+            f"--since: {text!r} is neither a time ago (90s, 15m, 2h, 3d) nor a date (2026-11-27, 2026-11-27T08:00)",
+            "since",
+        ) from error
+
+
+def tasks(
+    dag_id: DagIdArgument,
+    run_id: RunArgument,
+    every_try: Annotated[bool, typer.Option("--all", help="Every try, not only the newest of each task.")] = False,
+    tenant: TenantOption = "default",
+    as_json: JsonOption = False,
+) -> None:
+    """List the tasks of a run with the newest try of each, or with all of them."""
+    with open_client() as client:
+        named = Target.named(client, [dag_id, run_id], tenant)
+        views = named.task_instances(client)
+        if every_try:
+            place = {view.task_id: number for number, view in enumerate(views)}
+            views = client.tries(named.dag_id, named.run_id, tenant)
+            views.sort(key=lambda view: (place.get(view.task_id, -1), view.try_number))
+        cleared = client.cleared(named.dag_id, named.run_id, tenant)
+    if as_json:
+        echo_json([_try_json(view, cleared) for view in views])
+        return
+    shown = [(view, _row(view, cleared)) for view in views]
+    rows = [(*row[:3], day_and_time(view.queued_at), *row[3:6]) for view, row in shown]
+    table(f"{named.dag_id} {named.run_id}", ("task", "state", "try", "queued", "time", "reason", "host"), rows)
 
 
 def duration_of(view: TaskInstanceView) -> float | None:
@@ -103,9 +241,15 @@ def logs(
     tenant: TenantOption = "default",
     as_json: JsonOption = False,
 ) -> None:
-    """Print the log of a task's newest try, or of the one named."""
+    """Print the log of a task's newest try, or of the one named; of a run, the logs of all its tasks."""
     with open_client() as client:
-        view = Target.parse(target, tenant).task_instance(client, try_number)
+        named = Target.named(client, target, tenant)
+        if named.is_run:
+            if try_number is not None:
+                raise InvalidRequest("--try: a run has none; name a task as third word", "try")
+            _run_logs(client, named, follow, as_json)
+            return
+        view = named.task_instance(client, try_number)
         lines = client.logs(view.dag_id, view.run_id, view.task_id, view.try_number, view.tenant_id, follow)
         count = 0
         for line in lines:
@@ -118,6 +262,51 @@ def logs(
             return
     if not count:
         note(f"no log lines of {view.task_id!r}, try {view.try_number} (state {view.state})")
+
+
+def _run_logs(client: Client, named: Target, follow: bool, as_json: bool) -> None:
+    """Every line behind the task that wrote it; of a try without one, what its executor found."""
+    views = named.task_instances(client)
+    width = max((len(view.task_id) for view in views), default=0)
+    silent = {view.task_instance_id: view for view in views}
+
+    def show(view: TaskInstanceView, line: dict[str, Any]) -> None:
+        if as_json:
+            typer.echo(json_text({"task_id": view.task_id, "try_number": view.try_number, **line}))
+            return
+        name = view.task_id if view.try_number == 1 else f"{view.task_id}#{view.try_number}"
+        typer.echo(f"{visible(name):<{width}} | {log_line(line)}")
+
+    for view, line in client.run_logs(named.dag_id, named.run_id, named.tenant_id, follow):
+        silent.pop(view.task_instance_id, None)
+        show(view, line)
+    found = [(view, line) for view in silent.values() for line in _tail(client, view)]
+    for view, line in found:
+        show(view, line)
+    if len(silent) == len(views) and not found:
+        note(f"no log lines of run {named.run_id!r}")
+
+
+def watch(
+    dag_id: DagIdArgument, run_id: RunArgument, tenant: TenantOption = "default", as_json: JsonOption = False
+) -> None:
+    """Follow a run that another process drives, until it has ended. Exits 0 when it succeeded, 1 when it failed.
+
+    Ctrl-C ends the watching only. --json prints every change as a line of JSON.
+    """
+    from leoflow_celery.cli.progress import json_lines, progress
+    from leoflow_celery.driver import watch_run
+
+    with open_client() as client:
+        named = Target.named(client, [dag_id, run_id], tenant)
+        try:
+            dag = client.dag_of(named.dag_id, named.run_id, tenant)
+        except (NotFound, DecryptionFailed):
+            dag = None
+        known = dag.order if dag else [view.task_id for view in named.task_instances(client)]
+        with json_lines() if as_json else progress(known) as shown:
+            state = watch_run(client, named.dag_id, named.run_id, shown, dag=dag, tenant_id=tenant)
+    raise typer.Exit(0 if state is RunState.SUCCESS else 1)
 
 
 def _tail(client: Client, view: TaskInstanceView) -> list[dict[str, Any]]:
@@ -136,8 +325,8 @@ def xcom(
     as_json: JsonOption = False,
 ) -> None:
     """Print the XCom values of a run or of one task. With a task and --key the bare value, as JSON."""
-    named = Target.parse(target, tenant)
     with open_client() as client:
+        named = Target.named(client, target, tenant)
         if named.is_run:
             dag_id, run_id, task_id = named.dag_id, named.run_id, None
             named.task_instances(client)
@@ -150,9 +339,7 @@ def xcom(
         found = client.xcoms(dag_id, run_id, tenant)
     chosen = [item for item in found if task_id in (None, item[0]) and key in (None, item[1])]
     if as_json:
-        echo_json(
-            [{"task_id": task, "key": name, "value": value, "created_at": iso(at)} for task, name, value, at in chosen]
-        )
+        echo_json(_values_json(chosen))
         return
     for task, name, value, _ in chosen:
         echo(f"{task}.{name} = {json.dumps(value, ensure_ascii=False)}")
@@ -164,8 +351,8 @@ def cancel(
     target: TargetArgument, try_number: TryOption = None, tenant: TenantOption = "default", as_json: JsonOption = False
 ) -> None:
     """Ask a task, or every live task of a run, to stop. They end failed with reason cancelled."""
-    named = Target.parse(target, tenant)
     with open_client() as client:
+        named = Target.named(client, target, tenant)
         views = named.task_instances(client) if named.is_run else [named.task_instance(client, try_number)]
         asked = [view for view in views if client.cancel(view.task_instance_id, view.try_number)]
     if as_json:

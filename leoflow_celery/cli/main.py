@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leoflow_celery.cli import dead_letters, inspect, runs, serve, setup, staging
+from leoflow_celery.agent.linux import hide_from_our_user
+from leoflow_celery.cli import config, dead_letters, inspect, runs, serve, setup, staging, system
 from leoflow_celery.cli.lite import commands as lite
 from leoflow_celery.cli.output import note
+from leoflow_celery.environment import ENV_FILE, read_env_file
 from leoflow_celery.errors import LeoflowError
 
 EXIT_USER_ERROR = 2
@@ -33,14 +36,20 @@ app.add_typer(serve.db_app, name="db")
 app.add_typer(dead_letters.app, name="dead-letters")
 _COMMANDS: tuple[Callable[..., None], ...] = (
     runs.run,
+    runs.retry,
+    runs.rerun,
     runs.submit,
+    inspect.runs,
+    inspect.tasks,
     inspect.status,
+    inspect.watch,
     inspect.logs,
     inspect.xcom,
     inspect.cancel,
     staging.staging,
     serve.gateway,
     setup.doctor,
+    config.config,
     setup.keys,
     setup.schema,
 )
@@ -65,26 +74,33 @@ def options(
     state_dir: Annotated[
         Path | None, typer.Option("--state-dir", help="Where that system keeps its state. Implies --lite.")
     ] = None,
+    env_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--env-file", help="Settings from a file of lines NAME=value; LEOFLOW_ENV_FILE does the same everywhere."
+        ),
+    ] = None,
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Run task instances of a workflow as pods, containers, processes and HTTP calls."""
-    if lite_system or state_dir is not None:
-        if context.invoked_subcommand == "lite":
-            raise typer.BadParameter("'leoflow lite' is that system; give --state-dir behind its own command")
-        from leoflow_celery.cli.lite.state import StateDirectory
-
-        StateDirectory.at(state_dir).use()
+    if context.invoked_subcommand == "lite" and (lite_system or state_dir is not None):
+        raise typer.BadParameter("'leoflow lite' is that system; give --state-dir behind its own command")
+    if env_file is not None:
+        os.environ[ENV_FILE] = str(env_file)
+    read_env_file()  # before anybody asks which system the settings describe
+    system.choose(context.invoked_subcommand, lite_system, state_dir)
 
 
 def main() -> None:
     """The console script. Typer turns usage errors into exit code 2 and Ctrl-C into 130."""
+    hide_from_our_user()  # the gateway and lite hold keys
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except LeoflowError as error:
-        note(f"leoflow: {' '.join(str(error).split())}")
+        note(f"leoflow: {' '.join(str(error).split())}{system.where(error)}")
         sys.exit(EXIT_USER_ERROR)
 
 

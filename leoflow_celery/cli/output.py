@@ -31,7 +31,7 @@ _TIME_FIELDS = frozenset({"at"})
 #: A pipe has no width; a program that reads it wants whole lines.
 _PIPE_WIDTH = 240
 #: Columns that people copy from.
-_UNBROKEN = frozenset({"task", "task instance"})
+_UNBROKEN = frozenset({"task", "task instance", "dag", "run"})
 
 
 def visible(text: str) -> str:
@@ -48,12 +48,10 @@ def echo(text: str) -> None:
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON without a character that a terminal obeys; a reader finds the same value in it."""
-    from leoflow_celery.domain.fields import is_printable
+    from leoflow_celery.domain.fields import escaped
 
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    if is_printable(text.replace("\n", "")):
-        return text
-    return "".join(one if one == "\n" or is_printable(one) else json.dumps(one)[1:-1] for one in text)
+    return escaped(text, "\n", lambda one: json.dumps(one)[1:-1])
 
 
 def echo_json(value: Any) -> None:
@@ -69,6 +67,11 @@ def note(text: str) -> None:
 def iso(seconds: float | None) -> str | None:
     """Epoch seconds as ISO 8601 in UTC."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def day_and_time(seconds: float) -> str:
+    """A moment for people, in this host's time zone."""
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def view_json(view: RunView | TaskInstanceView | EventView | StagingVolumeState | DeletedVolume) -> dict[str, Any]:

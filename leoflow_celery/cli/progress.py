@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from leoflow_celery.cli.output import STATE_STYLE, note, seconds_text, visible
+import typer
+
+from leoflow_celery.cli.output import STATE_STYLE, json_text, note, seconds_text, visible
+from leoflow_celery.domain.states import TaskState
 from leoflow_celery.driver import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
 
 if TYPE_CHECKING:
@@ -19,8 +23,15 @@ if TYPE_CHECKING:
 _DONE = frozenset({"success", "failed", "skipped", "upstream_failed"})
 
 
+class Progress(Protocol):
+    """Shows a run's events; ``say`` shows a remark that stays on the screen."""
+
+    def __call__(self, event: RunEvent) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
 @contextmanager
-def progress(task_ids: Iterable[str]) -> Iterator[Callable[[RunEvent], None]]:
+def progress(task_ids: Iterable[str]) -> Iterator[Progress]:
     """Whatever fits the terminal: give it to the driver as ``on_event``. It writes to stderr."""
     from rich.console import Console
 
@@ -32,12 +43,32 @@ def progress(task_ids: Iterable[str]) -> Iterator[Callable[[RunEvent], None]]:
         yield shown
 
 
+@contextmanager
+def json_lines() -> Iterator[Progress]:
+    """Every event as a line of JSON on stdout."""
+    yield JsonProgress()
+
+
+class JsonProgress:
+    """One JSON object per event, for other programs."""
+
+    def say(self, text: str) -> None:
+        note(text)
+
+    def __call__(self, event: RunEvent) -> None:
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+        typer.echo(json_text({"event": name, **asdict(event)}))
+
+
 class PlainProgress:
     """One line per event."""
 
     def __init__(self, write: Callable[[str], None] = note) -> None:
         self._write = write
         self._last_text = ""
+
+    def say(self, text: str) -> None:
+        self._write(text)
 
     def __call__(self, event: RunEvent) -> None:
         text = describe(event)
@@ -54,7 +85,8 @@ def describe(event: RunEvent) -> str:
             return f"run {event.run_id} of {event.dag_id} {'resumed' if event.resumed else 'started'}"
         case TaskChanged():
             parts = [f"{event.task_id}: {event.state}", f"(try {event.try_number})" if event.try_number > 1 else ""]
-            parts += [f"after {seconds_text(event.seconds)}" if event.seconds is not None else "", _why(event)]
+            has_ended = event.seconds is not None and event.state is not TaskState.RUNNING
+            parts += [f"after {seconds_text(event.seconds)}" if has_ended else "", _why(event)]
             return " ".join(part for part in parts if part)
         case RetryPlanned():
             return f"{event.task_id}: try {event.try_number} starts in {seconds_text(event.delay_seconds)}"
@@ -94,15 +126,21 @@ class LiveProgress:
         with Live(console=self._console, get_renderable=self.view, refresh_per_second=8):
             yield self
 
+    def say(self, text: str) -> None:
+        """Above the table, which is drawn over whatever else writes to the terminal."""
+        from rich.text import Text
+
+        self._console.print(Text(visible(text)))
+
     def __call__(self, event: RunEvent) -> None:
         self._waiting = event.why if isinstance(event, Waiting) else ""
         match event:
             case RunStarted():
                 self._title = f"{event.dag_id} {event.run_id}"
             case TaskChanged():
-                self._rows[event.task_id] = _Row(
-                    event.state.value, event.try_number, self._clock(), event.seconds, _why(event).removeprefix("- ")
-                )
+                since, why = self._clock() - (event.seconds or 0.0), _why(event).removeprefix("- ")
+                state = "waiting" if event.state is TaskState.NONE else event.state.value
+                self._rows[event.task_id] = _Row(state, event.try_number, since, event.seconds, why)
             case RetryPlanned():
                 self._rows[event.task_id].note = f"try {event.try_number} in {seconds_text(event.delay_seconds)}"
             case RunFinished():

@@ -1,4 +1,4 @@
-"""``leoflow run`` and ``leoflow submit``: start work on the system that the environment describes."""
+"""``leoflow run``, ``retry``, ``rerun`` and ``submit``: start work on the system that the command uses."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from leoflow_celery.cli import complete
+from leoflow_celery.cli.complete import LATEST
 from leoflow_celery.cli.output import echo, echo_json, note, view_json
-from leoflow_celery.cli.target import JsonOption, TenantOption
-from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
-from leoflow_celery.errors import InvalidRequest
+from leoflow_celery.cli.system import at_work, hint
+from leoflow_celery.cli.target import DagIdArgument, JsonOption, RunArgument, Target, TenantOption
+from leoflow_celery.domain.states import TERMINAL, TERMINAL_RUN, RunState, TaskState
+from leoflow_celery.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
+    from leoflow_celery.cli.progress import Progress
     from leoflow_celery.client import Client, Handle
     from leoflow_celery.domain.dag import Dag
     from leoflow_celery.driver import RunDriver
@@ -35,46 +39,169 @@ def new_run_id() -> str:
     return f"manual-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
-def run(dag_file: DagArgument, run_id: RunIdOption = None, tenant: TenantOption = "default") -> None:
+def run(
+    dag_file: DagArgument, run_id: RunIdOption = None, tenant: TenantOption = "default", as_json: JsonOption = False
+) -> None:
     """Run a DAG on the deployed system and wait for its end. Exits 0 when the run succeeded, 1 when it failed.
 
-    Ctrl-C stops only this driver: what runs goes on, and the same --run-id picks the run up again.
+    Ctrl-C stops only this driver: what runs goes on, and the same --run-id picks the run up again. On an embedded
+    system Ctrl-C cancels the run, as 'leoflow lite run' does.
+    """
+    from leoflow_celery.domain.dag import load_dag
+
+    dag = load_dag(dag_file)
+    name = checked_run_id(dag, run_id, tenant)
+    drive_and_exit(dag, name, tenant, as_json, go_on=f"run {dag_file} --run-id {name}")
+
+
+def retry(
+    dag_id: DagIdArgument,
+    run_id: RunArgument,
+    task_ids: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK]...", help="Only these tasks, whatever became of them.", autocompletion=complete.tasks
+        ),
+    ] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Of the tasks named, only those that failed.")] = False,
+    downstream: Annotated[bool, typer.Option("--downstream", help="Also every task that depends on them.")] = False,
+    dag_file: Annotated[
+        Path | None, typer.Option("--dag", metavar="DAG.json", help="Run this version of the DAG from now on.")
+    ] = None,
+    tenant: TenantOption = "default",
+    as_json: JsonOption = False,
+) -> None:
+    """Clear tasks of a run and run them again: what failed and all that depends on it, or the tasks named.
+
+    Everything else is kept, and so is the staging volume. Earlier tries stay to be looked at ('leoflow tasks --all').
+    Exits 0 when the run succeeded, 1 when it failed.
     """
     from leoflow_celery.cli.inspect import open_client
     from leoflow_celery.domain.dag import load_dag
 
-    dag, name = load_dag(dag_file), run_id or new_run_id()
+    given = load_dag(dag_file) if dag_file else None
     with open_client() as client:
-        try:
-            state = drive(client, dag, name, tenant)
-        except (KeyboardInterrupt, SystemExit):
-            note(
-                f"interrupted: running tasks go on, nothing new starts. Go on with 'leoflow run {dag_file} --run-id "
-                f"{name}', or stop with 'leoflow cancel {dag.dag_id} {name}'"
-            )
+        named = Target.named(client, [dag_id, run_id], tenant)
+        dag = given or client.dag_of(dag_id, named.run_id, tenant)
+        _check_same_dag(dag, dag_id)
+        check_tasks(client, dag, named.run_id)
+        cleared = client.clear(
+            dag_id, named.run_id, task_ids or (), failed=failed, downstream=downstream, tenant_id=tenant
+        )
+        if not cleared and client.run(dag_id, named.run_id, tenant).state in TERMINAL_RUN:
+            note(f"nothing to run again: no task of run {named.run_id} failed; name tasks to run them all the same")
+            raise typer.Exit(0)
+        if given is not None:
+            client.create_run(dag_id, named.run_id, tenant, dag.dag_version, dag)
+    for task in cleared:
+        note(f"{task.task_id}: try {task.next_try} (try {task.ended_try} stays {task.state})")
+    drive_and_exit(dag, named.run_id, tenant, as_json, go_on=f"retry {dag_id} {named.run_id}")
+
+
+def _check_same_dag(dag: Dag, dag_id: str) -> None:
+    if dag.dag_id != dag_id:
+        raise InvalidRequest(f"--dag: is the DAG {dag.dag_id!r}, and the run is one of {dag_id!r}", "dag")
+
+
+def rerun(
+    dag_id: DagIdArgument,
+    run_id: RunArgument,
+    new_id: Annotated[str | None, typer.Option("--run-id", help="The name of the new run.")] = None,
+    tenant: TenantOption = "default",
+    as_json: JsonOption = False,
+) -> None:
+    """Run the DAG of an earlier run once more, as a new run with the same inputs.
+
+    Exits 0 when the new run succeeded, 1 when it failed.
+    """
+    from leoflow_celery.cli.inspect import open_client
+
+    with open_client() as client:
+        named = Target.named(client, [dag_id, run_id], tenant)
+        dag = client.dag_of(dag_id, named.run_id, tenant)
+        name = checked_run_id(dag, new_id, tenant)
+        if new_id is not None and _exists(client, dag_id, name, tenant):
+            raise InvalidRequest(f"--run-id: run {name!r} of dag {dag_id!r} exists; choose another id", "run_id")
+    drive_and_exit(dag, name, tenant, as_json, go_on=f"retry {dag_id} {name}")
+
+
+def _exists(client: Client, dag_id: str, run_id: str, tenant_id: str) -> bool:
+    try:
+        client.run(dag_id, run_id, tenant_id)
+    except NotFound:
+        return False
+    return True
+
+
+def checked_run_id(dag: Dag, run_id: str | None, tenant_id: str) -> str:
+    """The id given for a run, or a new one; refused here, before anything is started.
+
+    Raises:
+        InvalidRequest: no run can have this id, or none of this tenant.
+    """
+    from leoflow_celery.domain.dag import task_request
+    from leoflow_celery.domain.request import new_run
+
+    name = new_run_id() if run_id is None else run_id
+    if name == LATEST:
+        raise InvalidRequest(f"--run-id: {LATEST!r} stands for the run started last; choose another id", "run_id")
+    try:
+        new_run(tenant_id, dag.dag_id, name, dag.dag_version)
+        task_request(dag, dag.order[0], name, tenant_id=tenant_id)
+    except InvalidRequest as error:
+        option = {"run_id": "--run-id", "tenant_id": "--tenant"}.get(error.field or "")
+        if option is None:
             raise
+        said = str(error).partition(f"{error.field}: ")[2]
+        raise InvalidRequest(f"{option}: {said or error}", error.field) from error
+    return name
+
+
+def drive_and_exit(dag: Dag, run_id: str, tenant_id: str, as_json: bool = False, go_on: str = "") -> NoReturn:
+    """Drive a run on the system that the command uses, and exit as it ended. ``go_on`` is the command that resumes."""
+    from leoflow_celery.cli.inspect import open_client
+
+    with at_work() as is_embedded, open_client() as client:
+        try:
+            state = drive(client, dag, run_id, tenant_id, cancel_on_interrupt=is_embedded, as_json=as_json)
+        except (KeyboardInterrupt, SystemExit):
+            if not is_embedded:
+                stop = hint(f"cancel {dag.dag_id} {run_id}")
+                go_on_with = f"go on with {hint(go_on)}, or stop with {stop}"
+                note(f"interrupted: running tasks go on, nothing new starts; {go_on_with}")
+            raise
+    if is_embedded or state is not RunState.SUCCESS:
+        note(f"logs: {hint(f'logs {dag.dag_id} {run_id}')}")
+    if state is not RunState.SUCCESS:
+        note(f"what failed, again: {hint(f'retry {dag.dag_id} {run_id}')}")
     raise typer.Exit(0 if state is RunState.SUCCESS else 1)
 
 
-def drive(client: Client, dag: Dag, run_id: str, tenant_id: str, *, cancel_on_interrupt: bool = False) -> RunState:
-    """Drive a run with progress on stderr, and print its XCom values on stdout."""
+def drive(
+    client: Client, dag: Dag, run_id: str, tenant_id: str, *, cancel_on_interrupt: bool = False, as_json: bool = False
+) -> RunState:
+    """Drive a run with progress on stderr, and print its XCom values on stdout; as JSON, the run whole."""
+    from leoflow_celery.cli.inspect import run_json
     from leoflow_celery.cli.progress import progress
     from leoflow_celery.driver import RunDriver
 
     check_tasks(client, dag, run_id)
-    with progress(dag.order) as show:
-        driver = RunDriver(client, dag, run_id, tenant_id=tenant_id, on_event=show)
-        state = _run_or_cancel(driver, cancel_on_interrupt)
-    report(client, dag, run_id, tenant_id)
+    with progress(dag.order) as shown:
+        driver = RunDriver(client, dag, run_id, tenant_id=tenant_id, on_event=shown)
+        state = _run_or_cancel(driver, shown, cancel_on_interrupt)
+    if as_json:
+        echo_json(run_json(client, dag.dag_id, run_id, tenant_id))
+    else:
+        report(client, dag, run_id, tenant_id)
     return state
 
 
-def _run_or_cancel(driver: RunDriver, cancel_on_interrupt: bool) -> RunState:
+def _run_or_cancel(driver: RunDriver, shown: Progress, cancel_on_interrupt: bool) -> RunState:
     try:
         return driver.run()
     except (KeyboardInterrupt, SystemExit):
         if cancel_on_interrupt:
-            note("interrupted: stopping the tasks (again to stop at once)")
+            shown.say("interrupted: stopping the tasks (again to stop at once)")
             driver.cancel()
         raise
 
@@ -126,6 +253,12 @@ def submit(
     content = read_request(request_file)
     with open_client() as client:
         handle = client.submit(content)
+        if handle.differs:
+            attempt = handle.attempt
+            note(
+                f"{attempt.task_instance_id} try {attempt.try_number} was submitted before with another content, which "
+                f"stays; submit try_number {attempt.try_number + 1} to run this one"
+            )
         state = _wait(handle) if wait else handle.state()
         view = handle.task_instance()
     if as_json:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from leoflow_celery.cli.output import echo_json
+from leoflow_celery.cli.target import JsonOption
+
 db_app = typer.Typer(help="The SQL database.", no_args_is_help=True)
 
 
@@ -21,7 +24,7 @@ def _db() -> None:
 
 
 @db_app.command()
-def upgrade() -> None:
+def upgrade(as_json: JsonOption = False) -> None:
     """Create the tables, or bring them to the version of this package. Safe to run at every deployment."""
     from leoflow_celery.settings import Settings
     from leoflow_celery.store.database import Database
@@ -34,5 +37,8 @@ def upgrade() -> None:
         migrate(database)
     finally:
         database.close()
+    if as_json:
+        echo_json({"database": database.address, "before": before, "revision": newest})
+        return
     done = "is up to date" if before == newest else f"was upgraded from {before or 'nothing'}"
     typer.echo(f"database {database.address} {done} (revision {newest})")

@@ -11,6 +11,9 @@ import typer
 from leoflow_celery.cli.output import echo_json, visible
 from leoflow_celery.cli.target import JsonOption
 
+#: What ``leoflow doctor`` looks at, in this order.
+CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange", "pods")
+
 
 def fresh_keys() -> dict[str, str]:
     """A new pair of keys under the names of their settings."""
@@ -25,7 +28,8 @@ def keys(
         typer.Option(
             "--for",
             metavar="SCOPE",
-            help="The key of k8s, docker or subprocess workers, or of publishers (dispatch), out of LEOFLOW_SEAL_KEYS.",
+            help="The key of k8s, docker or subprocess workers, of publishers (dispatch), or of who may cancel tries "
+            "(cancel), out of LEOFLOW_SEAL_KEYS.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -77,12 +81,12 @@ def doctor(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="CHECK", help="Only this check: keys, database, broker, gateway, workers, …"),
+        typer.Option("--only", metavar="CHECK", help=f"Only this check: {', '.join(CHECKS)}."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check keys, database, broker, gateway and workers, and say what is wrong and what to do. Exits 1 on a finding."""
-    from leoflow_celery.cli.doctor import CHECKS, examine
+    from leoflow_celery.cli.doctor import examine
     from leoflow_celery.settings import Settings
 
     findings = examine(Settings.load(), ca, only or CHECKS)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from leoflow_celery.cli import complete
+from leoflow_celery.cli.complete import LATEST
 from leoflow_celery.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
@@ -14,7 +16,16 @@ if TYPE_CHECKING:
     from leoflow_celery.store.views import TaskInstanceView
 
 TargetArgument = Annotated[
-    list[str], typer.Argument(metavar="TARGET", help="A task instance id; or DAG RUN; or DAG RUN TASK.")
+    list[str],
+    typer.Argument(
+        metavar="TARGET",
+        help="A task instance id; or DAG RUN; or DAG RUN TASK. RUN may be 'latest'.",
+        autocompletion=complete.targets,
+    ),
+]
+DagIdArgument = Annotated[str, typer.Argument(metavar="DAG", help="The id of the DAG.", autocompletion=complete.dags)]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="The id of the run, or 'latest'.", autocompletion=complete.runs)
 ]
 TenantOption = Annotated[str, typer.Option("--tenant", help="Whose run it is.")]
 TryOption = Annotated[int | None, typer.Option("--try", min=1, help="Which try; the newest unless given.")]
@@ -48,6 +59,19 @@ class Target:
         raise InvalidRequest(
             f"TARGET: {len(words)} words given; name a task instance id, or DAG RUN, or DAG RUN TASK", "TARGET"
         )
+
+    @classmethod
+    def named(cls, client: Client, words: list[str], tenant_id: str) -> Target:
+        """The target of these words, with the run that ``latest`` stands for.
+
+        Raises:
+            InvalidRequest: more than three words.
+            NotFound: the DAG has no run.
+        """
+        found = cls.parse(words, tenant_id)
+        if found.run_id != LATEST:
+            return found
+        return replace(found, run_id=client.latest_run(found.dag_id, tenant_id))
 
     @property
     def is_run(self) -> bool:

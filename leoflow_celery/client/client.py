@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from leoflow_celery.app import LeoflowCelery, create_app
@@ -12,6 +13,8 @@ from leoflow_celery.client.callbacks import signatures
 from leoflow_celery.client.handle import Handle
 from leoflow_celery.client.measuring import count_submitted, refusals_counted
 from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.clear import ClearedTask, Selection
+from leoflow_celery.domain.dag import Dag
 from leoflow_celery.domain.request import TaskRequest, parse_request
 from leoflow_celery.domain.routing import (
     QUEUE_OF,
@@ -21,15 +24,15 @@ from leoflow_celery.domain.routing import (
     check_task,
     executor_for,
 )
-from leoflow_celery.domain.states import RunState, TaskState
+from leoflow_celery.domain.states import TERMINAL_RUN, RunState, TaskState
 from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
-from leoflow_celery.errors import AtCapacity, BrokerUnavailable, NotFound
-from leoflow_celery.queueing.messages import seal_request
+from leoflow_celery.errors import AtCapacity, BrokerUnavailable, DecryptionFailed, NotFound
+from leoflow_celery.queueing.messages import open_dag, open_request, seal_dag, seal_request
 from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
 from leoflow_celery.store.events import EventView
-from leoflow_celery.store.logs import LogKey
+from leoflow_celery.store.logs import LogKey, LogReader
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.store.views import RunView, Submitted, TaskInstanceView
 
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 _STANDARD_TENANT = "default"
 #: More make a submit no faster, and let the first of them wait for the last.
 _MESSAGES_AT_ONCE = 50
+_LOG_POLL_SECONDS = 0.3
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -44,6 +48,10 @@ def policy_of(settings: Settings) -> Policy:
     dispatch = settings.dispatch
     permitted = frozenset(ExecutorType(name) for name in dispatch.permitted_executors)
     return Policy(ExecutorType(dispatch.executor_type), settings.inline.max_duration, permitted)
+
+
+def _content(request: TaskRequest) -> dict[str, Any]:
+    return request.model_dump(exclude={"agent_token"})
 
 
 class Client:
@@ -71,6 +79,8 @@ class Client:
     ) -> Handle:
         """Record a try and send it to its executor's queue; idempotent per (task_instance_id, try_number).
 
+        A try that exists stays as it was submitted first; ``Handle.differs`` tells when this request is another one.
+
         ``link`` and ``link_error`` are Celery signatures (one or a list), called with the return value or as errbacks.
 
         Raises:
@@ -81,7 +91,19 @@ class Client:
                 submitting it again is safe.
         """
         context = {"callbacks": signatures("link", link), "errbacks": signatures("link_error", link_error)}
-        return self._submit([request], {key: value for key, value in context.items() if value})[0]
+        handle = self._submit([request], {key: value for key, value in context.items() if value})[0]
+        if handle.created or not self._differs(handle, parse_request(request)):
+            return handle
+        log.warning("submit.other_content", extra={"attempt": str(handle.attempt)})
+        return replace(handle, differs=True)
+
+    def _differs(self, handle: Handle, request: TaskRequest) -> bool:
+        try:
+            recorded = open_request(self.services.keys, handle.task_instance().sealed_request)
+        except DecryptionFailed:
+            return False  # nobody can tell
+        # A token is made anew for each submission.
+        return _content(recorded) != _content(request)
 
     def submit_many(self, requests: Iterable[TaskRequest | dict[str, Any]]) -> list[Handle]:
         """Like ``submit`` for many requests, recorded in one transaction: all of them or none.
@@ -161,6 +183,9 @@ class Client:
         if done.created:
             return None if done.needs_host else done.queue_name or QUEUE_OF[item.executor]
         view = self.task_instance(done.attempt.task_instance_id, done.attempt.try_number)
+        if view.is_terminal:
+            # Redis may have lost its result, and whoever submits it again waits for that.
+            self.publisher.advance_try(view.task_instance_id, view.try_number)
         is_unsent = view.state is TaskState.QUEUED and view.sent_at is None and view.launch == 1
         return view.queue if is_unsent and not view.needs_host else None
 
@@ -217,8 +242,104 @@ class Client:
         """The history of a task instance, oldest first."""
         return self.services.store.events.of(task_instance_id)
 
-    def create_run(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT, dag_version: str = "") -> RunView:
-        return self.services.store.runs.create(tenant_id, dag_id, run_id, dag_version)
+    def create_run(
+        self,
+        dag_id: str,
+        run_id: str,
+        tenant_id: str = _STANDARD_TENANT,
+        dag_version: str = "",
+        dag: Dag | None = None,
+    ) -> RunView:
+        """The run, created as running unless it exists; one that ended is opened again.
+
+        ``dag`` is kept with it, sealed: ``clear`` follows its graph, and ``dag_of`` gives it back.
+        """
+        sealed = seal_dag(self.services.keys, dag) if dag is not None else ""
+        return self.services.store.runs.create(tenant_id, dag_id, run_id, dag_version, sealed)
+
+    def dag_of(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> Dag:
+        """The DAG that was kept with a run.
+
+        Raises:
+            NotFound: the run was never created, or no DAG was kept with it.
+        """
+        dag = self._kept_dag(dag_id, run_id, tenant_id)
+        if dag is None:
+            raise NotFound(f"no DAG is kept with run {run_id!r} of dag {dag_id!r}; give its dag.json")
+        return dag
+
+    def _kept_dag(self, dag_id: str, run_id: str, tenant_id: str) -> Dag | None:
+        sealed = self.services.store.runs.sealed_dag(tenant_id, dag_id, run_id)
+        return open_dag(self.services.keys, sealed) if sealed else None
+
+    def runs(
+        self,
+        dag_id: str | None = None,
+        *,
+        states: Collection[RunState] = (),
+        since: float | None = None,
+        limit: int = 20,
+        tenant_id: str = _STANDARD_TENANT,
+    ) -> list[RunView]:
+        """The runs started last, the newest first; of one DAG, in these states, started at ``since`` or later.
+
+        ``since`` is in seconds since the epoch, or seconds before now when it is negative.
+        """
+        return self.services.store.runs.find(tenant_id, dag_id, states, since, limit)
+
+    def latest_run(self, dag_id: str, tenant_id: str = _STANDARD_TENANT) -> str:
+        """The id of the run of a DAG that was started last.
+
+        Raises:
+            NotFound: it has none.
+        """
+        return self.services.store.runs.latest(tenant_id, dag_id)
+
+    def tries(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[TaskInstanceView]:
+        """Every try of every task of a run, a younger one of a task after an older one."""
+        return self.services.store.runs.tries(tenant_id, dag_id, run_id)
+
+    def clear(
+        self,
+        dag_id: str,
+        run_id: str,
+        task_ids: Iterable[str] = (),
+        *,
+        failed: bool = False,
+        downstream: bool = False,
+        tenant_id: str = _STANDARD_TENANT,
+    ) -> list[ClearedTask]:
+        """Let tasks of a run run again: what failed and what depends on it, or the tasks named.
+
+        The run is open again, with the same staging claim. Every try stays as it ended; who drives the run submits
+        ``next_try`` of each task returned, once its upstreams are done (``RunDriver`` does). The retries of a task
+        count anew. A task that is at work is left alone.
+
+        >>> from leoflow_celery.client import Client
+        >>> with Client.from_environment() as client:                          # doctest: +SKIP
+        ...     for task in client.clear("sales", "2026-11-27", ["load"], downstream=True):
+        ...         print(task.task_id, task.next_try)
+
+        Args:
+            task_ids: which tasks, whatever became of them; what was ``upstream_failed`` because of them comes along.
+                None: every task that failed, and everything that depends on one.
+            failed: of the tasks named, those that failed only.
+            downstream: also everything that depends on the tasks.
+
+        Raises:
+            NotFound: the run was never created.
+            InvalidRequest: a task named has no try or is at work, or ``downstream`` is asked for and no DAG is kept
+                with the run (``create_run``).
+        """
+        selection = Selection(tuple(task_ids), failed, downstream)
+        dag = self._kept_dag(dag_id, run_id, tenant_id)
+        return self.services.store.runs.clear(
+            tenant_id, dag_id, run_id, lambda states: selection.choose(states, dag.downstream if dag else None)
+        )
+
+    def cleared(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> dict[str, int]:
+        """Of each task of a run that was cleared, the last try that no longer counts."""
+        return self.services.store.runs.cleared(tenant_id, dag_id, run_id)
 
     def run(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> RunView:
         """One run.
@@ -263,6 +384,39 @@ class Client:
         if not follow:
             return self.services.store.logs.read(key)
         return self.services.store.logs.follow(key, lambda: self._ended(key))
+
+    def run_logs(
+        self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT, follow: bool = False
+    ) -> Iterator[tuple[TaskInstanceView, dict[str, Any]]]:
+        """The log lines of a run, each with the try that wrote it: of the newest try of every task, task by task.
+
+        With ``follow`` as they come, also of tries that start later, until the run has ended; of a run without a record
+        until every try has ended.
+        """
+        views = self.task_instances(dag_id, run_id, tenant_id)
+        if not follow:
+            for view in views:
+                yield from ((view, line) for line in self.services.store.logs.read(view.log_key))
+            return
+        older = {view.task_id: view.try_number for view in views}
+        readers: dict[LogKey, LogReader] = {}
+        while True:
+            last_look = self._run_ended(dag_id, run_id, tenant_id)
+            for view in self.tries(dag_id, run_id, tenant_id):
+                if view.try_number < older.get(view.task_id, 0):
+                    continue
+                if view.log_key not in readers:
+                    readers[view.log_key] = self.services.store.logs.reader(view.log_key)
+                yield from ((view, line) for line in readers[view.log_key].new_lines())
+            if last_look:
+                return
+            time.sleep(_LOG_POLL_SECONDS)
+
+    def _run_ended(self, dag_id: str, run_id: str, tenant_id: str) -> bool:
+        try:
+            return self.run(dag_id, run_id, tenant_id).state in TERMINAL_RUN
+        except NotFound:
+            return all(view.is_terminal for view in self.task_instances(dag_id, run_id, tenant_id))
 
     def _ended(self, key: LogKey) -> bool:
         views = self.task_instances(key.dag_id, key.run_id, key.tenant_id)

@@ -139,12 +139,17 @@ def label_value(text: str) -> str:
     return f"{clean[: _NAME_LIMIT - 9].rstrip('-')}-{tail}".lstrip("-")
 
 
+def attempt_suffix(attempt: AttemptId) -> str:
+    """The end of every external name of the attempt."""
+    return digest(attempt.task_instance_id, attempt.try_number, attempt.launch)
+
+
 def attempt_name(attempt: AttemptId, dag_id: str, task_id: str) -> str:
     """The pod and container name: ``leoflow-<dag>-<task>-<try>-<suffix>``, DNS-1123, at most 63 characters.
 
     The suffix is derived from the raw attempt, so it is the same on redelivery and another for the next launch.
     """
-    suffix = digest(attempt.task_instance_id, attempt.try_number, attempt.launch)
+    suffix = attempt_suffix(attempt)
     base = f"leoflow-{sanitise(dag_id)}-{sanitise(task_id)}-{attempt.try_number}"
     return f"{base[: _NAME_LIMIT - len(suffix) - 1].rstrip('-')}-{suffix}"
 

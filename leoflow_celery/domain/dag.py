@@ -191,6 +191,14 @@ class Dag(Frozen):
                 waiting.extend(self.by_id[upstream].depends_on)
         return found
 
+    def downstream(self, task_id: str) -> set[str]:
+        """Every task that may start only after this one; none for a task that the DAG no longer has."""
+        found: set[str] = set()
+        for other in self.order:
+            if found.union((task_id,)).intersection(self.by_id[other].depends_on):
+                found.add(other)
+        return found
+
     def retries_of(self, task_id: str) -> Retries:
         """How often a task is tried again, and after how many seconds."""
         task, defaults = self.by_id[task_id], self.default_args

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 #: Objects whose keys are ours; a null below them (a call argument, an HTTP body) is the user's own value.
+_SHOWN_CHARACTERS = 100
 _OUR_OBJECTS = ("default_args", "staging", "http_request", "resources", "execution")
 
 
@@ -34,7 +35,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key {key!r} is given twice in one object; keep one of them")
+            raise ValueError(f"key {key[:_SHOWN_CHARACTERS]!r} is given twice in one object; keep one of them")
         found[key] = value
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from leoflow_celery.domain.attempt import AttemptId
@@ -33,14 +33,30 @@ class Expectation:
     """All live attempts of one executor at the moment ``read_at``, by external name.
 
     What is absent from it is terminal, superseded or unknown in SQL, unless it came into being after ``read_at``.
+    ``age_seconds`` is how long ago that was when a worker got it; None when nobody said so.
     """
 
     read_at: float
     attempts: dict[str, ExpectedAttempt]
+    age_seconds: float | None = None
 
     @classmethod
     def of(cls, read_at: float, attempts: Iterable[ExpectedAttempt]) -> Expectation:
         return cls(read_at, {one.name: one for one in attempts})
+
+    def by_clock_of(self, server_now: float, seconds_since: float) -> Expectation:
+        """The same with its times as a server's clock would have shown them, whose own times are compared with these.
+
+        ``server_now`` is what that shows now, ``seconds_since`` how long ago the worker got the expectation.
+        """
+        if self.age_seconds is None:
+            return self
+        ahead = server_now - seconds_since - self.age_seconds - self.read_at
+        moved = {
+            name: one if one.launched_at is None else replace(one, launched_at=one.launched_at + ahead)
+            for name, one in self.attempts.items()
+        }
+        return replace(self, read_at=self.read_at + ahead, attempts=moved)
 
     def to_json(self) -> dict[str, Any]:
         """Rows, not objects: there may be thousands."""

@@ -5,12 +5,13 @@ Text without what no database keeps, JSON that every reader takes, names that fi
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue, ValidationInfo
 
 from leoflow_celery.domain import strict_json
 from leoflow_celery.domain.pod_fields import item_path, misfit
@@ -32,6 +33,7 @@ _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 #: Control and format characters (ESC, bidi overrides, zero-width ones), halves of pairs, line and paragraph separators.
 _UNPRINTABLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _CLAIM_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 #: Of a Pod object; the API server would drop any other key, and say nothing.
 _POD_KEYS = frozenset({"apiVersion", "kind", "metadata", "spec"})
 #: How an agent is run is for its image and its executor to say: a request that could would break it, or take it over.
@@ -66,7 +68,7 @@ def is_printable(text: str) -> bool:
     """Whether a log, a terminal and a name show the text as it is: nothing in it moves, hides or reverses the rest."""
     if text.isascii():
         return text.isprintable()
-    return not any(unicodedata.category(character) in _UNPRINTABLE_CATEGORIES for character in text)
+    return not any(unicodedata.category(character) in _UNPRINTABLE_CATEGORIES for character in set(text))
 
 
 def printable(text: str, characters: int | None = None, keep: str = "") -> str:
@@ -78,11 +80,15 @@ def printable(text: str, characters: int | None = None, keep: str = "") -> str:
         return f"{printable(text[:characters], keep=keep)}…"
     if is_printable(text):
         return text
-    return "".join(one if one in keep or is_printable(one) else _escape(one) for one in text)
+    return escaped(text, keep, lambda one: one.encode("unicode_escape").decode())
 
 
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+def escaped(text: str, keep: str, escape: Callable[[str], str]) -> str:
+    """The text with ``escape`` of each character that is not printable. A log has millions, and few different ones."""
+    for one in set(text).difference(keep):
+        if not is_printable(one):
+            text = text.replace(one, escape(one))
+    return text
 
 
 def _label(value: str) -> str:
@@ -197,8 +203,14 @@ def _pod_variables(part: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
                     yield f"{item_path(f'spec.{kind}', number, container)}.env", one["name"], one.get("value")
 
 
-def _schema(value: dict[str, Any]) -> dict[str, Any]:
-    check_schema(value)
+#: The context of ``model_validate`` for what passed the door before and was kept under a seal since: a schema is not
+#: compiled again. That takes up to a second, and whoever reads a request may have others waiting.
+SEALED = {"schemas_were_checked": True}
+
+
+def _schema(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    if info.context is None or not info.context.get("schemas_were_checked"):
+        check_schema(value)
     return value
 
 
@@ -206,6 +218,19 @@ def _mount_path(value: str) -> str:
     if value and (not value.startswith("/") or ":" in value):
         raise ValueError("is a directory in the container: an absolute path without a colon, e.g. /secrets")
     return _label(value)
+
+
+def _host_name(value: str) -> str:
+    if not _HOST_NAME.fullmatch(value):
+        raise ValueError("is the name of a host: letters, digits, '-', '.' and '_'")
+    return value
+
+
+def _address(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("is an IP address, e.g. 10.0.0.7") from None
 
 
 def _parameters(value: dict[str, Item]) -> dict[str, Item]:
@@ -232,6 +257,8 @@ Name = Annotated[Label, Field(max_length=MAX_NAME_CHARACTERS)]
 Identifier = Annotated[str, AfterValidator(_identifier)]
 PlainIdentifier = Annotated[str, AfterValidator(_plain_identifier)]
 ClaimName = Annotated[str, AfterValidator(_claim_name)]
+HostName = Annotated[str, AfterValidator(_host_name)]
+Address = Annotated[str, AfterValidator(_address)]
 MountPath = Annotated[str, AfterValidator(_mount_path)]
 Quantity = Annotated[str, AfterValidator(_quantity)]
 OptionalQuantity = Annotated[str, AfterValidator(lambda value: value and _quantity(value))]

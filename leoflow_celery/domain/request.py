@@ -6,17 +6,21 @@ wiring, result callback). Unknown keys are errors; every error names the field, 
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from leoflow_celery.domain import strict_json
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.fields import (
     MAX_NAME_CHARACTERS,
+    Address,
     ClaimName,
     Environment,
+    HostName,
     Identifier,
     Json,
     JsonObject,
@@ -172,6 +176,76 @@ class SecretReference(Frozen):
     reference: Label | None = None
 
 
+class DeviceRequest(Frozen):
+    """GPUs of the host: how many (-1 is all), or which."""
+
+    driver: Label = ""
+    count: Annotated[int, Field(ge=-1, le=1_024)] | None = None
+    device_ids: tuple[Label, ...] = ()
+    capabilities: tuple[tuple[Label, ...], ...] = (("gpu",),)
+
+    @model_validator(mode="after")
+    def _how_many_or_which(self) -> DeviceRequest:
+        if bool(self.count) == bool(self.device_ids):
+            raise PydanticCustomError("rule", "needs one of count (a number, -1 is all) and device_ids")
+        return self
+
+
+# fmt: off
+UlimitName = Literal[
+    "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile",
+    "nproc", "rss", "rtprio", "rttime", "sigpending", "stack",
+]
+# fmt: on
+
+
+class Ulimit(Frozen):
+    """A limit of each process; -1 is unlimited, and ``hard`` is ``soft`` unless given."""
+
+    name: UlimitName
+    soft: Annotated[int, Field(ge=-1, lt=2**63)]
+    hard: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
+
+    @property
+    def hard_limit(self) -> int:
+        return self.soft if self.hard is None else self.hard
+
+    @model_validator(mode="after")
+    def _soft_below_hard(self) -> Ulimit:
+        if self.hard_limit != -1 and not 0 <= self.soft <= self.hard_limit:
+            raise PydanticCustomError("rule", "soft is more than hard; lower soft, or raise hard")
+        return self
+
+
+class DockerMount(Frozen):
+    """A volume, or a directory of the host (bind); ``read_only`` None is as the operator lists it."""
+
+    type: Literal["volume", "bind"] = "volume"
+    source: Annotated[Label, Field(min_length=1)]
+    target: Annotated[MountPath, Field(min_length=1)]
+    read_only: bool | None = None
+
+    @model_validator(mode="after")
+    def _plain_target(self) -> DockerMount:
+        if ".." in self.target.split("/"):
+            raise PydanticCustomError("rule", "target leads out of itself with '..'; write the directory that is meant")
+        return self
+
+
+class DockerOverride(Frozen):
+    """What a container has beside the request's own fields, as far as the operator's policy lets it.
+
+    The field names are those of Docker's own Python client.
+    """
+
+    device_requests: tuple[DeviceRequest, ...] = ()
+    shm_size: OptionalQuantity = ""
+    ulimits: tuple[Ulimit, ...] = ()
+    #: name → address
+    extra_hosts: dict[HostName, Address] = Field(default_factory=dict)
+    mounts: tuple[DockerMount, ...] = ()
+
+
 class ResultCallback(Frozen):
     """Any Celery task, called once per try with the final event (a JSON object)."""
 
@@ -225,6 +299,8 @@ class TaskRequest(Frozen):
     result_callback: ResultCallback | None = None
     #: Part of a Pod object, merged over the pod of this request (strategic merge); for the kubernetes executor.
     pod_override: PodPart = Field(default_factory=dict)
+    #: GPUs, /dev/shm, ulimits, names and mounts of this container; for the docker executor.
+    docker_override: DockerOverride = DockerOverride()
     #: Start again with so many times the memory limit after an OOM kill; None is the system's setting, 1 is off.
     oom_memory_factor: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] | None = None
     #: Celery priority on Redis: 0 is served first, 9 last.
@@ -301,10 +377,14 @@ def parse_request(data: Any) -> TaskRequest:
     try:
         if isinstance(data, str | bytes):
             check_size(len(data.encode(errors="surrogatepass") if isinstance(data, str) else data))
-            return TaskRequest.model_validate_json(data)
+            parsed = TaskRequest.model_validate_json(data)
+            json.loads(data, object_pairs_hook=strict_json.unique_keys)  # the line above takes the last of two
+            return parsed
         return TaskRequest.model_validate(data)
     except ValidationError as error:
         raise invalid_request(error) from error
+    except strict_json.DuplicateKey as error:
+        raise InvalidRequest(f"request: {error}", "request") from error
 
 
 def new_run(tenant_id: str, dag_id: str, run_id: str, dag_version: str = "") -> NewRun:
@@ -354,10 +434,14 @@ _PATH_CHARACTERS = 200
 _VALUE_CHARACTERS = 80
 
 
+_SHOWN_ERRORS = 3
+
+
 def invalid_request(error: ValidationError, kind: type[InvalidRequest] = InvalidRequest) -> InvalidRequest:
     """The first failures of a pydantic error as one sentence of ours each."""
     parts, first = [], ""
-    for item in error.errors(include_url=False)[:3]:
+    found = error.errors(include_url=False)
+    for item in found[:_SHOWN_ERRORS]:
         path = _path(item["loc"]) or str(item.get("ctx", {}).get("field", ""))
         first = first or path
         shown = "" if _SECRET_FIELDS.intersection(map(str, item["loc"])) else _shown(item.get("input"))
@@ -367,6 +451,8 @@ def invalid_request(error: ValidationError, kind: type[InvalidRequest] = Invalid
         elif item["type"] in _SHAPE_ERRORS:
             shown = ""
         parts.append(f"{path}: {message}{shown}" if path else message)
+    if len(found) > _SHOWN_ERRORS:
+        parts.append(f"and {len(found) - _SHOWN_ERRORS} more")
     return kind("; ".join(parts), first)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from leoflow_celery.domain.fields import MAX_NAME_CHARACTERS, is_printable
+from leoflow_celery.domain.fields import MAX_NAME_CHARACTERS, is_printable, printable
 from leoflow_celery.domain.request import Operator, TaskRequest
 from leoflow_celery.domain.staging import check_claims
 from leoflow_celery.errors import InvalidRequest
@@ -75,6 +75,7 @@ class TaskName(StrEnum):
     RECORD_STAGING = "leoflow.results.staging_deleted"
     RECORD_PRESENCE = "leoflow.results.present"
     ADVANCE_TRY = "leoflow.results.advance"
+    CANCEL_TRY = "leoflow.results.cancel"
 
     SEND_DUE = "leoflow.maintenance.send_due"
     COMPLETE_DUE = "leoflow.maintenance.complete_due"
@@ -205,6 +206,36 @@ def check_secrets(request: TaskRequest, executor: ExecutorType) -> None:
             )
 
 
+#: What a call in the control plane has no use for: no container, process or memory is its own. An image and a staging
+#: volume are not among them, since a DAG gives them to all of its tasks.
+_OF_AN_AGENT = (
+    *("resources", "execution", "pod_override", "oom_memory_factor", "image_pull_policy"),
+    *("task_secret_name", "task_secret_mount_path", "agent_tls_ca_config_map"),
+)
+
+
+def check_inline_fields(request: TaskRequest) -> None:
+    """Refuse what an inline task sets and nobody would do.
+
+    Raises:
+        InvalidRequest: names the field, its value when it is short, and the fix.
+    """
+    given = request.model_dump(mode="json", include=set(_OF_AN_AGENT), exclude_defaults=True)
+    for field, value in given.items():
+        place = field
+        while isinstance(value, dict) and value:
+            name, value = next(iter(value.items()))
+            place = printable(f"{place}.{name}", 200)
+        # A part of a Pod may hold the value of a variable, which may be secret.
+        is_shown = field != "pod_override" and isinstance(value, str | int | float)
+        shown = f" (got {printable(str(value), 80)!r})" if is_shown else ""
+        raise InvalidRequest(
+            f"{place}: has no effect on a call that the control plane makes{shown}; remove {field}, or set "
+            "execution_mode: pod to run the call in an agent",
+            place,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What the operator lets requests ask for; ``permitted`` empty is the standard executor and the inline one."""
@@ -258,6 +289,7 @@ def check_task(request: TaskRequest, policy: Policy) -> ExecutorType:
     policy.check_executor(executor)
     if executor is ExecutorType.INLINE:
         check_inline_timeout(request, policy.max_inline_seconds)
+        check_inline_fields(request)
     check_secrets(request, executor)
     check_callback(request)
     check_claims(request)

@@ -57,15 +57,19 @@ _NOT_A_NUMBER = (
 )
 
 
+class DuplicateKey(ValueError):
+    """An object has the same key twice."""
+
+
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """An object of these keys and values, for ``object_pairs_hook``.
 
     Raises:
-        ValueError: a key is there twice: one reader takes the first value, the next one the last.
+        DuplicateKey: a key is there twice: one reader takes the first value, the next one the last.
     """
     data = dict(pairs)
     if len(data) != len(pairs):
-        raise ValueError("an object has the same key twice, and readers differ in which value they take; rename one")
+        raise DuplicateKey("an object has the same key twice, and readers differ in which value they take; rename one")
     return data
 
 

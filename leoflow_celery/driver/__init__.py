@@ -10,6 +10,7 @@ from leoflow_celery.driver.events import (
 )
 from leoflow_celery.driver.ports import RunClient
 from leoflow_celery.driver.run import Pace, RunDriver
+from leoflow_celery.driver.watch import watch_run
 
 __all__ = [
     "Pace",
@@ -21,4 +22,5 @@ __all__ = [
     "RunStarted",
     "TaskChanged",
     "Waiting",
+    "watch_run",
 ]

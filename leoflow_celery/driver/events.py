@@ -19,14 +19,14 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class TaskChanged:
-    """A task has a new state. ``up_for_retry`` stands for failed with tries left."""
+    """A task has a new state. ``up_for_retry``: failed with tries left; ``none``: cleared and not started since."""
 
     task_id: str
     state: TaskState
     try_number: int
     reason: str | None = None
     message: str = ""
-    #: Seconds the user's code ran, once it ended.
+    #: Seconds the user's code ran, once it ended; for who watches a run, also how long it has been running.
     seconds: float | None = None
 
 

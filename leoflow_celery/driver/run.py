@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from leoflow_celery.domain.dag import Dag, task_request
-from leoflow_celery.domain.plan import TaskStatus, effective_state, plan_run
+from leoflow_celery.domain.plan import Plan, TaskStatus, effective_state, plan_run
 from leoflow_celery.domain.reasons import parse_reason
 from leoflow_celery.domain.request import TaskRequest, check_size
 from leoflow_celery.domain.states import TERMINAL_RUN, RunState, TaskState
@@ -63,6 +63,7 @@ class RunDriver:
         self._shown: dict[str, tuple[int, TaskState]] = {}
         self._retry_at: dict[tuple[str, int], float] = {}
         self._unsent: dict[tuple[str, int], TaskRequest] = {}
+        self._cleared: Mapping[str, int] = {}
 
     def run(self) -> RunState:
         """Drive the run to its end and return how it ended.
@@ -112,28 +113,48 @@ class RunDriver:
         except NotFound:
             resumed = False
             version = self._dag.dag_version
-            state = self._client.create_run(self._dag.dag_id, self._run_id, self._tenant_id, version).state
+            state = self._client.create_run(self._dag.dag_id, self._run_id, self._tenant_id, version, self._dag).state
         self._emit(RunStarted(self._dag.dag_id, self._run_id, self._tenant_id, resumed))
         if state not in TERMINAL_RUN:
             return None
-        self._show(self._read())
+        records = self._read()
+        if any(self._is_cleared(record) for record in records.values()):
+            # Another driver ended the run after the clear had opened it.
+            self._open_again()
+            return None
+        self._show(records)
         self._emit(RunFinished(state))
         return state
 
     def _step(self) -> RunState | None:
         records = self._read()
         self._show(records)
-        plan = plan_run(self._dag, {task_id: _status(record) for task_id, record in records.items()})
-        self._mark(plan.skip, TaskState.SKIPPED)
-        self._mark(plan.upstream_failed, TaskState.UPSTREAM_FAILED)
+        plan = self._plan(records)
+        self._mark(plan.skip, TaskState.SKIPPED, records)
+        self._mark(plan.upstream_failed, TaskState.UPSTREAM_FAILED, records)
         self._plan_retries([records[task_id] for task_id in plan.retry])
-        tries = [(task_id, records[task_id].try_number if task_id in records else 1) for task_id in plan.start]
+        tries = [(task_id, self._next_try(task_id, records)) for task_id in plan.start]
         now = self._pace.clock()
         tries += [(task_id, tried + 1) for (task_id, tried), due_at in self._retry_at.items() if due_at <= now]
         self._submit(tries)
-        if plan.state is not None:
-            self._finish(plan.state)
+        if plan.state is None or not self._end(plan.state):
+            return None
         return plan.state
+
+    def _plan(self, records: Records) -> Plan:
+        return plan_run(self._dag, {task_id: self._status(record) for task_id, record in records.items()})
+
+    def _end(self, state: RunState) -> bool:
+        """End the run, unless a task was cleared meanwhile: then the run goes on."""
+        self._client.finish_run(self._dag.dag_id, self._run_id, state, self._tenant_id)
+        if self._plan(self._read()).state is None:
+            self._open_again()
+            return False
+        self._emit(RunFinished(state))
+        return True
+
+    def _open_again(self) -> None:
+        self._client.create_run(self._dag.dag_id, self._run_id, self._tenant_id, self._dag.dag_version, self._dag)
 
     def _submit(self, tries: Iterable[tuple[str, int]]) -> None:
         # What could not be sent is remembered: its row may exist already, and then no plan would name it again.
@@ -152,10 +173,28 @@ class RunDriver:
             self._client.submit_many([request])
             del self._unsent[key]
 
-    def _mark(self, task_ids: Iterable[str], state: TaskState) -> None:
+    def _mark(self, task_ids: Iterable[str], state: TaskState, records: Records) -> None:
         for task_id in task_ids:
-            self._client.mark(self._requests[task_id], state)
-            self._show_task(TaskChanged(task_id, state, 1))
+            try_number = self._next_try(task_id, records)
+            self._client.mark(self._requests[task_id].evolve(try_number=try_number), state)
+            self._show_task(TaskChanged(task_id, state, try_number))
+
+    def _next_try(self, task_id: str, records: Records) -> int:
+        """The first try of a task that has not started; of one that was cleared, the one after its last."""
+        record = records.get(task_id)
+        if record is None:
+            return 1
+        return record.try_number + self._is_cleared(record)
+
+    def _is_cleared(self, record: TryRecord) -> bool:
+        return record.try_number <= self._cleared.get(record.task_id, 0)
+
+    def _status(self, record: TryRecord) -> TaskStatus:
+        """As planning sees it: tries that were cleared do not count, neither as an end nor as a retry."""
+        if self._is_cleared(record):
+            return TaskStatus()
+        reason = parse_reason(record.reason) if record.reason else None
+        return TaskStatus(record.state, record.try_number - self._cleared.get(record.task_id, 0), reason)
 
     def _plan_retries(self, failed: Iterable[TryRecord]) -> None:
         """Set the time of each next try, counted from the end of the last one, whichever driver saw it."""
@@ -190,6 +229,8 @@ class RunDriver:
         self._emit(RunFinished(state))
 
     def _read(self) -> Records:
+        # First: a clear in between is seen at the next step, and no new try is taken for a cleared one.
+        self._cleared = self._client.cleared(self._dag.dag_id, self._run_id, self._tenant_id)
         found = self._client.task_instances(self._dag.dag_id, self._run_id, self._tenant_id)
         return {record.task_id: record for record in found if record.task_id in self._dag.by_id}
 
@@ -200,7 +241,9 @@ class RunDriver:
 
     def _show(self, records: Records) -> None:
         for task_id, record in records.items():
-            state = effective_state(_status(record), self._dag.retries_of(task_id))
+            if self._is_cleared(record):
+                continue
+            state = effective_state(self._status(record), self._dag.retries_of(task_id))
             seconds = None
             if record.started_at is not None and record.ended_at is not None:
                 seconds = record.ended_at - record.started_at
@@ -216,8 +259,3 @@ class RunDriver:
         source_bytes = len(self._dag.source.encode())
         for request in self._requests.values():
             check_size(len(request.model_dump_json(exclude={"source"})) + source_bytes)
-
-
-def _status(record: TryRecord) -> TaskStatus:
-    reason = parse_reason(record.reason) if record.reason else None
-    return TaskStatus(record.state, record.try_number, reason)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from leoflow_celery.domain.dag import Dag
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
@@ -70,6 +71,7 @@ class ScriptedClient:
     _runs: dict[str, RunState] = field(default_factory=dict)
     _newest: dict[str, ScriptedTry] = field(default_factory=dict)
     _ends: dict[str, tuple[float, End]] = field(default_factory=dict)
+    _cleared: dict[str, int] = field(default_factory=dict)
 
     @property
     def pace(self) -> Pace:
@@ -85,6 +87,7 @@ class ScriptedClient:
         run_id: str,
         tenant_id: str = "default",  # noqa: ARG002 - the protocol's
         dag_version: str = "",  # noqa: ARG002 - the protocol's
+        dag: Dag | None = None,  # noqa: ARG002 - the protocol's
     ) -> ScriptedRun:
         self._answer()
         self._runs[f"{dag_id}\x00{run_id}"] = RunState.RUNNING
@@ -112,6 +115,14 @@ class ScriptedClient:
             if at <= self.now:
                 self._end(task_id, end, at)
         return list(self._newest.values())
+
+    def clear(self, *task_ids: str) -> None:
+        """Let the newest tries of these tasks no longer count."""
+        self._cleared |= {task_id: self._newest[task_id].try_number for task_id in task_ids}
+
+    def cleared(self, dag_id: str, run_id: str, tenant_id: str = "default") -> Mapping[str, int]:  # noqa: ARG002
+        self._answer()
+        return dict(self._cleared)
 
     def submit_many(self, requests: Sequence[TaskRequest]) -> None:
         self._answer()

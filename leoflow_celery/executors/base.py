@@ -13,11 +13,20 @@ from leoflow_celery.domain.staging import StagingPlan
 
 #: What of a termination grace belongs to the agent: to report, or to leave its record behind.
 _LAST_WORDS_SECONDS = 5.0
+#: Most tasks wait for a server; an agent with a small task has 50 to 100 MiB.
+_PER_CORE = 16
+_BYTES_EACH = 256 << 20
+_AT_LEAST = 4
 
 
 def kill_grace_seconds(termination_grace_seconds: float) -> float:
     """How long user code may take to stop when its pod, container or process may take so long; half of a short one."""
     return max(termination_grace_seconds - _LAST_WORDS_SECONDS, termination_grace_seconds / 2)
+
+
+def standard_max_running(cores: int, memory_bytes: int) -> int:
+    """How many attempts a host runs at once unless it is told."""
+    return max(_AT_LEAST, min(_PER_CORE * cores, memory_bytes // _BYTES_EACH))
 
 
 class Sealing(Protocol):
@@ -113,6 +122,18 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Release clients and helpers. Started attempts go on."""
+        ...
+
+
+class LimitedExecutor(Executor, Protocol):
+    """An executor of which a host runs so many attempts and no more. ``execute`` raises HostFull beyond that."""
+
+    def room(self) -> int | None:
+        """How many more would start now; None for no limit. It may wait for a server.
+
+        Raises:
+            TransientLaunchError: the server did not answer.
+        """
         ...
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from leoflow_celery import metrics
+from leoflow_celery.clock import broker_clock
 from leoflow_celery.errors import Unavailable
 from leoflow_celery.gateway.sessions import Caller, Claims, HolderRegistry, Standing, Stop
 from leoflow_celery.gateway.threads import Threads
@@ -72,7 +73,8 @@ class Heartbeats:
             metrics.record_fenced("heartbeat")
         answer = pb.HeartbeatResponse(should_terminate=why is not None)
         answer.server_time.FromNanoseconds(time.time_ns())
-        if caller.renews and caller.identity.renew_at <= time.time() and self._registry.is_granted(caller.holder):
+        is_due = caller.renews and caller.identity.renew_at <= broker_clock.time()
+        if is_due and self._registry.is_granted(caller.holder):
             answer.renewed_token = self._tokens.renew(caller.identity, caller.holder)
         return answer
 

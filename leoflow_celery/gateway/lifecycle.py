@@ -29,6 +29,9 @@ _ENDS = {
 }
 
 
+_AFTER_EXIT_0 = {FailureReason.INVALID_XCOM, FailureReason.PAYLOAD_TOO_LARGE, FailureReason.SCHEMA_MISMATCH}
+
+
 def clean(text: str, limit: int) -> str:
     """Text as every database takes it: no NUL, not too long."""
     return text[:limit].replace("\x00", "\N{REPLACEMENT CHARACTER}")
@@ -43,7 +46,8 @@ def outcome_of(request: pb.ReportStateRequest, reason: str) -> Outcome:
     found = parse_reason(reason, FailureReason.NON_ZERO_EXIT)
     if found is FailureReason.NON_ZERO_EXIT and not message:
         message = f"the task exited with code {request.exit_code}"
-    return Outcome.failed(found, message, request.exit_code)
+    # The field has no "none": 0 of a failure is one only where the process succeeded and its value was refused.
+    return Outcome.failed(found, message, request.exit_code or (0 if found in _AFTER_EXIT_0 else None))
 
 
 class Lifecycle:

@@ -10,8 +10,9 @@ from pathlib import Path
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.store.logs import LogRecord, refine_level
 
-#: How far back a line can be written and not acknowledged: more than a stream may have waiting (see ``journal``).
-TAIL_BYTES = 1 << 20
+#: How far back a line can be written and not acknowledged: more than a stream may have waiting (see ``journal``), each
+#: character as its escape of six bytes.
+TAIL_BYTES = 1 << 21
 _LATEST_SECOND = 253_402_300_799  # the end of the year 9999: datetime knows none later
 _LEVEL_OF = {
     pb.LOG_LEVEL_DEBUG: "debug",

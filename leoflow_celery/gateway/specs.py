@@ -12,7 +12,7 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
-from leoflow_celery.errors import Fenced, LeoflowError
+from leoflow_celery.errors import Fenced, LeoflowError, StoredRequestInvalid
 from leoflow_celery.gateway.notify import Notifier
 from leoflow_celery.gateway.rpc import NotPossible
 from leoflow_celery.gateway.secrets import ChannelPolicy, SecretReader, query_of
@@ -109,8 +109,11 @@ class Specs:
         self._wirings: Recent[tuple[str, int], Wiring] = Recent(4_096)
 
     async def get_task_spec(self, caller: Caller, _: pb.GetTaskSpecRequest) -> pb.TaskSpec:
-        """The spec, for the holder. A request that can never get its secrets ends here."""
-        view, request = await self._threads.store(self._read, caller)
+        """The spec, for the holder. A request that can never run, or get its secrets, ends here."""
+        try:
+            view, request = await self._threads.store(self._read, caller)
+        except StoredRequestInvalid as error:
+            return await self._give_up(caller, FailureReason.INVALID_SPEC, error)
         if view.attempt != caller.attempt or not caller.holder or view.holder != caller.holder or view.is_terminal:
             metrics.record_fenced("read")
             raise Fenced(f"attempt {caller.attempt} is not held by the caller (any more)")

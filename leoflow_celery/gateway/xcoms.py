@@ -49,6 +49,9 @@ class XComMethods:
             raise InvalidArgument(f"content_type must have at most {_MAX_CONTENT_TYPE_CHARACTERS} characters, no NUL")
         schema = (await self._specs.wiring(caller)).schema if key.key == RETURN_VALUE else None
         try:
+            # What waits for its turn is in memory.
+            if len(request.value) > self._settings.max_bytes:
+                self._check(key, request.value, content_type, None)
             # One after the other for each tenant, and before SQL is asked for anything.
             await self._threads.check(caller.identity.tenant_id, self._check, key, request.value, content_type, schema)
             await self._threads.store(self._put, caller, key, request.value, content_type)

@@ -17,16 +17,17 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, NoReturn
 
 from celery.utils.time import maybe_iso8601
 from kombu.utils.json import object_hook
 
+from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain import fields
 from leoflow_celery.domain.request import check_celery_id
-from leoflow_celery.domain.routing import queue_for_task
+from leoflow_celery.domain.routing import OUR_PREFIX, TaskName, queue_for_task
 from leoflow_celery.domain.strict_json import MAX_DEPTH, is_deeper
 from leoflow_celery.errors import InvalidRequest
 
@@ -249,12 +250,26 @@ def _check_envelope(envelope: Any) -> None:
         raise Refused(Kind.CONTENT, "content-encoding", "content-encoding: is not utf-8; send the body in UTF-8")
 
 
+def _with_own_eta(headers: dict[str, Any]) -> dict[str, Any]:
+    """Headers of a message of ours, whose ``eta`` is by the broker's clock, with that instant of this host's clock.
+
+    Celery compares it with the host's. A user's message says it by a clock that we do not know.
+    """
+    task, eta = headers.get("task"), headers.get("eta")
+    if eta is None or not isinstance(task, str) or not task.startswith(OUR_PREFIX) or task == TaskName.DISPATCH:
+        return headers
+    if (moment := _timestamp(eta)) <= 0:
+        return headers
+    return {**headers, "eta": datetime.fromtimestamp(broker_clock.to_own(moment), UTC).isoformat()}
+
+
 def _readable(envelope: dict[str, Any], queue: str) -> Admitted:
     """The envelope as everything after us reads it."""
     properties = envelope["properties"]
     body = body_of(envelope.get("body"), properties.get("body_encoding"))
     admitted = Admitted(envelope)
     admitted["content-encoding"] = "utf-8"
+    admitted["headers"] = _with_own_eta(envelope["headers"])
     admitted["properties"] = {
         **properties,
         # Two messages with one tag would be acknowledged as one, and go back to where a stranger wants them to.
@@ -607,6 +622,8 @@ _OLDER_NAMES = {
     "dump_tasks": "registered",
     "dump_conf": "conf",
 }
+#: Never obeyed: these make a worker drop messages that SQL says are queued, and store a result that nobody decided.
+_REVOKING = ("revoke", "terminate", "revoke_by_stamped_headers", "hello")
 REPLY_EXCHANGE = "reply.celery.pidbox"
 
 
@@ -636,6 +653,13 @@ def _check_command(command: Any, all_commands: bool) -> None:
     if not isinstance(method, str) or _name(method) or not isinstance(arguments, dict):
         raise Refused(Kind.CONTROL, "control.method", "control: a command has a method, and arguments by name")
     _check_addressees(command, all_commands)
+    if method in _REVOKING:
+        raise Refused(
+            Kind.CONTROL,
+            "control.method",
+            f"control: {method!r} comes from somebody without a key and is not obeyed; use app.control of "
+            "leoflow_celery.app, Flower with that app, or 'leoflow cancel'",
+        )
     if all_commands:
         return
     takes = _QUESTIONS.get(_OLDER_NAMES.get(method, method))

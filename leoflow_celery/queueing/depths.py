@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, TypeVar
 
-from leoflow_celery.broker_url import redis_url
+from leoflow_celery.broker_url import RedisAddress, redis_address
 from leoflow_celery.errors import BrokerUnavailable
 from leoflow_celery.settings import BrokerSettings
 
@@ -93,13 +93,24 @@ def _queue_of(payload: bytes) -> str | None:
 
 
 def redis_client(settings: BrokerSettings) -> Any:
-    """A Redis client of the broker, which the caller closes."""
+    """A Redis client of the broker, which the caller closes.
+
+    Raises:
+        ConfigurationError: a file that its URL names cannot be read.
+    """
+    return client_of(settings, redis_address(settings.url))
+
+
+def client_of(settings: BrokerSettings, address: RedisAddress, **options: Any) -> Any:
+    """A Redis client of an address, with the timeouts of the broker's, which the caller closes."""
     import redis
 
     return redis.Redis.from_url(
-        redis_url(settings.url),
+        address.client_url,
+        **address.tls,
         socket_connect_timeout=settings.connect_timeout_seconds,
         socket_timeout=settings.socket_timeout_seconds,
+        **options,
     )
 
 

@@ -1,7 +1,7 @@
 """How a worker takes messages from Redis: what Redis accepted is in a queue or held, at every moment.
 
 A held message is an entry of kombu's own hash ``unacked`` and of its index ``unacked_index``, whose score says since
-when. What is ours is that a message goes from one to the other in one step: by a script (ADR 27). Every time is that
+when. What is ours is that a message goes from one to the other in one step: by a script (ADR 31). Every time is that
 of Redis, and every key is whole: kombu's client would put its prefix before some of them.
 
 Each script begins with a write that changes nothing. It ends the script on a replica and where a key holds something

@@ -17,6 +17,7 @@ message            from → to           scope       task, or where it rests
 ``StagingDeleted`` launch → control    its queue   ``leoflow.results.staging_deleted``
 ``Present``        launch → control    its queue   ``leoflow.results.present``
 ``AdvanceTry``     control → control   control     ``leoflow.results.advance``
+``Cancel``         any → control       cancel      ``leoflow.results.cancel``
 ==================  ==================  ==========  =====================================================
 
 Beat holds no key. It sends the maintenance tasks without content, and they look at SQL by themselves.
@@ -25,19 +26,23 @@ Beat holds no key. It sends the maintenance tasks without content, and they look
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+from pydantic import ValidationError
 
 from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport, text_in
 from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.dag import Dag
 from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.fields import SEALED
 from leoflow_celery.domain.outcome import Outcome
-from leoflow_celery.domain.request import TaskRequest, check_size
+from leoflow_celery.domain.request import TaskRequest, check_size, invalid_request
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.domain.states import TERMINAL
-from leoflow_celery.errors import DecryptionFailed, MessageExpired
+from leoflow_celery.errors import DecryptionFailed, MessageExpired, StoredRequestInvalid
 from leoflow_celery.security import KeyRing, Scope
 
 #: The scope of the launch workers of an executor. The inline worker is part of the control plane.
@@ -131,7 +136,7 @@ class Launch:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         since = data.get("tried_since")
-        request = TaskRequest.model_validate(data["request"])
+        request = TaskRequest.model_validate(data["request"], context=SEALED)
         return cls(AttemptId.from_json(data["attempt"]), request, None if since is None else float(since))
 
 
@@ -180,11 +185,14 @@ class Reconcile:
     expectation: Expectation
 
     def to_json(self) -> dict[str, Any]:
-        return self.expectation.to_json()
+        return {**self.expectation.to_json(), "said_at": broker_clock.time()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(Expectation.from_json(data))
+        expectation = Expectation.from_json(data)
+        if "said_at" not in data:  # by the version before
+            return cls(expectation)
+        return cls(replace(expectation, age_seconds=max(0.0, broker_clock.time() - float(data["said_at"]))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +327,23 @@ class AdvanceTry:
         return cls(one.task_instance_id, one.try_number)
 
 
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop the try that a Celery id belongs to, queued or running: the try's own id, or that of its dispatch."""
+
+    purpose: ClassVar[str] = "cancel"
+    max_age_seconds: ClassVar[float | None] = _MAX_AGE_SECONDS
+
+    celery_id: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"celery_id": self.celery_id}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(text_in(data["celery_id"], "celery_id"))
+
+
 def seal_request(keys: KeyRing, request: TaskRequest) -> str:
     """A request as it rests in SQL.
 
@@ -335,8 +360,30 @@ def open_request(keys: KeyRing, sealed: str) -> TaskRequest:
 
     Raises:
         DecryptionFailed: sealed with a key this process does not have, or by a version whose requests it does not know.
+        StoredRequestInvalid: it breaks a rule of this version.
     """
     try:
-        return TaskRequest.model_validate(keys.sealer(Scope.REQUEST).open(sealed)["request"])
+        return TaskRequest.model_validate(keys.sealer(Scope.REQUEST).open(sealed)["request"], context=SEALED)
+    except ValidationError as error:
+        text = f"the request was stored by another version and breaks a rule of this one: {invalid_request(error)}"
+        raise StoredRequestInvalid(f"{text}; submit it anew, or upgrade the process that reads it") from error
     except (KeyError, ValueError) as error:
         raise DecryptionFailed("a sealed request is not of this version; upgrade the process that reads it") from error
+
+
+def seal_dag(keys: KeyRing, dag: Dag) -> str:
+    """A DAG as it rests in SQL beside its run: its tasks' environment and headers may hold secrets."""
+    content = b'{"dag":%b}' % dag.model_dump_json(exclude_unset=True).encode(errors="surrogatepass")
+    return keys.sealer(Scope.REQUEST).seal_json(content)
+
+
+def open_dag(keys: KeyRing, sealed: str) -> Dag:
+    """The DAG again.
+
+    Raises:
+        DecryptionFailed: sealed with a key this process does not have, or by a version whose DAGs it does not know.
+    """
+    try:
+        return Dag.model_validate(keys.sealer(Scope.REQUEST).open(sealed)["dag"])
+    except (KeyError, ValueError) as error:
+        raise DecryptionFailed("a sealed DAG is not of this version; give its dag.json again") from error

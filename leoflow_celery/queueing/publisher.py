@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from celery import Celery
 from kombu.exceptions import KombuError, OperationalError
 from redis.exceptions import RedisError
-from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from leoflow_celery.background import patiently
+from leoflow_celery.clock import due_in
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.memory import with_memory_limit
@@ -29,6 +30,7 @@ from leoflow_celery.queueing.messages import (
     SCOPE_OF,
     AdvanceTry,
     AttemptEnded,
+    Cancel,
     CollectStaging,
     Launch,
     LaunchInline,
@@ -212,7 +214,17 @@ class Publisher:
         """
         message = AdvanceTry(task_instance_id, try_number)
         shown = {"try": f"{task_instance_id}/{try_number}"}
-        self._report(TaskName.ADVANCE_TRY, Scope.CONTROL, message, shown, countdown=countdown_seconds)
+        eta = None if countdown_seconds is None else due_in(countdown_seconds)
+        self._report(TaskName.ADVANCE_TRY, Scope.CONTROL, message, shown, eta=eta)
+
+    def cancel(self, celery_id: str) -> None:
+        """Ask the control plane to cancel the try that a Celery id belongs to.
+
+        Raises:
+            BrokerUnavailable: the broker did not take it.
+            ConfigurationError: this process holds no key for that.
+        """
+        self._report(TaskName.CANCEL_TRY, Scope.CANCEL, Cancel(celery_id), {"cancels": celery_id}, priority=_FIRST)
 
     def attempt_ended(self, executor: ExecutorType, message: AttemptEnded) -> None:
         """Tell how an attempt ended; waits for a broker that is away.
@@ -243,13 +255,7 @@ class Publisher:
         name, expires = TaskName.RECORD_PRESENCE, EXPIRY_SECONDS
         self._send(name, payload, queue=name.queue, shown=shown, priority=_FIRST, expires=expires)
 
-    @retry(
-        retry=retry_if_exception_type(BrokerUnavailable),
-        wait=wait_random_exponential(max=10),
-        stop=stop_after_delay(_DELIVERY_SECONDS),
-        before_sleep=before_sleep_log(log, logging.WARNING),
-        reraise=True,
-    )
+    @patiently(log, _DELIVERY_SECONDS)
     def _report_patiently(self, task: TaskName, scope: Scope, message: Message, shown: dict[str, Any]) -> None:
         self._report(task, scope, message, shown)
 

@@ -38,6 +38,8 @@ class Scope(StrEnum):
     SUBPROCESS = "subprocess"
     #: Publishers that seal what they dispatch.
     DISPATCH = "dispatch"
+    #: Who may have any try cancelled, and nothing else: Flower, say.
+    CANCEL = "cancel"
     #: What the processes of the control plane tell each other.
     CONTROL = "control"
     #: Requests as they rest in SQL.

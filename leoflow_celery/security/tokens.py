@@ -3,20 +3,21 @@
 The claim names are the agent protocol's; ``launch`` is ours and defaults to 1, so that a scheduler sharing the secret
 may mint tokens of its own. There are two kinds. A **launch token** is minted before anybody knows the agent and lives
 as long as its message may wait and its task may run. A **renewed token** names the holder it was given to in the claim
-``holder``, proves nothing for anybody else, and lives for minutes.
+``holder``, proves nothing for anybody else, and lives for minutes. Both are dated by the broker's clock, which every
+process here reads; a host whose own clock is wrong mints and refuses nothing by it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jwt
 
+from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey
@@ -99,13 +100,13 @@ class TokenIssuer:
 
     def mint(self, request: TaskRequest, attempt: AttemptId) -> str:
         """A token for one attempt, valid for the configured lifetime on top of the task's own timeout."""
-        now = int(time.time())
+        now = int(broker_clock.time())
         times = {"iat": now, "exp": now + self._ttl_seconds + request.timeout_seconds}
         return self._sign(attempt, request.tenant_id, request.dag_id, request.run_id, request.task_id, times)
 
     def renew(self, identity: AgentIdentity, holder: str) -> str:
         """A short token for the same attempt that only ``holder`` can use."""
-        now = round(time.time(), 3)
+        now = round(broker_clock.time(), 3)
         bound = {"iat": now, "exp": now + self._renewed_ttl_seconds, "holder": holder}
         one = identity
         return self._sign(one.attempt, one.tenant_id, one.dag_id, one.run_id, one.task_id, bound)
@@ -136,7 +137,7 @@ class TokenIssuer:
         if not token:
             raise InvalidToken("missing", "no agent token: send metadata 'authorization: Bearer <token>'")
         identity = self._decode(token)
-        if identity.expires_at <= time.time():
+        if identity.expires_at <= broker_clock.time():
             raise InvalidToken("expired", "the agent token has expired")
         return identity
 

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 from leoflow_celery.domain.quantity import parse_quantity
 from leoflow_celery.domain.relaunch import RelaunchPolicy
+from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.xcom import XComKey, parse_value
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.attempts import AttemptStore
@@ -21,9 +24,11 @@ from leoflow_celery.store.logs import LogLimits, LogStore
 from leoflow_celery.store.models import database_now
 from leoflow_celery.store.presence import PresenceStore
 from leoflow_celery.store.reaper_queries import ReaperQueries
+from leoflow_celery.store.redis_marks import RedisMarkStore
 from leoflow_celery.store.runs import RunStore
 from leoflow_celery.store.staging import StagingStore
 from leoflow_celery.store.submissions import SubmissionStore
+from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.store.xcom import XComStore, create_xcom_store
 
 
@@ -46,6 +51,17 @@ class Store:
     @cached_property
     def xcom(self) -> XComStore:
         return create_xcom_store(self._settings, self.database)
+
+    def return_value(self, view: TaskInstanceView) -> Any:
+        """The return_value XCom of a try that succeeded, parsed; None when it has none, and for another end.
+
+        Raises:
+            XComRejected: ``invalid_xcom``, nobody can parse it.
+        """
+        if view.state is not TaskState.SUCCESS:
+            return None
+        found = self.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
+        return None if found is None else parse_value(found)
 
     @cached_property
     def attempts(self) -> AttemptStore:
@@ -97,6 +113,10 @@ class Store:
     @cached_property
     def leases(self) -> LeaseStore:
         return LeaseStore(self.database)
+
+    @cached_property
+    def redis_marks(self) -> RedisMarkStore:
+        return RedisMarkStore(self.database)
 
     @cached_property
     def presence(self) -> PresenceStore:

@@ -159,6 +159,18 @@ class AttemptStore:
                 found += [TaskInstanceView.from_row(row) for row in rows]
         return [view for view in found if (view.task_instance_id, view.try_number) in tries]
 
+    def is_newest(self, view: TaskInstanceView) -> bool:
+        """Whether no later try of its task and run was submitted, which would have taken away the value it left."""
+        columns = task_instance_sql.TABLE.c
+        names = ("tenant_id", "dag_id", "run_id", "task_id")
+        is_later = sa.or_(
+            sa.and_(columns.task_instance_id == view.task_instance_id, columns.try_number > view.try_number),
+            sa.and_(columns.task_instance_id != view.task_instance_id, columns.queued_at >= view.queued_at),
+        )
+        later = sa.select(columns.try_number).where(*(columns[name] == getattr(view, name) for name in names), is_later)
+        with self._database.reading() as connection:
+            return connection.execute(later.limit(1)).first() is None
+
     # -- the claim ----------------------------------------------------------------------------------------------
 
     def claim(

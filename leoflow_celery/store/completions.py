@@ -20,9 +20,11 @@ from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.models import DatabaseTime, TaskCompletion, table_of
-from leoflow_celery.store.task_instance_sql import ended_try
+from leoflow_celery.store.task_instance_sql import ended_try, value_is_replaced
 
 _TABLE = table_of(TaskCompletion)
+#: As many are taken at once: what a worker does in a small part of a lease.
+GROUP = 20
 _FIRST_DELAY_SECONDS = 30.0
 _LAST_DELAY_SECONDS = 3_600.0
 
@@ -37,6 +39,8 @@ class Waiting:
     context: dict[str, Any]
     result_callback: dict[str, Any] | None
     failures: int = 0
+    #: The lease under which it was taken; whoever took it later, or opened it again, has changed that.
+    lease_until: float | None = None
 
 
 class CompletionStore:
@@ -92,7 +96,7 @@ class CompletionStore:
         return bool(self.owners([celery_task_id]))
 
     def take(
-        self, lease_seconds: float, task_instance_id: str = "", try_number: int = 0, limit: int = 100
+        self, lease_seconds: float, task_instance_id: str = "", try_number: int = 0, limit: int = GROUP
     ) -> list[Waiting]:
         """Lease what is due: of one try, or of all tries when none is named."""
         if task_instance_id:
@@ -109,27 +113,53 @@ class CompletionStore:
         The wait doubles up to an hour: a callback may become importable, a chord's backend may be repaired.
         """
         delay = min(_FIRST_DELAY_SECONDS * 2.0 ** min(waiting.failures, 30), _LAST_DELAY_SECONDS)
-        update = sa.update(_TABLE).where(_TABLE.c.celery_task_id == waiting.celery_task_id, _TABLE.c.done_at.is_(None))
+        values = {"failures": _TABLE.c.failures + 1, "lease_until": DatabaseTime(delay)}
         with self._database.transaction() as connection:
-            connection.execute(update.values(failures=_TABLE.c.failures + 1, lease_until=DatabaseTime(delay)))
+            connection.execute(sa.update(_TABLE).where(_is_ours()).values(values), _parameters([waiting]))
         return delay
 
-    def done(self, celery_task_ids: list[str]) -> None:
-        """Record that these ids have their result."""
-        if not celery_task_ids:
+    def done(self, completed: Collection[Waiting]) -> None:
+        """Record that these have their result. One whose lease another worker has by now is left to that one."""
+        if not completed:
             return
         with self._database.transaction() as connection:
-            connection.execute(_complete(), [{"p_id": name} for name in sorted(celery_task_ids)])
+            connection.execute(_complete(), _parameters(completed))
 
 
 def take_of_try(
-    connection: sa.Connection, lease_seconds: float, task_instance_id: str, try_number: int, limit: int = 100
+    connection: sa.Connection, lease_seconds: float, task_instance_id: str, try_number: int, limit: int = GROUP
 ) -> list[Waiting]:
     """Lease what is due of one try, in the transaction of ``connection``, which may be the one that ended it."""
     parameters: dict[str, object] = {"p_lease": lease_seconds, "p_limit": limit}
     parameters |= {"p_ti": task_instance_id, "p_try": try_number}
     statement = _take(one_try=True, locking=connection.dialect.name != "sqlite")
     return [Waiting(*row) for row in connection.execute(statement, parameters)]
+
+
+def told_since(since: float, limit: int) -> sa.Executable:
+    """Open again what was told since then, the newest first; not a success whose value a later try has replaced.
+
+    It returns the ids: not every driver counts the rows of such a statement.
+    """
+    columns = _TABLE.c
+    told = sa.select(columns.celery_task_id).where(
+        columns.done_at >= since, ~value_is_replaced(columns.task_instance_id, columns.try_number)
+    )
+    told = told.order_by(columns.done_at.desc()).limit(limit)
+    is_told = columns.celery_task_id.in_(sa.select(told.cte("told").c.celery_task_id))
+    return (
+        sa.update(_TABLE)
+        .where(is_told)
+        .values(done_at=None, lease_until=None, failures=0)
+        .returning(columns.celery_task_id)
+    )
+
+
+def in_flight() -> sa.Update:
+    """End the leases of what is being told: whoever tells it may have told a server that has forgotten it."""
+    columns = _TABLE.c
+    is_held = sa.and_(columns.done_at.is_(None), columns.lease_until.is_not(None), columns.failures == 0)
+    return sa.update(_TABLE).where(is_held).values(lease_until=None)
 
 
 def _check_owner(celery_task_id: str, named: tuple[str, int], owner: tuple[str, int] | None) -> None:
@@ -167,11 +197,24 @@ def _take(one_try: bool, locking: bool) -> sa.Executable:
             columns.context,
             columns.result_callback,
             columns.failures,
+            columns.lease_until,
         )
     )
+
+
+def _parameters(taken: Collection[Waiting]) -> list[dict[str, object]]:
+    ordered = sorted(taken, key=lambda item: item.celery_task_id)
+    return [{"p_id": item.celery_task_id, "p_until": item.lease_until} for item in ordered]
+
+
+def _is_ours() -> sa.ColumnElement[bool]:
+    """The completion ``p_id`` is open, and held under the lease ``p_until``."""
+    columns = _TABLE.c
+    held = columns.lease_until == sa.bindparam("p_until", type_=columns.lease_until.type)
+    return sa.and_(columns.celery_task_id == sa.bindparam("p_id"), columns.done_at.is_(None), held)
 
 
 @cache
 def _complete() -> sa.Executable:
     """The completion ``p_id`` is done; run with a list of parameters (an expanded IN is compiled anew)."""
-    return sa.update(_TABLE).where(_TABLE.c.celery_task_id == sa.bindparam("p_id")).values(done_at=DatabaseTime())
+    return sa.update(_TABLE).where(_is_ours()).values(done_at=DatabaseTime())

@@ -10,7 +10,15 @@ import sqlalchemy as sa
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database
-from leoflow_celery.store.models import DagRun, DatabaseTime, StagingVolume, TaskCompletion, TaskEvent, table_of
+from leoflow_celery.store.models import (
+    DagRun,
+    DatabaseTime,
+    StagingVolume,
+    TaskClear,
+    TaskCompletion,
+    TaskEvent,
+    table_of,
+)
 
 _TABLE = table_of(TaskEvent)
 _INSERT = sa.insert(_TABLE).values(at=DatabaseTime())
@@ -18,7 +26,8 @@ _INSERT = sa.insert(_TABLE).values(at=DatabaseTime())
 
 @dataclass(frozen=True, slots=True)
 class EventView:
-    """One thing that happened: submitted, claimed, finished, relaunched, late_report, cancel_requested, superseded."""
+    """One thing that happened: submitted, claimed, finished, relaunched, late_report, cancel_requested, superseded,
+    cleared."""
 
     attempt: AttemptId
     at: float
@@ -94,5 +103,11 @@ class HistoryStore:
         before, run, volume = DatabaseTime(-older_than_seconds), table_of(DagRun), table_of(StagingVolume)
         runs = sa.delete(run).where(run.c.ended_at < before, ~task_instance_sql.any_of_run(run))
         volumes = sa.delete(volume).where(volume.c.deleted_at < before)
+        clear = table_of(TaskClear)
+        of_run = sa.and_(*(run.c[name] == clear.c[name] for name in ("tenant_id", "dag_id", "run_id")))
+        clears = sa.delete(clear).where(~sa.exists().where(of_run))
         with self._database.transaction() as connection:
-            return connection.execute(runs).rowcount + connection.execute(volumes).rowcount
+            removed = connection.execute(runs).rowcount
+            if removed:
+                connection.execute(clears)
+            return removed + connection.execute(volumes).rowcount

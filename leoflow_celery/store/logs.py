@@ -204,6 +204,34 @@ def _end_torn_line(path: Path, descriptor: int) -> None:
                 os.write(descriptor, b"\n")
 
 
+class LogReader:
+    """Reads one try's log from where it stopped; a line without its end waits for the next look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self._rest: list[bytes] = []
+
+    def new_lines(self) -> Iterator[dict[str, Any]]:
+        """Every line that ended since the last look; none when there is no log yet."""
+        try:
+            if self._path.stat().st_size <= self._offset:
+                return
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._offset)
+            while chunk := file.read(_READ_BYTES):
+                self._offset += len(chunk)
+                first, *others = chunk.split(b"\n")
+                self._rest.append(first)
+                if not others:
+                    continue  # joined once, when the line ends: it may be long
+                lines = (b"".join(self._rest), *others[:-1])
+                self._rest = [others[-1]]
+                yield from (parsed for line in lines if (parsed := _parse(line)) is not None)
+
+
 class LogStore:
     """All logs below one root."""
 
@@ -224,25 +252,17 @@ class LogStore:
 
     def follow(self, key: LogKey, ended: Callable[[], bool], poll_seconds: float = 0.2) -> Iterator[dict[str, Any]]:
         """Every line, waiting for more until ``ended()`` was true before a look that found nothing new."""
-        path, offset = self.path(key), 0
-        rest: list[bytes] = []
+        log = self.reader(key)
         while True:
             last_look = ended()
-            if path.exists():
-                with path.open("rb") as file:
-                    file.seek(offset)
-                    while chunk := file.read(_READ_BYTES):
-                        offset += len(chunk)
-                        first, *others = chunk.split(b"\n")
-                        rest.append(first)
-                        if not others:
-                            continue  # joined once, when the line ends: it may be long
-                        lines = (b"".join(rest), *others[:-1])
-                        rest = [others[-1]]
-                        yield from (parsed for line in lines if (parsed := _parse(line)) is not None)
+            yield from log.new_lines()
             if last_look:
                 return
             time.sleep(poll_seconds)
+
+    def reader(self, key: LogKey) -> LogReader:
+        """The lines of a try's log as they come, for who looks at many logs in turn."""
+        return LogReader(self.path(key))
 
     def tail(self, key: LogKey, max_bytes: int = 1 << 20) -> list[dict[str, Any]]:
         """The lines of the last ``max_bytes`` of a log."""

@@ -128,6 +128,27 @@ class DagRun(Base):
     state: Mapped[str] = mapped_column(sa.String(32))
     started_at: Mapped[float] = mapped_column(Timestamp)
     ended_at: Mapped[float | None] = mapped_column(Timestamp)
+    #: The DAG that it runs, sealed: to clear and to repeat it needs the graph and the requests. Empty: its driver keeps
+    #: that to itself.
+    sealed_dag: Mapped[str] = mapped_column(sa.Text, default="", server_default="")
+
+    __table_args__ = (
+        sa.Index("ix_dag_run_started", "tenant_id", "started_at"),
+        sa.Index("ix_dag_run_dag_started", "tenant_id", "dag_id", "started_at"),
+    )
+
+
+class TaskClear(Base):
+    """A task of a run that is to run again: its tries up to ``last_try`` stay as they ended and no longer count."""
+
+    __tablename__ = "task_clear"
+
+    tenant_id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    dag_id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    run_id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    task_id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    last_try: Mapped[int]
+    cleared_at: Mapped[float] = mapped_column(Timestamp)
 
 
 class TaskInstance(Base):
@@ -308,3 +329,16 @@ class Presence(Base):
     #: Present since then without a gap.
     since: Mapped[float] = mapped_column(Timestamp)
     seen_at: Mapped[float] = mapped_column(Timestamp)
+
+
+class RedisMark(Base):
+    """How far a Redis server has come, as SQL knows it: one that has less went back (``store.redis_marks``)."""
+
+    __tablename__ = "redis_mark"
+
+    #: broker, or results where those have a server of their own.
+    name: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    #: Of the server's process and its replication history; both change when it may have lost what it was told.
+    identity: Mapped[str] = mapped_column(_NAME)
+    #: Seconds since the epoch by the database's clock, when it was written.
+    mark: Mapped[float] = mapped_column(sa.Double)

@@ -96,6 +96,22 @@ def ended_try(task_instance_id: sa.ColumnElement[str], try_number: sa.ColumnElem
     return sa.exists().where(_T.task_instance_id == task_instance_id, _T.try_number == try_number, _has_ended())
 
 
+def value_is_replaced(task_instance_id: sa.ColumnElement[str], try_number: sa.ColumnElement[int]) -> Condition:
+    """The try succeeded, and a later one of its task and run has taken away the value it left."""
+    told, later = TABLE.alias("told_try"), TABLE.alias("later_try")
+    same_task = [later.c[name] == told.c[name] for name in (*_RUN, "task_id")]
+    is_same = later.c.task_instance_id == told.c.task_instance_id
+    is_later = sa.or_(
+        sa.and_(is_same, later.c.try_number > told.c.try_number),
+        sa.and_(~is_same, later.c.queued_at >= told.c.queued_at),
+    )
+    return (
+        sa.exists()
+        .where(told.c.task_instance_id == task_instance_id, told.c.try_number == try_number)
+        .where(told.c.state == TaskState.SUCCESS.value, sa.exists().where(*same_task, is_later).correlate(told))
+    )
+
+
 def any_of_run(run: sa.FromClause) -> Condition:
     """There is a try of a run, which ``run`` has the columns of."""
     return sa.exists().where(*(_T[name] == run.c[name] for name in _RUN))
@@ -181,6 +197,14 @@ def mark_sent() -> sa.Executable:
 def set_queue() -> sa.Executable:
     """The message of the try goes to ``p_queue``."""
     return sa.update(TABLE).where(of_try(TABLE)).values(queue_name=sa.bindparam("p_queue"))
+
+
+def unsend(since: float, until: float | None = None) -> sa.Update:
+    """Messages that the broker took since then are to be sent again, unless their launch is known to have begun."""
+    is_waiting = sa.and_(_T.holder.is_(None), _T.launched_at.is_(None), _T.sent_at >= since)
+    if until is not None:
+        is_waiting = sa.and_(is_waiting, _T.sent_at <= until)
+    return sa.update(TABLE).where(is_live(), is_waiting).values(sent_at=None)
 
 
 def unsent(grace_seconds: float, limit: int) -> Rows:
@@ -472,6 +496,12 @@ def of_run(tenant_id: str, dag_id: str, run_id: str) -> Rows:
     """Every try of a run, a younger one of a task instance after an older one."""
     is_run = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id, _T.run_id == run_id)
     return sa.select(*_ROW).where(is_run).order_by(_T.try_number)
+
+
+def latest_run(tenant_id: str, dag_id: str) -> sa.Select[tuple[str]]:
+    """The run that the newest task instance of a DAG names."""
+    of_dag = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id)
+    return sa.select(_T.run_id).where(of_dag).order_by(_T.queued_at.desc()).limit(1)
 
 
 def old_tries(older_than_seconds: float, limit: int) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import RowMapping
@@ -13,6 +13,7 @@ from leoflow_celery.domain.reasons import parse_reason
 from leoflow_celery.domain.relaunch import Memory, Relaunch
 from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType
 from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
+from leoflow_celery.errors import TaskFailed, XComRejected
 from leoflow_celery.store.logs import LogKey
 
 if TYPE_CHECKING:
@@ -116,6 +117,17 @@ class TaskInstanceView:
         """How a terminal try ended."""
         reason = parse_reason(self.reason) if self.reason else None
         return Outcome(self.state, reason, self.message, self.exit_code, self.last_event, self.log_tail)
+
+
+def unreadable(view: TaskInstanceView, error: XComRejected) -> TaskInstanceView:
+    """A try told as a failure: it succeeded with a value that nobody can read, and who waits must hear it."""
+    message = f"the task succeeded, but its return value cannot be read: {error}"
+    return replace(view, state=TaskState.FAILED, reason=error.reason, message=message)
+
+
+def failure_of(view: TaskInstanceView) -> TaskFailed:
+    """What whoever waits for a try that did not succeed gets raised."""
+    return TaskFailed(str(view.reason), view.message, view.exit_code, f"{view.dag_id}.{view.task_id}")
 
 
 @dataclass(frozen=True, slots=True)

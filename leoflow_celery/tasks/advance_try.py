@@ -8,7 +8,7 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import NOT_LAUNCHED
 from leoflow_celery.domain.routing import ExecutorType, TaskName
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.errors import BrokerUnavailable
+from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed
 from leoflow_celery.queueing.dead_letters import DeadLetters, given_up_letter
 from leoflow_celery.store.views import TaskInstanceView
 from leoflow_celery.tasks.completion import Ended, complete_try
@@ -48,5 +48,10 @@ def _send_launch(task: LeoflowTask, view: TaskInstanceView) -> None:
     if delay > 0 and view.queued_at <= view.read_at + 1:
         task.publisher.advance_try(view.task_instance_id, view.try_number, countdown_seconds=delay)
         return
-    task.publisher.launch_again(view, task.services.store.relaunch_policy)
+    try:
+        task.publisher.launch_again(view, task.services.store.relaunch_policy)
+    except DecryptionFailed as error:
+        # Whoever sends what was left unsent gives it up, see maintenance.
+        log.warning("launch.unsealable", extra={"attempt": str(view.attempt), "error": str(error)})
+        return
     task.services.store.submissions.mark_sent([view.attempt])

@@ -3,13 +3,14 @@
 A try that ended has rows in ``task_completion``; each is completed as if the Celery task had just returned: the
 result is stored, a chord advances, callbacks, errbacks and the rest of a chain go out, and the monitor sees the end.
 All of it is repeatable: messages carry ids derived from the completed one, so a crash in between repeats no work that
-looks at ids, and the row is marked done only afterwards.
+looks at ids, and the row is marked done only afterwards. Callbacks are sent at least once, always under the same id.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,16 +30,17 @@ from leoflow_celery.domain.canvas import permitted_context
 from leoflow_celery.domain.outcome import FinalEvent
 from leoflow_celery.domain.routing import callback_problems
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.domain.xcom import XComKey, parse_value
-from leoflow_celery.errors import TaskFailed, Unavailable, XComRejected
+from leoflow_celery.errors import Unavailable, XComRejected
 from leoflow_celery.services import Services
-from leoflow_celery.store.completions import Waiting
-from leoflow_celery.store.views import TaskInstanceView
+from leoflow_celery.store.completions import GROUP, Waiting
+from leoflow_celery.store.views import TaskInstanceView, failure_of, unreadable
 from leoflow_celery.tasks.monitoring import send_failed, send_succeeded
 
 log = logging.getLogger(__name__)
-#: A completion takes milliseconds; a worker that died in it is replaced after this.
-LEASE_SECONDS = 30
+#: A completion takes milliseconds; a worker that died in a group of them is replaced after this.
+LEASE_SECONDS = 10
+#: As many callbacks at most are sent again, under the same ids, after a worker that was killed.
+_MARKED_TOGETHER = 5
 #: What one completion meets as well as the next one.
 _AWAY = (
     *(Unavailable, OperationalError, OSError),
@@ -69,32 +71,53 @@ class Ended:
 
 
 def complete_due(app: Celery, services: Services) -> int:
-    """Complete whatever is due; the number of Celery ids completed."""
-    waiting = services.store.completions.take(LEASE_SECONDS)
+    """Complete a group of what is due; the number of Celery ids completed."""
+    taken_at, waiting = time.monotonic(), services.store.completions.take(LEASE_SECONDS)
     tries = {AttemptId(item.task_instance_id, item.try_number) for item in waiting}
     views = {(view.task_instance_id, view.try_number): view for view in services.store.attempts.ended(tries)}
     read = cache(lambda task_instance_id, try_number: _with_value(services, views[task_instance_id, try_number]))
-    return _complete(app, services, waiting, lambda item: read(item.task_instance_id, item.try_number))
+    return _complete(app, services, waiting, taken_at, lambda item: read(item.task_instance_id, item.try_number))
 
 
 def complete_try(app: Celery, services: Services, view: TaskInstanceView, ended: Ended | None = None) -> int:
-    """Complete whoever waits for one try; ``ended`` spares reading what the caller knows."""
+    """Complete whoever waits for one try; ``ended`` spares reading what the caller knows. How many that were."""
+    taken_at, count = time.monotonic(), 0
     taken: Sequence[Waiting] | None = ended.waiting if ended else None
-    if taken is None:
-        taken = services.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
     read = cache(lambda: ended or _with_value(services, view))
-    return _complete(app, services, taken, lambda _: read())
+    while True:
+        if taken is None:
+            taken_at = time.monotonic()
+            taken = services.store.completions.take(LEASE_SECONDS, view.task_instance_id, view.try_number)
+        count += _complete(app, services, taken, taken_at, lambda _: read())
+        if len(taken) < GROUP:
+            return count
+        taken = None
 
 
-def _complete(app: Celery, services: Services, waiting: Sequence[Waiting], ended: Callable[[Waiting], Ended]) -> int:
-    done: list[str] = []
+def _complete(
+    app: Celery,
+    services: Services,
+    waiting: Sequence[Waiting],
+    taken_at: float,
+    ended: Callable[[Waiting], Ended],
+) -> int:
+    """Complete what was taken under one lease, marking it done in small groups: those are told again after a crash."""
+    completions, count = services.store.completions, 0
+    done: list[Waiting] = []
     try:
         for item in waiting:
+            if time.monotonic() - taken_at > LEASE_SECONDS:
+                log.warning("completion.lease_over", extra={"left": len(waiting) - count, "of": len(waiting)})
+                break  # another worker goes on with them
             if _completed(app, services, item, ended):
-                done.append(item.celery_task_id)  # noqa: PERF401 - kept when a later one raises
+                count += 1
+                done.append(item)
+            if len(done) >= _MARKED_TOGETHER:
+                marking, done = done, []
+                completions.done(marking)
     finally:
-        services.store.completions.done(done)
-    return len(done)
+        completions.done(done)
+    return count
 
 
 def _completed(app: Celery, services: Services, item: Waiting, ended: Callable[[Waiting], Ended]) -> bool:
@@ -122,11 +145,10 @@ def _with_value(services: Services, view: TaskInstanceView) -> Ended:
     if view.state is not TaskState.SUCCESS:
         return Ended(view)
     try:
-        return Ended(view, return_value(services, view))
+        return Ended(view, services.store.return_value(view))
     except XComRejected as error:
         log.warning("completion.unreadable_value", extra={"attempt": str(view.attempt), "error": str(error)})
-        message = f"the task succeeded, but its return value cannot be read: {error}"
-        return Ended(replace(view, state=TaskState.FAILED, reason=error.reason, message=message))
+        return Ended(unreadable(view, error))
 
 
 def complete(app: Celery, item: Waiting, ended: Ended) -> None:
@@ -139,7 +161,7 @@ def complete(app: Celery, item: Waiting, ended: Ended) -> None:
         if not (ended.monitored and item.celery_task_id == view.celery_task_id):
             send_succeeded(app, view, item.celery_task_id, value)
     else:
-        error = _failure(view)
+        error = failure_of(view)
         app.backend.mark_as_failure(item.celery_task_id, error, traceback=None, request=context)
         send_failed(app, view, item.celery_task_id, error)
     if item.result_callback:
@@ -189,21 +211,7 @@ def store_result(app: Celery, services: Services, view: TaskInstanceView, celery
     if ended.view.state in (TaskState.SUCCESS, TaskState.SKIPPED):
         app.backend.store_result(celery_task_id, ended.value, SUCCESS)
     else:
-        app.backend.store_result(celery_task_id, _failure(ended.view), FAILURE)
-
-
-def _failure(view: TaskInstanceView) -> TaskFailed:
-    return TaskFailed(str(view.reason), view.message, view.exit_code, f"{view.dag_id}.{view.task_id}")
-
-
-def return_value(services: Services, view: TaskInstanceView) -> Any:
-    """The return_value XCom of a try, parsed; None when it has none.
-
-    Raises:
-        XComRejected: ``invalid_xcom``, nobody can parse it.
-    """
-    found = services.store.xcom.get(XComKey(view.tenant_id, view.dag_id, view.run_id, view.task_id))
-    return None if found is None else parse_value(found)
+        app.backend.store_result(celery_task_id, failure_of(ended.view), FAILURE)
 
 
 def _send_successors(app: Celery, item: Waiting, value: Any) -> None:

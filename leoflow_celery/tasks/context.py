@@ -10,6 +10,7 @@ from celery.exceptions import Ignore, Reject
 
 from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.app.extras import record_expired
+from leoflow_celery.clock import due_in
 from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
 from leoflow_celery.errors import ConfigurationError, DecryptionFailed, MessageExpired
 from leoflow_celery.queueing.dead_letters import DeadLetters, envelope_of, keep_refused
@@ -114,7 +115,13 @@ class LeoflowTask(Task[Any, Any]):
         keep_refused(letters, queue, why, self.name, kind=kind, raw=raw, celery_id=str(self.request.id))
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
-        """Celery's retry, which drops the message when the broker does not take the next one; ours goes back to it."""
+        """Celery's retry, which drops the message when the broker does not take the next one; ours goes back to it.
+
+        When it is due goes by the broker's clock; the door of the worker that takes it knows (see ``decoder``).
+        """
+        if kwargs.get("eta") is None:
+            countdown = kwargs.pop("countdown", None)
+            kwargs["eta"] = due_in(self.default_retry_delay if countdown is None else countdown)
         try:
             return super().retry(*args, **kwargs)
         except Reject as rejected:

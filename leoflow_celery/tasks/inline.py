@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from celery.exceptions import Ignore
-from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from leoflow_celery import metrics
+from leoflow_celery.background import patiently
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
@@ -129,13 +129,7 @@ def _inputs(services: Services, view: TaskInstanceView, request: TaskRequest) ->
     return found
 
 
-@retry(
-    retry=retry_if_exception_type(Unavailable),
-    wait=wait_random_exponential(max=5),
-    stop=stop_after_delay(_RECORD_SECONDS),
-    before_sleep=before_sleep_log(log, logging.WARNING),
-    reraise=True,
-)
+@patiently(log, _RECORD_SECONDS)
 def _stored(services: Services, key: XComKey) -> XComValue | None:
     return services.store.xcom.get(key)
 
@@ -172,13 +166,7 @@ def _record(services: Services, view: TaskInstanceView, holder: str, outcome: Ou
 
 
 # The call is made and its answer is here only: giving up would make the same call again while its holder lives.
-@retry(
-    retry=retry_if_exception_type(Unavailable),
-    wait=wait_random_exponential(max=5),
-    stop=stop_after_delay(_RECORD_SECONDS),
-    before_sleep=before_sleep_log(log, logging.WARNING),
-    reraise=True,
-)
+@patiently(log, _RECORD_SECONDS)
 def _finish(
     services: Services, view: TaskInstanceView, holder: str, outcome: Outcome, xcoms: list[tuple[XComKey, XComValue]]
 ) -> Finished:

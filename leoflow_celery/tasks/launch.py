@@ -17,16 +17,16 @@ from typing import Any
 
 from celery.exceptions import Reject
 from celery.worker.request import Request as CeleryRequest
-from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from leoflow_celery import metrics
+from leoflow_celery.background import patiently
 from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
-from leoflow_celery.domain.routing import ExecutorType, TaskName, executor_of_task
-from leoflow_celery.errors import BrokerUnavailable, LeoflowError, PermanentLaunchError, TransientLaunchError
+from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType, TaskName, executor_of_task
+from leoflow_celery.errors import HostFull, LeoflowError, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import Launched, LaunchSpec
 from leoflow_celery.queueing.holding import NOT_ITS_FAULT
 from leoflow_celery.queueing.messages import SCOPE_OF, AttemptEnded, Launch, seal_message
@@ -65,6 +65,8 @@ def launch(self: LeoflowTask, sealed: str) -> str:
     order = self.opened(Launch, sealed, SCOPE_OF[executor])
     try:
         launched = _start(self, order)
+    except HostFull as error:
+        _give_back(self, order, error)
     except TransientLaunchError as error:
         _retry_or_give_up(self, order, error)
     except PermanentLaunchError as error:
@@ -76,6 +78,17 @@ def launch(self: LeoflowTask, sealed: str) -> str:
         _leave_note(self, LaunchReport(order.attempt, launched.external_name, host, str(back_end)))
         return f"launched {launched.external_name}"
     return "not launched"
+
+
+def _give_back(task: LeoflowTask, order: Launch, error: HostFull) -> None:
+    """To the queue, whose next message this worker takes when there is room (``tasks.room``), or another host before.
+
+    A launch that only this host may do is tried again from here: its queue has other messages behind it.
+    """
+    if (task.request.delivery_info or {}).get("routing_key") != QUEUE_OF[executor_of_task(task.name)]:
+        _retry_or_give_up(task, order, error)
+    else:
+        raise Reject(str(error), requeue=True) from error
 
 
 @contextmanager
@@ -92,13 +105,7 @@ def _leave_note(task: LeoflowTask, report: LaunchReport) -> None:
         _leave_patiently(task, report)
 
 
-@retry(
-    retry=retry_if_exception_type(BrokerUnavailable),
-    wait=wait_random_exponential(max=10),
-    stop=stop_after_delay(_NOTE_SECONDS),
-    before_sleep=before_sleep_log(log, logging.WARNING),
-    reraise=True,
-)
+@patiently(log, _NOTE_SECONDS)
 def _leave_patiently(task: LeoflowTask, report: LaunchReport) -> None:
     task.services.launch_notes.leave(SCOPE_OF[executor_of_task(task.name)], report)
 

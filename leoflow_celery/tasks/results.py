@@ -14,6 +14,7 @@ from celery.states import STARTED
 
 from leoflow_celery import metrics
 from leoflow_celery.background import Periodic
+from leoflow_celery.client import Client
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport, celery_task_id
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome
@@ -28,6 +29,7 @@ from leoflow_celery.queueing.messages import (
     EXECUTOR_OF,
     AdvanceTry,
     AttemptEnded,
+    Cancel,
     Present,
     StagingDeleted,
     open_request,
@@ -37,13 +39,15 @@ from leoflow_celery.services import Services
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_try, advance_view, keep_given_up
-from leoflow_celery.tasks.completion import store_result
-from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, services_of
+from leoflow_celery.tasks.advance_try import advance_view, keep_given_up
+from leoflow_celery.tasks.completion import complete_try, store_result
+from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, our_app, services_of
 
 log = logging.getLogger(__name__)
 #: STARTED is news for people, and a crash of a launch worker waits for nobody: this need not be faster.
 _COLLECT_SECONDS = 0.2
+#: When a cancellation looks again for a try that is not recorded: its request may still be in a queue.
+_UNKNOWN_SECONDS = (1, 2, 4, 8, 16)
 B = TypeVar("B", StagingDeleted, Present)
 
 
@@ -172,9 +176,35 @@ def _schema_of(task: LeoflowTask, view: TaskInstanceView) -> dict[str, Any] | No
 
 @leoflow_task(TaskName.ADVANCE_TRY, autoretry_for=(Unavailable,))
 def advance(self: LeoflowTask, sealed: str, speaker: str) -> None:  # noqa: ARG001 - as in every fact
-    """Look at a try now: complete it when it has ended, send its next launch when that is due."""
+    """Look at a try now: complete it (again) when it has ended, send its next launch when that is due."""
     message = self.opened(AdvanceTry, sealed, Scope.CONTROL)
-    advance_try(self, message.task_instance_id, message.try_number)
+    view = self.services.store.attempts.get(message.task_instance_id, message.try_number)
+    if not view.is_terminal:
+        advance_view(self, view)
+    elif not complete_try(self.app, self.services, view):
+        _write_again(self, view)
+
+
+def _write_again(task: LeoflowTask, view: TaskInstanceView) -> None:
+    """Write the result of a try that was told before: Redis may have lost it, and somebody has asked."""
+    if view.state is not TaskState.SUCCESS or task.services.store.attempts.is_newest(view):
+        store_result(task.app, task.services, view)
+
+
+@leoflow_task(TaskName.CANCEL_TRY, autoretry_for=(Unavailable,))
+def cancel(self: LeoflowTask, sealed: str, speaker: str) -> None:  # noqa: ARG001 - as in every fact
+    """Cancel the try of a Celery id, queued or running; one that has ended stays as it ended.
+
+    The message of a dispatch, or the row of a try, may come a moment after the wish to cancel it.
+    """
+    celery_id = self.opened(Cancel, sealed, Scope.CANCEL).celery_id
+    owner = self.services.store.completions.owners([celery_id]).get(celery_id)
+    if owner is not None:
+        Client(app=our_app(self.app)).cancel(*owner)
+    elif self.request.retries < len(_UNKNOWN_SECONDS):
+        raise self.retry(countdown=_UNKNOWN_SECONDS[self.request.retries])
+    else:
+        log.info("cancel.unknown", extra={"celery_task_id": celery_id})  # a user's own task, say
 
 
 @leoflow_task(TaskName.RECORD_STAGING, autoretry_for=(Unavailable,))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from tests.support.docker_system import DockerSystem, failure_of, wait_until_run
 from tests.support.engine import TestEngine, engine_of_tests
 from tests.support.host import host_address
 from tests.support.http_target import HttpTarget
+from tests.support.images import base_image
 from tests.support.kubernetes_system import call
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
@@ -186,3 +189,40 @@ def test_tasks_survive_an_engine_that_does_not_answer_for_a_while(system: Docker
         handle.get(timeout=150)
         assert handle.task_instance().launch == 1
     assert witness.calls["before"] == witness.calls["during"] == 1
+
+
+def test_images_that_cannot_work_are_tried_once(system: DockerSystem, engine: TestEngine) -> None:
+    cases = (
+        ("invalid_image", 'ENTRYPOINT ["true"]', b""),
+        ("invalid_image", 'ENTRYPOINT ["/program"]', b"of another machine"),
+        ("command_not_found", 'ENTRYPOINT ["/program"]', b"#!/no/such/shell\n"),
+        ("invalid_image", "USER nosuch", b""),
+    )
+    with ExitStack() as images:
+        tried = []
+        for reason, line, program in cases:
+            image = images.enter_context(engine.image(base_image(), line, program=program))
+            tried.append((reason, system.submit_bash("cannot-work", "true", image=image)))
+        for reason, handle in tried:
+            failed = failure_of(handle, timeout=180)
+            assert (failed.reason, handle.task_instance().launch) == (reason, 1)
+            assert failed.message.startswith("image: ")
+        system.nothing_is_left()
+
+
+def test_a_full_host_leaves_messages_in_the_queue(
+    tmp_path: Path, shared_redis: RedisServer, engine: TestEngine
+) -> None:
+    with DockerSystem(tmp_path, shared_redis.url(), engine, DOCKER_MAX_RUNNING=2) as limited:
+        limited.start_all()
+        handles = [limited.submit_bash(f"t{number}", "sleep 3") for number in range(6)]
+        most = 0
+
+        def done() -> bool:
+            nonlocal most
+            most = max(most, sum(one["State"] in ("created", "running") for one in engine.containers(limited.name)))
+            return all(one.state() is TaskState.SUCCESS for one in handles)
+
+        wait_until(done, 180, lambda: str([one.state() for one in handles]), interval=0.1)
+        assert most == 2
+        assert {one.task_instance().launch for one in handles} == {1}

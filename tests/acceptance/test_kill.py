@@ -32,7 +32,7 @@ SETTINGS = {
     "LEOFLOW_BROKER_VISIBILITY_TIMEOUT_SECONDS": "12",
 }
 LEOFLOW = (sys.executable, "-m", "leoflow_celery.cli")
-VICTIMS = {"worker": "workers.lite", "gateway": "leoflow_celery.cli gateway", "redis": "--unixsocket"}
+VICTIMS = {"worker": "workers.lite", "gateway": "leoflow_celery.cli gateway", "redis": "-server "}
 
 
 class _Target(ThreadingHTTPServer):

@@ -159,7 +159,7 @@ def test_a_strangers_pod_with_everything_of_ours_copied_gets_nothing_from_the_ga
             "spec": {
                 "restartPolicy": "Never",
                 "securityContext": ours["spec"]["securityContext"],
-                "volumes": [one for one in ours["spec"]["volumes"] if one["name"] == "leoflow-identity"],
+                "volumes": [one for one in ours["spec"]["volumes"] if one["name"] != "leoflow-staging"],
                 "containers": [container],
             },
         }

@@ -41,7 +41,9 @@ def deployed(
         "KUBERNETES_STARTUP_PATIENCE_SECONDS": 30,
         # A launch that a dead worker left half done is finished by its redelivery, however slow the machine is.
         "KUBERNETES_PENDING_TIMEOUT_SECONDS": 120,
+        "KUBERNETES_HOLD_PODS": "true",
     }
+    module_namespace.exchanging_worker_kubeconfig()  # the right to patch pods: it holds them
     with KubernetesSystem(directory, shared_redis.url(), url, module_namespace, **overrides) as system:
         system.start_all()
         yield system
@@ -151,6 +153,31 @@ def test_a_success_is_a_success_although_the_gateway_was_away_at_the_end(
     system.restart("gateway").wait_for_line("gateway listening on")
     view = handle.task_instance()
     assert (view.state.value, view.launch, witness.calls["away"]) == ("success", 1, 1)
+    nothing_is_left(module_namespace)
+
+
+@pytest.mark.timeout(400)
+def test_a_success_whose_pod_a_drain_took_before_anybody_saw_it_is_recorded_and_nothing_runs_twice(
+    system: KubernetesSystem, client: Client, module_namespace: Namespace, witness: HttpTarget
+) -> None:
+    command = f'{call(witness.hold("drained"))} && echo 42 >"$LEOFLOW_RETURN_VALUE_PATH"'
+    handle = client.submit(bash("drained", command, pod_override={"spec": {"containers": IMPATIENT}}))
+    wait_until(lambda: witness.calls["drained"] == 1, 60, "user code runs")
+    pod = handle.task_instance().external_name
+    for name in ("gateway", "workers.k8s"):
+        system.process(name).kill()
+    witness.release("drained")
+    # An agent that cannot report exits with a failure; its record says what became of the task.
+    ended = module_namespace.wait_for_pod(pod, lambda one: one["status"]["phase"] in ("Succeeded", "Failed"))
+    record = json.loads(ended["status"]["containerStatuses"][0]["state"]["terminated"]["message"])
+    assert (record["state"], record["reported"]) == ("success", False)
+    module_namespace.delete("pods", pod)
+    for name in ("workers.k8s", "gateway"):
+        system.restart(name)
+    assert handle.get(timeout=150) == 42
+    view = handle.task_instance()
+    assert (view.state.value, view.launch, witness.calls["drained"]) == ("success", 1, 1)
+    module_namespace.wait_for_no_pod(pod)
     nothing_is_left(module_namespace)
 
 

@@ -30,7 +30,8 @@ from leoflow_celery.executors.base import Executor, LaunchSpec
 from leoflow_celery.executors.kubernetes.identity import attempt_of
 from leoflow_celery.executors.registry import create_executor
 from leoflow_celery.executors.stub import ScriptedExecutor, permanent
-from leoflow_celery.executors.subprocess.processes import kill_processes_of, processes_of
+from leoflow_celery.executors.subprocess.directory import system_id
+from leoflow_celery.executors.subprocess.processes import Processes
 from leoflow_celery.settings import DockerSettings, KubernetesSettings, Settings, SubprocessSettings
 from tests.support.cluster import require_cluster
 from tests.support.engine import engine_of_tests, system_name
@@ -76,16 +77,17 @@ def subprocess(tmp_path: Path) -> Iterator[Backend]:
     agent.chmod(0o755)
     settings = SubprocessSettings(state_dir=str(tmp_path / "state"), agent_path=str(agent))
     executor = create_executor(ExecutorType.SUBPROCESS, Settings(subprocess=settings), lambda *_: None)
+    processes = Processes(system_id(tmp_path / "state"))
     yield Backend(
         executor,
         starts=lambda launch: starts.read_text().split().count(launch.name),
-        is_alive=lambda launch: any(processes_of(launch.name)),
+        is_alive=lambda launch: any(processes.of(launch.name)),
         hopeless=lambda: agent.unlink() or launch(),
     )
     wait_until(lambda: not _ended(_children() - before), message="the executor collects agents that ended")
     executor.close()
     for name in starts.read_text().split():
-        kill_processes_of(name)
+        processes.kill(name)
     for child in _children() - before:  # nobody watches any more; one that was cancelled may be about to end
         with suppress(psutil.NoSuchProcess):
             child.kill()

@@ -342,6 +342,9 @@ class Namespace:
                 self.api.call("DELETE", path)
         with contextlib.suppress(ApiRefused):
             self.api.call("DELETE", self.path("pods"), gracePeriodSeconds=0)
+        for pod in self.pods(""):
+            if pod["metadata"].get("finalizers"):
+                self.drop_finalizers("pods", pod["metadata"]["name"])
         with contextlib.suppress(ApiRefused):
             self.api.call("DELETE", f"/api/v1/namespaces/{self.name}")
         wait_until(lambda: not self.pods(""), _WAIT_SECONDS, f"the pods of {self.name} go", 0.1)

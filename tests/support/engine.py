@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,8 +97,32 @@ class TestEngine:
             with suppress(NotFound):
                 self.api.remove_volume(name, force=True)
 
+    @contextmanager
+    def image(self, base: str, *lines: str, program: bytes = b"") -> Iterator[str]:
+        """An image of a test: ``lines`` of a Dockerfile on a base, ``program`` is its executable /program."""
+        dockerfile = "\n".join((f"FROM {base}", "COPY program /program", *lines))
+        context = _tar({"Dockerfile": dockerfile.encode(), "program": program})
+        steps = list(self.api.build(fileobj=io.BytesIO(context), custom_context=True, rm=True, decode=True))
+        ids = [step["aux"]["ID"] for step in steps if "aux" in step]
+        assert ids, steps
+        built = str(ids[-1])
+        try:
+            yield built
+        finally:
+            self.api.remove_image(built, force=True)
+
     def close(self) -> None:
         self.api.close()
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(content), 0o755
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 @contextmanager

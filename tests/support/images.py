@@ -28,6 +28,7 @@ _TASK_BASE = (
     "leoflow_celery/settings.py",
     "leoflow_celery/background.py",
     "leoflow_celery/confined.py",
+    "leoflow_celery/environment.py",
     "leoflow_celery/domain",
     "leoflow_celery/protocol",
     "leoflow_celery/agent",

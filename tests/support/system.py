@@ -80,21 +80,25 @@ class System:
         for worker in started:
             wait_for_worker(worker)
 
-    def start_worker(self, module: str, *options: str, name: str = "") -> ManagedProcess:
+    def start_worker(
+        self, module: str, *options: str, name: str = "", env: Mapping[str, str] | None = None
+    ) -> ManagedProcess:
         """A Celery worker that takes tasks when this returns."""
-        worker = self._spawn_worker(module, name or module, *options)
+        worker = self._spawn_worker(module, name or module, *options, env=env)
         wait_for_worker(worker)
         return worker
 
-    def _spawn_worker(self, module: str, name: str, *options: str) -> ManagedProcess:
+    def _spawn_worker(
+        self, module: str, name: str, *options: str, env: Mapping[str, str] | None = None
+    ) -> ManagedProcess:
         command = (sys.executable, "-m", "celery", "-A", module, "worker", "-l", "INFO", "-n", f"{name}@%h")
-        return self.start(name, *command, *options)
+        return self.start(name, *command, *options, env=env)
 
-    def start_beat(self, name: str = "beat") -> ManagedProcess:
+    def start_beat(self, name: str = "beat", env: Mapping[str, str] | None = None) -> ManagedProcess:
         """Beat, which has sent nothing yet but will."""
         schedule = self.directory / f"{name}.schedule"
         command = (sys.executable, "-m", "celery", "-A", "beat_schedule", "beat", "-l", "INFO", "-s", str(schedule))
-        beat = self.start(name, *command, "--pidfile=")
+        beat = self.start(name, *command, "--pidfile=", env=env)
         beat.wait_for_line("beat: Starting", _START_SECONDS)
         return beat
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
@@ -19,9 +20,14 @@ class TcpProxy:
     """
 
     def __init__(
-        self, target: tuple[str, int] | str, listen: tuple[str, int] = ("127.0.0.1", 0), is_tls: bool = False
+        self,
+        target: tuple[str, int] | str,
+        listen: tuple[str, int] = ("127.0.0.1", 0),
+        is_tls: bool = False,
+        speaks: ssl.SSLContext | None = None,
     ) -> None:
-        self.target, self._listen, self._is_tls = target, listen, is_tls
+        """``is_tls``: what passes is encrypted. ``speaks``: it ends TLS itself, and the server gets plain text."""
+        self.target, self._listen, self._is_tls, self._speaks = target, listen, is_tls, speaks
         self.connections = 0
         # The loop forgets a connection of which one direction has ended, and with it the task that serves it.
         self._serving: set[asyncio.Task[Any]] = set()
@@ -74,7 +80,7 @@ class TcpProxy:
 
     async def _begin(self) -> None:
         host, port = self._listen
-        self._server = await asyncio.start_server(self._serve, host, port)
+        self._server = await asyncio.start_server(self._serve, host, port, ssl=self._speaks)
         self._listen = host, self._server.sockets[0].getsockname()[1]
 
     async def _end(self) -> None:

@@ -1,9 +1,10 @@
-"""Certificates of a test's own: an authority, and a server that it vouches for."""
+"""Certificates of a test's own: an authority, and a server that it vouches for, which is a client's certificate too."""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,15 @@ class ServerFiles:
     ca: Path
     cert: Path
     key: Path
+
+    def server_context(self, *, wants_client: bool = False) -> ssl.SSLContext:
+        """What a server needs; ``wants_client``: it takes nobody without a certificate of the same authority."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)
+        if wants_client:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self.ca)
+        return context
 
 
 def make_server_files(directory: Path, address: str) -> ServerFiles:

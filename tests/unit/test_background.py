@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
-from leoflow_celery.background import Periodic
-from leoflow_celery.errors import BrokerUnavailable
+from leoflow_celery.background import Periodic, patiently
+from leoflow_celery.errors import BrokerUnavailable, DatabaseUnavailable
 
 WAIT_SECONDS = 10.0
 NEVER_SECONDS = 3_600.0
@@ -163,3 +164,42 @@ def test_a_server_that_words_every_failure_anew_fills_no_memory() -> None:
     for _ in range(1_000):
         one.turn()
     assert len(one._causes) <= 50
+
+
+def sleep_never(call: Callable[..., object]) -> None:
+    vars(call)["retry"].sleep = lambda _seconds: None
+
+
+def test_what_waits_for_a_server_calls_again_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    script: list[Exception | None] = [BrokerUnavailable("away"), DatabaseUnavailable("away"), None]
+
+    @patiently(logging.getLogger("test"), for_seconds=60)
+    def call(value: str) -> str:
+        if (error := script.pop(0)) is not None:
+            raise error
+        return value
+
+    sleep_never(call)
+    with caplog.at_level(logging.WARNING, "test"):
+        assert call("done") == "done"
+    said = [record.message for record in caplog.records]
+    assert ["call in" in one and "away" in one for one in said] == [True, True]
+
+
+@pytest.mark.parametrize(("error", "calls"), [(ValueError("its own fault"), 1), (BrokerUnavailable("for ever"), 3)])
+def test_what_waits_for_a_server_gives_up_with_the_last_error(
+    error: Exception, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, now = [0], [0.0]
+
+    @patiently(logging.getLogger("test"), for_seconds=60)
+    def call() -> None:
+        count[0] += 1
+        now[0] += 25
+        raise error
+
+    sleep_never(call)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with pytest.raises(type(error), match=str(error)):
+        call()
+    assert count[0] == calls

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 import traceback
+from pathlib import Path
 
 import pytest
 
-from leoflow_celery.broker_url import check_broker_url, redis_url
+from leoflow_celery.app.config import celery_config
+from leoflow_celery.broker_url import check_broker_url, redis_address
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.settings import Settings
 
@@ -61,5 +64,62 @@ def test_a_wrong_one_names_the_variable_and_repeats_nothing(
 
 
 def test_the_client_is_told_of_a_socket_and_its_database_in_its_own_words() -> None:
-    assert redis_url("redis+socket:///run/r.sock?virtual_host=3") == "unix:///run/r.sock?db=3"
-    assert redis_url("rediss://h/0") == "rediss://h/0"
+    assert redis_address("redis+socket:///run/r.sock?virtual_host=3").client_url == "unix:///run/r.sock?db=3"
+    assert redis_address("rediss://h/0").client_url == "rediss://h/0"
+
+
+def test_the_query_of_a_tls_url_becomes_options_that_everybody_takes(tmp_path: Path) -> None:
+    for name in ("ca file.pem", "c.pem", "k.pem"):
+        (tmp_path / name).write_text("")
+    files = f"ssl_ca_certs={tmp_path}/ca%20file.pem&ssl_certfile={tmp_path}/c.pem&ssl_keyfile={tmp_path}/k.pem"
+    address = redis_address(f"rediss://u:p%3Fw@h:6380/2?{files}")
+    assert address.url == "rediss://u:p%3Fw@h:6380/2"
+    assert address.tls == {
+        "ssl_ca_certs": f"{tmp_path}/ca file.pem",
+        "ssl_certfile": f"{tmp_path}/c.pem",
+        "ssl_keyfile": f"{tmp_path}/k.pem",
+        "ssl_cert_reqs": ssl.CERT_REQUIRED,
+        "ssl_check_hostname": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("query", "needed", "checks_host"),
+    [
+        ("", ssl.CERT_REQUIRED, True),
+        ("?ssl_cert_reqs=CERT_REQUIRED", ssl.CERT_REQUIRED, True),
+        ("?ssl_cert_reqs=optional&ssl_check_hostname=False", ssl.CERT_OPTIONAL, False),
+        ("?ssl_cert_reqs=none", ssl.CERT_NONE, False),
+    ],
+)
+def test_a_certificate_is_checked_unless_the_url_says_otherwise(
+    query: str, needed: ssl.VerifyMode, checks_host: bool
+) -> None:
+    url = check_broker_url(f"rediss://h/0{query}")
+    assert redis_address(url).tls == {"ssl_cert_reqs": needed, "ssl_check_hostname": checks_host}
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("ssl_cert_reqs=canary", "ssl_cert_reqs"),
+        ("ssl_check_hostname=canary", "ssl_check_hostname"),
+        ("ssl_keyfile=/canary", "without its ssl_certfile"),
+        ("ssl_ca_certs=", "without a path"),
+        ("ssl_canary=1", "has a query that it cannot have"),
+    ],
+)
+def test_a_wrong_option_of_tls_is_named(query: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        check_broker_url(f"rediss://h/0?{query}")
+    assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["LEOFLOW_BROKER_URL", "LEOFLOW_BROKER_RESULT_URL"])
+def test_a_file_that_is_not_there_is_named_before_anybody_connects(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "rediss://:canary@h/0?ssl_ca_certs=/nowhere/ca.pem")
+    with pytest.raises(ConfigurationError, match=f"^{variable}: ssl_ca_certs names /nowhere/ca.pem") as caught:
+        celery_config(Settings.load())
+    assert "canary" not in str(caught.value)

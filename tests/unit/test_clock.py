@@ -26,15 +26,12 @@ ALLOWED = {
     "cli/progress.py": "shown to people",
     "cli/runs.py": "a name",
     "driver/run.py": "inside one process",
-    "executors/docker/reconcile.py": "compared with its own Engine; minutes of margin (to be mended)",
-    "executors/kubernetes/reconcile.py": "compared with its cluster; minutes of margin (to be mended)",
     "executors/inline_http/failure.py": "against an HTTP date of a stranger, bounded",
     "gateway/exchange.py": "the cluster decides; this only spares asking",
-    "gateway/heartbeats.py": "when to renew a token of minutes; shown to agents",
+    "gateway/heartbeats.py": "shown to agents",
     "gateway/lifecycle.py": "shown to agents",
     "gateway/log_lines.py": "shown to people",
     "queueing/dead_letters.py": "shown to people; the bound of an eta",
-    "security/tokens.py": "lifetimes of minutes to days",
     "store/logs.py": "the file system's own times; shown to people",
     "store/xcom/redis.py": "shown to people",
     "tasks/inline.py": "shown to people",
@@ -66,6 +63,18 @@ def test_a_servers_clock_is_read_once_and_goes_on_by_our_monotonic_one(monkeypat
     assert (clock.time(), clock.offset_seconds) == (880.0, 120.0)
     own, monotonic = 5_000.0, 60.0  # somebody set our clock
     assert clock.time() == 890.0
+
+
+def test_the_date_of_an_answer_is_the_servers_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monotonic = 50.0
+    monkeypatch.setattr("leoflow_celery.clock.time.monotonic", lambda: monotonic)
+    clock = ServerClock()
+    clock.read_date("Thu, 01 Jan 1970 00:16:40 GMT", sent_at=48.0)
+    assert clock.time() == 1_001.5  # half of the two seconds that it took, and of the second that was cut off
+    monotonic = 60.0
+    for nothing in (None, "", "yesterday", "Thu, 01 Jan 99999 00:00:00 GMT"):
+        clock.read_date(nothing, sent_at=59.0)
+    assert clock.time() == 1_011.5
 
 
 def test_an_expired_message_is_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:

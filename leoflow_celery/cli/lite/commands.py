@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from leoflow_celery.cli.output import note
-from leoflow_celery.cli.runs import DagArgument, RunIdOption, drive, new_run_id
-from leoflow_celery.cli.target import TenantOption
-from leoflow_celery.domain.states import RunState
-
-if TYPE_CHECKING:
-    from leoflow_celery.cli.lite.state import StateDirectory
+from leoflow_celery.cli.output import echo_json
+from leoflow_celery.cli.runs import DagArgument, RunIdOption, checked_run_id, drive_and_exit
+from leoflow_celery.cli.system import choose
+from leoflow_celery.cli.target import JsonOption, TenantOption
 
 StateDirOption = Annotated[
     Path | None,
@@ -32,39 +27,17 @@ def run(
     run_id: RunIdOption = None,
     state_dir: StateDirOption = None,
     tenant: TenantOption = "default",
+    as_json: JsonOption = False,
 ) -> None:
     """Run a DAG on a system of its own, or on the one that 'leoflow lite up' runs in the same state directory.
 
     Exits 0 when the run succeeded, 1 when it failed. Ctrl-C cancels the run.
     """
-    from leoflow_celery.cli.inspect import open_client
-    from leoflow_celery.cli.lite.state import StateDirectory
     from leoflow_celery.domain.dag import load_dag
 
-    dag = load_dag(dag_file)  # before anything starts
-    name = run_id or new_run_id()
-    state = StateDirectory.at(state_dir)
-    with _own_or_running_system(state), open_client() as client:
-        ended = drive(client, dag, name, tenant, cancel_on_interrupt=True)
-    option = "--lite" if state_dir is None else f"--state-dir {state_dir}"
-    note(f"logs: leoflow {option} logs {dag.dag_id} {name} TASK")
-    raise typer.Exit(0 if ended is RunState.SUCCESS else 1)
-
-
-@contextmanager
-def _own_or_running_system(state: StateDirectory) -> Iterator[None]:
-    from leoflow_celery.cli.lite.lock import InUse
-    from leoflow_celery.cli.lite.system import running
-
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(running(state, "run"))
-        except InUse as error:
-            if error.holder is None or error.holder.command != "up":
-                raise
-            note(f"using the system of 'leoflow lite up' (process {error.holder.pid})")
-            state.use()
-        yield
+    choose("lite", True, state_dir)
+    dag = load_dag(dag_file)
+    drive_and_exit(dag, checked_run_id(dag, run_id, tenant), tenant, as_json)
 
 
 @app.command()
@@ -96,11 +69,15 @@ _SHOWN = {
 
 
 @app.command()
-def env(state_dir: StateDirOption = None) -> None:
+def env(state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """Print the settings of the system as export lines, with its keys."""
     import shlex
 
     from leoflow_celery.cli.lite.state import StateDirectory
 
-    for name, value in StateDirectory.at(state_dir).environment().items():
+    settings = StateDirectory.at(state_dir).environment()
+    if as_json:
+        echo_json(settings)
+        return
+    for name, value in settings.items():
         typer.echo(f"export {name}={shlex.quote(value)}")

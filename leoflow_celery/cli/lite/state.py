@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from leoflow_celery.cli.setup import fresh_keys
+from leoflow_celery.environment import state_dir
 from leoflow_celery.errors import ConfigurationError
-from leoflow_celery.settings import state_dir
 
 #: Settings of a deployed system that must not leak from the shell into this one.
 _FOREIGN = (
+    # What the user's own file says was taken over before.
+    "LEOFLOW_ENV_FILE",
     "LEOFLOW_JWT_SECRET_FILE",
     "LEOFLOW_SEAL_KEYS_FILE",
     "LEOFLOW_DATABASE_URL_FILE",
@@ -78,6 +80,10 @@ class StateDirectory:
         return self.path / "gateway.sock"
 
     @property
+    def database_path(self) -> Path:
+        return self.path / "leoflow.db"
+
+    @property
     def process_logs(self) -> Path:
         """What redis, gateway, worker and beat print."""
         return self.path / "processes"
@@ -117,7 +123,7 @@ class StateDirectory:
         return {
             **self._keys(),
             "LEOFLOW_BROKER_URL": EmbeddedRedis(self.redis_directory).broker_url,
-            "LEOFLOW_DATABASE_URL": f"sqlite:///{self.path / 'leoflow.db'}",
+            "LEOFLOW_DATABASE_URL": f"sqlite:///{self.database_path}",
             "LEOFLOW_EXECUTOR_TYPE": "subprocess",
             "LEOFLOW_GATEWAY_LISTEN": address,
             "LEOFLOW_CONTROL_PLANE_ADDR": address,

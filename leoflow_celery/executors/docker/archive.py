@@ -21,6 +21,8 @@ LEOFLOW_DIR = "/run/leoflow"
 ATTEMPT_DIR = f"{LEOFLOW_DIR}/attempt"
 ENVIRONMENT_FILE = f"{ATTEMPT_DIR}/environment.json"
 TERMINATION_LOG = f"{ATTEMPT_DIR}/termination-log"
+#: The request's ``source``, as ``dag.py``.
+SOURCE_DIR = f"{ATTEMPT_DIR}/source"
 _FOR_EVERYBODY = 0o777
 
 
@@ -32,8 +34,8 @@ class Archive:
     content: bytes
 
 
-def launch_archive(secrets: dict[str, str], *, staging: bool, read_only_root: bool) -> Archive:
-    """The attempt's directory with the secret part of its environment.
+def launch_archive(secrets: dict[str, str], *, staging: bool, read_only_root: bool, source: str = "") -> Archive:
+    """The attempt's directory with the secret part of its environment, and with its source.
 
     A new volume belongs to root unless the image has a directory of its name: with ``staging`` it is made writable
     here. A read-only root leaves that to the image.
@@ -48,6 +50,9 @@ def launch_archive(secrets: dict[str, str], *, staging: bool, read_only_root: bo
         _add_directory(tar, ATTEMPT_DIR, base, _FOR_EVERYBODY)
         if secrets:
             _add_file(tar, ENVIRONMENT_FILE, base, json.dumps(secrets).encode())
+        if source:
+            _add_directory(tar, SOURCE_DIR, base, _FOR_EVERYBODY)
+            _add_file(tar, f"{SOURCE_DIR}/dag.py", base, source.encode())
     return Archive(base, buffer.getvalue())
 
 

@@ -14,12 +14,19 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import Resources, TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.docker.archive import ENVIRONMENT_FILE, LEOFLOW_DIR, STAGING_DIR, TERMINATION_LOG
+from leoflow_celery.executors.docker.archive import (
+    ATTEMPT_DIR,
+    ENVIRONMENT_FILE,
+    LEOFLOW_DIR,
+    SOURCE_DIR,
+    STAGING_DIR,
+    TERMINATION_LOG,
+)
 from leoflow_celery.executors.docker.labels import attempt_labels
+from leoflow_celery.executors.docker.policy import CA_DIR, HOST_NAME, DockerPolicy
 from leoflow_celery.settings import DockerSettings
 
 Json = dict[str, Any]
-CA_DIR = "/etc/leoflow/tls"
 _TOKEN = "LEOFLOW_AGENT_TOKEN"  # noqa: S105 - a variable's name
 #: What the kernel takes at the least: 2 shares, and 1 ms of every 100 ms.
 _LEAST_SHARES, _LEAST_NANO_CPUS, _NANO = 2, 10_000_000, 1_000_000_000
@@ -41,6 +48,7 @@ def build_environment(launch: LaunchSpec, settings: DockerSettings) -> Environme
     ours = launch.agent_environment(_grace_seconds(request, settings)) | {
         "LEOFLOW_ATTEMPT_NAME": launch.name,
         "LEOFLOW_TERMINATION_LOG": TERMINATION_LOG,
+        "LEOFLOW_AGENT_WORK_DIR": ATTEMPT_DIR,
         "LEOFLOW_AGENT_ECHO": "true",
         "LEOFLOW_AGENT_LEAVE_INTERRUPTION": "true",
     }
@@ -48,6 +56,8 @@ def build_environment(launch: LaunchSpec, settings: DockerSettings) -> Environme
         ours |= {"LEOFLOW_AGENT_INSECURE": "false", "LEOFLOW_AGENT_TLS_CA": f"{CA_DIR}/ca.crt"}
     if request.staging_claim:
         ours["LEOFLOW_STAGING_DIR"] = STAGING_DIR
+    if request.source:
+        ours["LEOFLOW_SOURCE_DIR"] = SOURCE_DIR
     if settings.agent_environment == "plain":
         return Environment({**request.env, **ours}, {})
     token = ours.pop(_TOKEN)
@@ -57,12 +67,17 @@ def build_environment(launch: LaunchSpec, settings: DockerSettings) -> Environme
 
 
 def build_container(
-    launch: LaunchSpec, settings: DockerSettings, environment: Environment, system: str, cpus: int
+    launch: LaunchSpec,
+    settings: DockerSettings,
+    environment: Environment,
+    system: str,
+    cpus: int,
+    policy: DockerPolicy | None = None,
 ) -> Json:
-    """The container of an attempt, for an Engine with so many ``cpus``.
+    """The container of an attempt, for an Engine with so many ``cpus``. ``policy`` is the operator's.
 
     Raises:
-        PermanentLaunchError: the request asks for something that no container can have.
+        PermanentLaunchError: the request asks for something that no container can have, or that the policy refuses.
     """
     request = launch.request
     if not request.image:
@@ -74,8 +89,11 @@ def build_container(
         "Hostname": launch.name,
         "Env": [f"{name}={value}" for name, value in environment.open.items()],
         "Labels": attempt_labels(launch, system, deadline_seconds(request, settings)),
+        "StopSignal": "SIGTERM",  # whatever the image's own is
         "StopTimeout": _grace_seconds(request, settings),
-        "HostConfig": _host_config(request, settings, cpus),
+        "HostConfig": _with_override(
+            _host_config(request, settings, cpus), (policy or DockerPolicy()).host_config(request)
+        ),
     }
 
 
@@ -112,12 +130,18 @@ def _host_config(request: TaskRequest, settings: DockerSettings, cpus: int) -> J
     return config
 
 
+def _with_override(config: Json, override: Json) -> Json:
+    """Lists are added to ours."""
+    added = {name: [*(config.get(name) or ()), *value] for name, value in override.items() if isinstance(value, list)}
+    return {**config, **override, **added}
+
+
 def _network(name: str) -> Json:
     """The Engine resolves ``host-gateway`` (since 20.10); a container in the host's own network is there already."""
     if name == "none":
         return {"NetworkMode": name}
     address = "127.0.0.1" if name == "host" else "host-gateway"
-    return {"NetworkMode": name or "default", "ExtraHosts": [f"host.docker.internal:{address}"]}
+    return {"NetworkMode": name or "default", "ExtraHosts": [f"{HOST_NAME}:{address}"]}
 
 
 def _resources(resources: Resources, cpus: int) -> Json:

@@ -7,6 +7,7 @@ newer Engine's API version. Its session is shared by all threads, as ``requests`
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ import urllib3
 from docker import auth
 from docker.utils import kwargs_from_env, parse_repository_tag
 
+from leoflow_celery.clock import ServerClock
 from leoflow_celery.domain.attempt import digest, sanitise
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.docker.archive import Archive, only_file
@@ -43,10 +45,11 @@ _NOT_RUNNING = 304
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What the Engine says of itself: its name for queues and records, and its CPUs."""
+    """What the Engine says of itself: its name for queues and records, its CPUs and its memory in bytes."""
 
     host: str
     cpus: int
+    memory_bytes: int
 
 
 class Engine:
@@ -55,6 +58,8 @@ class Engine:
     def __init__(self, settings: DockerSettings) -> None:
         """Calls no server."""
         self._settings = settings
+        #: What the Engine's own times are compared with.
+        self.clock = ServerClock()
         self._lock = threading.Lock()
         self._connected: docker.APIClient | None = None
         self._facts: EngineFacts | None = None
@@ -66,7 +71,7 @@ class Engine:
             with self._calling() as client:
                 info = client.info()
             host = self._settings.host or _host_name(str(info["Name"]), str(info["ID"]))
-            found = self._facts = EngineFacts(host, int(info["NCPU"]))
+            found = self._facts = EngineFacts(host, int(info["NCPU"]), int(info["MemTotal"]))
         return found
 
     def ping(self) -> None:
@@ -118,8 +123,8 @@ class Engine:
             found: Json = client.inspect_container(container)
             return found
 
-    def list_containers(self, **filters: str) -> list[Json]:
-        """All containers, running or not, that fit: ``label="a=b"``, ``volume="name"``."""
+    def list_containers(self, **filters: str | list[str]) -> list[Json]:
+        """All containers, running or not, that fit: ``label="a=b"``, ``volume="name"``, ``status=["created"]``."""
         with self._calling() as client:
             found: list[Json] = client.containers(all=True, filters=filters)
             return found
@@ -145,6 +150,17 @@ class Engine:
         with self._calling() as client:
             output: bytes = client.logs(container, tail=lines)
         return output.decode("utf-8", "replace").splitlines()
+
+    def events(self, container: str, since: float, until: float) -> list[Json]:
+        """What the Engine remembers of a container between two moments of its own clock, oldest first.
+
+        It keeps the last 256 events of everything, and none from before its own start. Returns at ``until``.
+        """
+        with self._calling() as client:
+            found = client.events(
+                since=int(since), until=math.ceil(until), filters={"container": [container]}, decode=True
+            )
+            return sorted(found, key=lambda one: int(one["timeNano"]))
 
     # -- images --------------------------------------------------------------------------------------------------
 
@@ -227,7 +243,7 @@ class Engine:
     def _connect(self) -> docker.APIClient:
         environment = {**os.environ, **({"DOCKER_HOST": self._settings.url} if self._settings.url else {})}
         try:
-            return docker.APIClient(
+            client = docker.APIClient(
                 version="auto",
                 timeout=self._settings.request_timeout_seconds,
                 max_pool_size=self._settings.max_connections,
@@ -240,6 +256,11 @@ class Engine:
             raise ConfigurationError(
                 f"LEOFLOW_DOCKER_URL={where!r} (or DOCKER_HOST): {error}; write unix:///path or tcp://host:port"
             ) from error
+        client.hooks["response"].append(self._read_clock)
+        return client
+
+    def _read_clock(self, response: requests.Response, **_: object) -> None:
+        self.clock.read_date(response.headers.get("Date"), time.monotonic() - response.elapsed.total_seconds())
 
     def _forget(self, client: docker.APIClient) -> None:
         """Whatever answers next may be another version of the Engine."""

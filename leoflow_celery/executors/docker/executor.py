@@ -16,8 +16,8 @@ from dataclasses import replace
 from leoflow_celery.domain.expectation import Expectation
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.staging import StagingPlan
-from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
-from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Reconciled
+from leoflow_celery.errors import HostFull, PermanentLaunchError, TransientLaunchError
+from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Reconciled, standard_max_running
 from leoflow_celery.executors.docker.archive import launch_archive
 from leoflow_celery.executors.docker.container import Environment, Json, build_container, build_environment
 from leoflow_celery.executors.docker.engine import Engine
@@ -28,14 +28,17 @@ from leoflow_celery.executors.docker.errors import (
     NotFound,
     to_launch_error,
 )
-from leoflow_celery.executors.docker.labels import another_system, system_in, system_name
+from leoflow_celery.executors.docker.labels import SYSTEM, another_system, system_in, system_name
+from leoflow_celery.executors.docker.observe import observe_listed
+from leoflow_celery.executors.docker.policy import DockerPolicy
 from leoflow_celery.executors.docker.reconcile import Reconciler
 from leoflow_celery.executors.docker.volumes import StagingVolumes
 from leoflow_celery.executors.identity import attempt_in
-from leoflow_celery.executors.policy import ExecutorPolicy, load_policy
+from leoflow_celery.executors.policy import load_policy
 from leoflow_celery.settings import Settings
 
 _CREATED = "created"
+_LIVE = ["created", "running", "paused", "restarting"]
 _APPEARS_SECONDS, _POLL_SECONDS = 5.0, 0.05
 
 
@@ -46,10 +49,13 @@ class DockerExecutor:
         """Calls no server: a worker starts without its Engine. Raises ConfigurationError for an unusable policy."""
         self._settings, self._reporter = settings.docker, reporter
         self._system = system_name(settings.docker.system, settings.broker)
-        self._policy = load_policy(settings.docker.policy, "LEOFLOW_DOCKER_POLICY", ExecutorPolicy)
+        self._policy = load_policy(settings.docker.policy, "LEOFLOW_DOCKER_POLICY", DockerPolicy)
         self._engine = Engine(settings.docker)
         self._volumes = StagingVolumes(self._engine, self._system)
         self._names = _Names()
+        #: Names that have a place and may not be listed yet, under the lock of admission.
+        self._starting: set[str] = set()
+        self._admission = threading.Lock()
 
     @property
     def host(self) -> str:
@@ -62,20 +68,53 @@ class DockerExecutor:
         """Create the staging volume and the container, and start it, as far as that has not been done.
 
         Raises:
+            HostFull: it runs as many as it may.
             TransientLaunchError: the Engine is busy or away, or the registry is.
             PermanentLaunchError: the Engine or the registry refused; the message is theirs.
         """
         launch = replace(launch, request=self._policy.within(launch.request))
-        with self._names.one_at_a_time(launch.name), _launch_errors():
+        with self._names.one_at_a_time(launch.name), _launch_errors(), self._admitted(launch.name):
             facts = self._engine.facts()
             environment = build_environment(launch, self._settings)
-            config = build_container(launch, self._settings, environment, self._system, facts.cpus)
+            config = build_container(launch, self._settings, environment, self._system, facts.cpus, self._policy)
             if launch.request.staging_claim:
                 self._volumes.ensure(launch.request)
             state, already = self._create(launch, config)
             if state == _CREATED:
                 self._start(launch, environment)
         return Launched(launch.name, already, facts.host)
+
+    def room(self) -> int:
+        """How many more containers would start on this host now."""
+        with _launch_errors(), self._admission:
+            return self._limit() - len(self._live() | self._starting)
+
+    @contextmanager
+    def _admitted(self, name: str) -> Iterator[None]:
+        """Inside, the name has one of the host's places, until the Engine lists it as a container.
+
+        Raises:
+            HostFull: all are taken, and none by this name.
+        """
+        with self._admission:
+            taken = self._live() | self._starting
+            if name not in taken and len(taken) >= self._limit():
+                raise HostFull(f"this host runs {len(taken)} containers, which is LEOFLOW_DOCKER_MAX_RUNNING")
+            self._starting.add(name)
+        try:
+            yield
+        finally:
+            with self._admission:
+                self._starting.discard(name)
+
+    def _limit(self) -> int:
+        facts = self._engine.facts()
+        return self._settings.max_running or standard_max_running(facts.cpus, facts.memory_bytes)
+
+    def _live(self) -> set[str]:
+        """The names of this system's containers that run, or are to."""
+        found = self._engine.list_containers(label=f"{SYSTEM}={self._system}", status=_LIVE)
+        return {observe_listed(one).name for one in found}
 
     def cancel(self, name: str, grace_seconds: float) -> None:
         """SIGTERM now, SIGKILL after the grace, by the Engine itself. Returns within seconds."""
@@ -118,6 +157,8 @@ class DockerExecutor:
                 self._engine.create(launch.name, config)
         except Conflict:
             return self._existing(launch), True
+        except EngineError as error:
+            raise _of_mounts(error, launch) or error from None
         return _CREATED, False
 
     def _existing(self, launch: LaunchSpec) -> str:
@@ -150,6 +191,7 @@ class DockerExecutor:
             environment.secret,
             staging=bool(launch.request.staging_claim),
             read_only_root=self._settings.read_only_root,
+            source=launch.request.source,
         )
         try:
             self._engine.put(launch.name, archive)
@@ -165,6 +207,14 @@ class DockerExecutor:
             self._engine.remove(name)
         except (NotFound, Conflict):
             return
+
+
+def _of_mounts(error: EngineError, launch: LaunchSpec) -> PermanentLaunchError | None:
+    """The refusal of a directory that the operator lists and this host does not have; another one may."""
+    mounts = launch.request.docker_override.mounts
+    missing = next((one.source for one in mounts if error.message.endswith(f"does not exist: {one.source}")), "")
+    message = f"docker_override.mounts: {missing!r} is not on this host; create it, or take it out of allow.mounts"
+    return PermanentLaunchError(FailureReason.CONTAINER_CREATE_FAILED, message) if missing else None
 
 
 class _Names:

@@ -6,6 +6,7 @@ The list is one call for any number of containers; it has all that decides about
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -29,6 +30,9 @@ _SECONDS = {
     "year": 365 * 86_400,
 }
 _HALF_AN_HOUR = 1_800
+_TELLING = frozenset({"oom", "kill", "die"})
+#: From the kernel's kill of one process to the end of the container: whoever waited for that process ends too.
+_FRESH_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,19 @@ def observe_end(inspected: Json) -> End:
         finished_at=seconds(state.get("FinishedAt")),
         memory_limit=int((inspected.get("HostConfig") or {}).get("Memory") or 0),
     )
+
+
+def ended_for_memory(events: Iterable[Json], finished_at: float) -> bool | None:
+    """Whether a kill for memory is what ended a container, by its events; None when the Engine remembers none.
+
+    The Engine's own flag stays up for good once the kernel has killed anything in there. Whoever was killed by somebody
+    else after that was not ended by the kernel.
+    """
+    found = [(one.get("Action"), int(one["timeNano"]) / 1e9) for one in events if one.get("Action") in _TELLING]
+    if not found:
+        return None
+    causes = [one for one in found if one[0] != "die"]
+    return bool(causes) and causes[-1][0] == "oom" and finished_at - causes[-1][1] <= _FRESH_SECONDS
 
 
 def started_at(inspected: Json) -> float | None:

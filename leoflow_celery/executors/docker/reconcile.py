@@ -6,22 +6,30 @@ Nothing is concluded about what came into being after SQL was read, or about ano
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
-from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import MAX_BYTES, TerminationRecord, decode
 from leoflow_celery.executors.base import FailureReporter, Reconciled
 from leoflow_celery.executors.docker.archive import TERMINATION_LOG
-from leoflow_celery.executors.docker.classify import Report, classify, vanished
+from leoflow_celery.executors.docker.classify import classify, vanished
 from leoflow_celery.executors.docker.engine import Engine
 from leoflow_celery.executors.docker.errors import Conflict, EngineError, NotFound
 from leoflow_celery.executors.docker.labels import MANAGED
-from leoflow_celery.executors.docker.observe import Listed, observe_end, observe_listed, started_at
+from leoflow_celery.executors.docker.observe import (
+    End,
+    Listed,
+    ended_for_memory,
+    observe_end,
+    observe_listed,
+    started_at,
+)
 from leoflow_celery.settings import DockerSettings
 
 log = logging.getLogger(__name__)
@@ -32,6 +40,8 @@ MARGIN_SECONDS = 30.0
 #: One dead container takes three calls to look at; after a restart of the Engine all of them are dead.
 _THREADS = 8
 _LINE_CHARACTERS = 2_000
+#: How far before an end its cause is looked for among the Engine's events.
+_EVENTS_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,8 @@ class Ended:
     container: Listed
     is_here: bool
     claimed: bool
+    #: What SQL says is true of all that happened before.
+    known_until: float = math.inf
 
     @property
     def name(self) -> str:
@@ -55,6 +67,15 @@ class Ended:
         if record is None:
             return self.is_here
         return record.claimed or (self.is_here and not self.claimed)
+
+    def seems_unclaimed(self, end: End, record: TerminationRecord | None) -> bool:
+        """Whether its success means nothing unless some agent had the claim, and SQL knows of none."""
+        succeeded = end.exit_code == 0 if record is None else record.state in (TaskState.SUCCESS, TaskState.SKIPPED)
+        return succeeded and not self.claimed
+
+    def ended_since(self, end: End) -> bool:
+        """Whether it may have claimed, and done all its work, since SQL was read."""
+        return end.finished_at is not None and end.finished_at > self.known_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +104,7 @@ def plan(
             continue
         expected = expectation.attempts.get(one.name)
         if expected is not None:
-            _expected(one, Ended(one, expected.host in ("", host), expected.claimed), now, decided)
+            _expected(one, Ended(one, expected.host in ("", host), expected.claimed, horizon), now, decided)
         elif one.created_at < horizon:
             _unexpected(one, grace_seconds, decided)
     missing = (one for one in expectation.attempts.values() if one.host == host and one.name not in found)
@@ -116,9 +137,12 @@ class Reconciler:
     def reconcile(self, expectation: Expectation) -> Reconciled:
         """List, decide, act. Raises EngineError when the list cannot be had."""
         host = self._engine.facts().host
+        begun = time.monotonic()
         containers = [observe_listed(item) for item in self._engine.list_containers(label=MANAGED)]
+        now = self._engine.clock.time()
+        expectation = expectation.by_clock_of(now, time.monotonic() - begun)
         grace = self._settings.finished_grace_seconds
-        decided = plan(containers, expectation, host, self._system, time.time(), grace)
+        decided = plan(containers, expectation, host, self._system, now, grace)
         for one in decided.vanished:
             report = vanished(one.name, host)
             self._reporter(one.attempt, report.outcome)
@@ -147,25 +171,49 @@ class Reconciler:
         """Report an end that nobody reported; True when there was one."""
         one = ended.container
         end = observe_end(self._engine.inspect(one.id))
-        record = decode(self._engine.read(one.id, TERMINATION_LOG, MAX_BYTES))
+        record = self._record(one)
         if not ended.counts(record):
             log.info("docker.other_claimed", extra={"attempt": str(one.attempt), "attempt_name": one.name})
             return False
-        report = classify(end, record, one.deadline_seconds)
+        if ended.seems_unclaimed(end, record):
+            if ended.ended_since(end):
+                return False  # by the next expectation SQL knows whether an agent had the claim
+            record = None  # whoever wrote it was no agent of the attempt
+        end = self._without_old_kill(one, end, record)
+        tail = tuple(self._log_tail(one)) if record is None else ()
+        report = classify(end, record, one.deadline_seconds, claimed=ended.claimed, log_tail=tail)
         if report is None or one.attempt is None:
             return False
         log.warning("docker.unreported_end", extra={"attempt": str(one.attempt), "reason": str(report.outcome.reason)})
-        self._reporter(one.attempt, self._with_log(one, report), report.return_value)
+        outcome = report.outcome.evolve(log_tail=tail or tuple(self._log_tail(one)))
+        self._reporter(one.attempt, outcome, report.return_value)
         return True
 
-    def _with_log(self, one: Listed, report: Report) -> Outcome:
-        lines = self._engine.log_tail(one.id, self._settings.log_tail_lines)
-        return report.outcome.evolve(log_tail=tuple(line[:_LINE_CHARACTERS] for line in lines))
+    def _record(self, one: Listed) -> TerminationRecord | None:
+        """What the agent left, when it is about this task instance."""
+        record = decode(self._engine.read(one.id, TERMINATION_LOG, MAX_BYTES))
+        ours = record is not None and one.attempt is not None and record.attempt == one.attempt.task_instance_id
+        return record if ours else None
+
+    def _without_old_kill(self, one: Listed, end: End, record: TerminationRecord | None) -> End:
+        """The end without the Engine's flag, when what was killed for memory was outlived.
+
+        Where the Engine has forgotten, an agent tells: the kernel takes all that it started before it takes the agent.
+        """
+        if not end.oom_killed or end.finished_at is None:
+            return end
+        events = self._engine.events(one.id, end.finished_at - _EVENTS_SECONDS, end.finished_at + 1)
+        fresh = ended_for_memory(events, end.finished_at)
+        return replace(end, oom_killed=record is None if fresh is None else fresh)
+
+    def _log_tail(self, one: Listed) -> Iterator[str]:
+        for line in self._engine.log_tail(one.id, self._settings.log_tail_lines):
+            yield line[:_LINE_CHARACTERS]
 
     def _stop_overdue(self, one: Listed) -> bool:
         """The list knows when it was created; it may have been started later."""
         begun = started_at(self._engine.inspect(one.id))
-        if begun is None or time.time() - begun <= one.deadline_seconds:
+        if begun is None or self._engine.clock.time() - begun <= one.deadline_seconds:
             return False
         log.warning("docker.deadline_passed", extra={"attempt": str(one.attempt)})
         return self._stop(one)

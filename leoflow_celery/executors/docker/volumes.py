@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.docker.engine import Engine
 from leoflow_celery.executors.docker.errors import Conflict, NotFound
 from leoflow_celery.executors.docker.labels import (
@@ -29,18 +31,22 @@ class StagingVolumes:
         self._engine, self._system = engine, system
 
     def ensure(self, request: TaskRequest) -> None:
-        """The volume exists when this returns; one that an operator made under that name is taken as it is.
+        """The volume exists when this returns, and is this run's.
 
         Raises:
-            PermanentLaunchError: another system that uses this Engine, or another run, has its data there.
+            PermanentLaunchError: the volume of that name is another system's, another run's, or none of ours at all.
         """
-        name = request.staging_claim
-        labels = self._engine.create_volume(name, volume_labels(request, self._system)).get("Labels") or {}
-        if STAGING not in labels:
-            return
-        if (owner := system_in(labels)) != self._system:
+        name, ours = request.staging_claim, volume_labels(request, self._system)
+        labels = self._engine.create_volume(name, ours).get("Labels") or {}
+        if STAGING in labels and (owner := system_in(labels)) != self._system:
             raise another_system(f"staging volume {name!r}", owner, self._system)
         check_run(f"staging volume {name!r}", labels, request)
+        if missing := [key for key in ours if labels.get(key) != ours[key]]:
+            message = (
+                f"staging_claim: a volume named {name!r} exists on this host without our label {missing[0]}, so it is "
+                "not this run's; name another claim, or have the operator allow the volume for docker_override.mounts"
+            )
+            raise PermanentLaunchError(FailureReason.INVALID_SPEC, message)
 
     def collect(self, plan: StagingPlan) -> dict[str, str]:
         """Delete what the plan names and what nobody knows any more; returns what is gone, name → reason."""

@@ -78,10 +78,15 @@ class PodReport:
 
 @dataclass(frozen=True, slots=True)
 class PodDecision:
-    """Report first, when there is something to report, then delete. ``why`` is for our own log."""
+    """Report first, when there is something to report, then delete. ``why`` is for our own log.
+
+    ``release``: nobody will read the pod any more, so no deletion needs to wait for us. What we delete is
+    released too.
+    """
 
     report: PodReport | None = None
     delete: bool = False
+    release: bool = False
     why: str = ""
 
 
@@ -112,9 +117,15 @@ def decide_pod(
     if pod.attempt != expected.attempt:
         return KEEP
     if pod.ended:
-        return PodDecision(_end(pod, expected, read_at, now, policy))
+        report = _end(pod, expected, read_at, now, policy)
+        is_over = report is None and _is_refused(pod, expected) and pod.deletion_due_at is not None
+        return PodDecision(release=True, why="refused") if is_over and pod.held else PodDecision(report)
     if pod.deletion_due_at is not None:
         overdue = now - pod.deletion_due_at
+        if pod.held and pod.without_grace and (overdue > policy.margin_seconds or not pod.scheduled):
+            # But for us it would be gone, and no kubelet will say more of it.
+            is_lost = is_missing(expected, read_at, policy)
+            return PodDecision(PodReport(missing_outcome(expected))) if is_lost else KEEP
         return PodDecision(PodReport(overdue_deletion(pod, overdue))) if overdue > policy.margin_seconds else KEEP
     if pod.phase == "Unknown":
         return PodDecision(PodReport(cause_of_end(pod)))
@@ -140,15 +151,18 @@ def _running(pod: PodState, expected: ExpectedAttempt, now: float, policy: Recon
 
 def _unexpected(pod: PodState, read_at: float, now: float, policy: ReconcilePolicy) -> PodDecision:
     """A pod whose attempt is terminal, superseded or unknown; too young to tell: left alone."""
-    if pod.created_at >= read_at - policy.margin_seconds or pod.deletion_due_at is not None:
+    if pod.created_at >= read_at - policy.margin_seconds:
         return KEEP
+    recorded = PodDecision(release=True, why="recorded") if pod.held else KEEP
+    if pod.deletion_due_at is not None:
+        return recorded
     if not pod.ended:
         return PodDecision(delete=True, why="unexpected")
     if pod.only_sidecars_run:
         return PodDecision(delete=True, why="only_sidecars_run")
     # Evicted pods of old versions have no end time.
     ended_at = pod.finished_at or pod.created_at
-    return PodDecision(delete=True, why="finished") if now - ended_at >= policy.finished_grace_seconds else KEEP
+    return PodDecision(delete=True, why="finished") if now - ended_at >= policy.finished_grace_seconds else recorded
 
 
 def _starting(
@@ -188,7 +202,7 @@ def _end(
 ) -> PodReport | None:
     record = _record(pod, expected)
     settled = (pod.finished_at or now) < read_at - policy.margin_seconds
-    if record is not None and record.state is TaskState.NONE:
+    if _is_refused(pod, expected):
         return None  # its claim was refused: somebody else runs the attempt, or nobody may
     if record is not None and record.state is TaskState.SUCCESS and not expected.claimed:
         # SQL may have been read before the claim; later, nobody who held no claim can have run the task.
@@ -202,6 +216,11 @@ def _end(
     if outcome.exit_code == 0 and not settled:
         return None  # an agent that leaves no record may have reported all the same
     return PodReport(outcome, wants_log_tail=pod.has_run or pod.failed_init is not None)
+
+
+def _is_refused(pod: PodState, expected: ExpectedAttempt) -> bool:
+    record = _record(pod, expected)
+    return record is not None and record.state is TaskState.NONE
 
 
 def _unclaimed_success(pod: PodState) -> Outcome:

@@ -16,10 +16,19 @@ from urllib.parse import quote, urlencode
 
 import urllib3
 
+from leoflow_celery.clock import ServerClock
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.base import Observer
 from leoflow_celery.executors.kubernetes.connection import Connection
-from leoflow_celery.executors.kubernetes.errors import ApiError, Expired, Unreachable, api_error, to_launch_error
+from leoflow_celery.executors.kubernetes.errors import (
+    ApiError,
+    Expired,
+    NotFound,
+    Unreachable,
+    api_error,
+    to_launch_error,
+)
+from leoflow_celery.executors.kubernetes.identity import FINALIZER
 from leoflow_celery.executors.words import Confidential
 from leoflow_celery.settings import KubernetesSettings
 
@@ -30,6 +39,9 @@ _ANY_ANSWER = "application/json, */*"
 _METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json"
 #: A patch replaces the fields that it names, and leaves the others.
 _CONTENT_TYPES = {"PATCH": "application/merge-patch+json"}
+#: A patch that may also take one item out of a list, whatever else is in it.
+_STRATEGIC = "application/strategic-merge-patch+json"
+_RIGHTS_PATH = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 #: At most so often is the configuration read again because the server did not know us.
 _RELOAD_SECONDS = 10.0
 _NOTHING = Confidential(())
@@ -41,6 +53,8 @@ class KubernetesApi:
     def __init__(self, connect: Callable[[], Connection], settings: KubernetesSettings, observer: Observer) -> None:
         self._connect, self._settings, self._observer = connect, settings, observer
         self._connection = connect()
+        #: What the API server's own times are compared with.
+        self.clock = ServerClock()
         self._reload_lock, self._reloaded_at = threading.Lock(), float("-inf")
         self._timeout = urllib3.Timeout(connect=settings.connect_timeout_seconds, read=settings.request_timeout_seconds)
 
@@ -107,6 +121,29 @@ class KubernetesApi:
         """Set the fields of an object that ``body`` names."""
         self._call("PATCH", path, operation, body=body, accept=_METADATA_ONLY)
 
+    def may(self, attributes: dict[str, str]) -> bool:
+        """Whether we have a right (``verb``, ``resource``, ``namespace`` …); everybody may ask that."""
+        kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+        body = {**kind, "spec": {"resourceAttributes": attributes}}
+        answer = self.ask(_RIGHTS_PATH, body, operation="create_selfsubjectaccessreview")
+        return (answer.get("status") or {}).get("allowed") is True
+
+    def release_pod(self, name: str, uid: str) -> None:
+        """Take our finalizer off this very pod, and touch no other; nothing to do when there is none, or no such pod.
+
+        A failure is logged: every reconcile tries it again.
+        """
+        body = {"metadata": {"uid": uid, "$deleteFromPrimitiveList/finalizers": [FINALIZER]}}
+        try:
+            self._call(
+                "PATCH", self.pods_path(name), "patch_pod", body=body, accept=_METADATA_ONLY, content_type=_STRATEGIC
+            )
+        except NotFound:
+            return
+        except ApiError as error:
+            fields = {"attempt_name": name, "finalizer": FINALIZER, "error": str(error)}
+            log.warning("kubernetes.pod_not_released", extra=fields)
+
     def delete(
         self,
         path: str,
@@ -167,9 +204,11 @@ class KubernetesApi:
         body: dict[str, Any] | None = None,
         accept: str = _ANY_ANSWER,
         hide: Confidential | None = None,
+        content_type: str = "",
     ) -> bytes:
+        content_type = content_type or _CONTENT_TYPES.get(method, "application/json")
         try:
-            answer = self._authorised(method, path, query, body, accept)
+            answer = self._authorised(method, path, query, body, accept, content_type)
         except ApiError as error:
             error.hide(hide or _NOTHING)
             self._observer.api_call(operation, error.kind)
@@ -178,24 +217,32 @@ class KubernetesApi:
         return answer
 
     def _authorised(
-        self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None, accept: str
+        self,
+        method: str,
+        path: str,
+        query: dict[str, Any] | None,
+        body: dict[str, Any] | None,
+        accept: str,
+        content_type: str,
     ) -> bytes:
         """The call; once more when our credentials had expired and there may be new ones."""
         target = f"{path}?{text}" if (text := _query(query)) else path
         content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         try:
-            return self._send(method, target, content, accept)
+            return self._send(method, target, content, accept, content_type)
         except ApiError as error:
             if not error.is_unauthenticated or not self._reload():
                 raise
-        return self._send(method, target, content, accept)
+        return self._send(method, target, content, accept, content_type)
 
-    def _send(self, method: str, target: str, content: bytes | None, accept: str) -> bytes:
+    def _send(self, method: str, target: str, content: bytes | None, accept: str, content_type: str) -> bytes:
         connection = self._connection
         headers = {"Accept": accept, "User-Agent": "leoflow-celery", **connection.credentials()}
         if content is not None:
-            headers["Content-Type"] = _CONTENT_TYPES.get(method, "application/json")
+            headers["Content-Type"] = content_type
+        sent_at = time.monotonic()
         response = self._exchange(connection, method, target, headers, content)
+        self.clock.read_date(response.headers.get("Date"), sent_at)
         if response.status >= 300:
             raise api_error(response.status, response.data, response.headers.get("Retry-After"))
         return response.data

@@ -86,6 +86,8 @@ class StagingCollector:
             for pod in users:
                 if pod.system == self._settings.system:
                     self._delete("pods", pod, "delete_pod")
+                    if pod.held:
+                        self._api.release_pod(pod.name, pod.uid)
             self._delete(_RESOURCE, claim, "delete_claim")
         except ApiError as error:
             log.warning("kubernetes.claim_not_deleted", extra={**fields, "error": str(error)})

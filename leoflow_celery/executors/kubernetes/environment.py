@@ -19,6 +19,8 @@ from leoflow_celery.executors.words import Confidential
 TERMINATION_LOG = "/dev/termination-log"
 STAGING_DIR = "/staging"
 CA_DIR = "/etc/leoflow/tls"
+#: An empty directory of the pod, for the agent: user code tidies up /tmp, and the root may be read-only.
+ATTEMPT_DIR = "/run/leoflow/attempt"
 #: What every API version takes as the name of a variable and as a key of a Secret; others reach the user's process from
 #: the control plane only.
 _NAME = re.compile(r"(?!\.$|\.\.)[-._a-zA-Z][-._a-zA-Z0-9]{0,252}")
@@ -44,6 +46,7 @@ def agent_variables(
     env = launch.agent_environment(termination_grace_seconds) | {
         "LEOFLOW_ATTEMPT_NAME": launch.name,
         "LEOFLOW_TERMINATION_LOG": TERMINATION_LOG,
+        "LEOFLOW_AGENT_WORK_DIR": ATTEMPT_DIR,
         "LEOFLOW_AGENT_ECHO": "true",
         "LEOFLOW_AGENT_LEAVE_INTERRUPTION": "true",
     }

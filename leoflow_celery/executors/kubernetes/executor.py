@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from secrets import token_hex
@@ -33,7 +34,7 @@ from leoflow_celery.executors.kubernetes.errors import (
     QuotaExceeded,
     to_launch_error,
 )
-from leoflow_celery.executors.kubernetes.identity import another_system, attempt_of, system_of
+from leoflow_celery.executors.kubernetes.identity import FINALIZER, another_system, attempt_of, is_held, system_of
 from leoflow_celery.executors.kubernetes.merge import Json
 from leoflow_celery.executors.kubernetes.pod import build_pod
 from leoflow_celery.executors.kubernetes.policy import PodPolicy
@@ -43,6 +44,8 @@ from leoflow_celery.executors.kubernetes.template import load_base
 from leoflow_celery.settings import Settings
 
 log = logging.getLogger(__name__)
+#: So long the answer holds whether we may patch pods.
+_RIGHTS_SECONDS = 300.0
 
 
 class KubernetesExecutor:
@@ -62,6 +65,7 @@ class KubernetesExecutor:
         )
         self._reconciler = Reconciler(self._api, self._settings, reporter, observer)
         self._collector = StagingCollector(self._api, self._settings)
+        self._may_hold, self._asked_at = False, float("-inf")
 
     def execute(self, launch: LaunchSpec) -> Launched:
         """Create the staging claim, the pod and its Secret or voucher, as far as they are not there.
@@ -71,7 +75,7 @@ class KubernetesExecutor:
             PermanentLaunchError: it refused the pod; the message is its own.
         """
         secret = self._secret_name(launch)
-        pod = build_pod(launch, self._settings, self._base, secret, self._policy)
+        pod = self._held(build_pod(launch, self._settings, self._base, secret, self._policy))
         with _launch_errors():
             if launch.request.staging_claim:
                 self._claims.ensure(launch.request)
@@ -93,7 +97,7 @@ class KubernetesExecutor:
         with _launch_errors():
             found = self._find(name)
             if found is not None and self._is_ours(found["metadata"]):
-                self._delete(name, found["metadata"]["uid"], grace)
+                self._delete(name, found["metadata"]["uid"], grace, held=is_held(found["metadata"]))
 
     def reconcile(self, expectation: Expectation) -> Reconciled:
         """See ``ReconcilableExecutor``."""
@@ -108,6 +112,28 @@ class KubernetesExecutor:
     def close(self) -> None:
         """Close idle connections. Pods go on."""
         self._api.close()
+
+    def _held(self, pod: Json) -> Json:
+        """The pod with our finalizer, where we may take it off again; without it in any other case."""
+        others = [one for one in pod["metadata"].get("finalizers") or () if one != FINALIZER]
+        finalizers = [*others, FINALIZER] if self._settings.hold_pods and self._may_release() else others
+        metadata = {name: value for name, value in pod["metadata"].items() if name != "finalizers"}
+        return {**pod, "metadata": {**metadata, **({"finalizers": finalizers} if finalizers else {})}}
+
+    def _may_release(self) -> bool:
+        """Whether we may patch pods, as the API server said last; no when it says nothing."""
+        if time.monotonic() - self._asked_at >= _RIGHTS_SECONDS:
+            right = {"verb": "patch", "resource": "pods", "namespace": self._api.namespace}
+            try:
+                self._may_hold = self._api.may(right)
+            except ApiError as error:
+                log.warning("kubernetes.rights_unknown", extra={"error": str(error)})
+                return False
+            if not self._may_hold:
+                needed = f"patch pods in namespace {self._api.namespace}"
+                log.warning("kubernetes.pods_not_held", extra={"missing_right": needed})
+            self._asked_at = time.monotonic()
+        return self._may_hold
 
     def _secret_name(self, launch: LaunchSpec) -> str:
         """Of the Secret, should this call create the pod: never that of an earlier pod of the same name."""
@@ -152,6 +178,8 @@ class KubernetesExecutor:
             self._api.delete(path, uid, operation="delete_pod", grace_seconds=0, resource_version=version)
         except NotFound:
             return
+        if is_held(metadata):
+            self._api.release_pod(name, uid)
 
     def _vouch(self, launch: LaunchSpec, uid: str, sealing: Sealing) -> None:
         """Say under seal that we made this very pod for this attempt: what its agent's token is exchanged for."""
@@ -232,15 +260,17 @@ class KubernetesExecutor:
 
     def _take_back(self, name: str, uid: str) -> None:
         try:
-            self._delete(name, uid, grace_seconds=0)
+            self._delete(name, uid, grace_seconds=0, held=self._settings.hold_pods)
         except ApiError as error:
             log.warning("kubernetes.pod_left_to_reconcile", extra={"attempt_name": name, "error": str(error)})
 
-    def _delete(self, name: str, uid: str, grace_seconds: int) -> None:
+    def _delete(self, name: str, uid: str, grace_seconds: int, held: bool) -> None:
         try:
             self._api.delete(self._api.pods_path(name), uid, operation="delete_pod", grace_seconds=grace_seconds)
         except NotFound:
             return
+        if held:
+            self._api.release_pod(name, uid)
 
 
 def _awaited_secret(pod: Json) -> str:

@@ -23,6 +23,8 @@ STAGING_SELECTOR = f"{STAGING_LABEL}=true"
 SYSTEM_LABEL = f"{PREFIX}system"
 #: What the request gives its task, less than the pod's deadline; absent without a limit.
 TIMEOUT_ANNOTATION = f"{PREFIX}timeout-seconds"
+#: On a pod until its end is recorded: whoever deletes it, what its agent left can still be read.
+FINALIZER = f"{PREFIX}record-end"
 _MANAGED_BY = {"app.kubernetes.io/managed-by": "leoflow-celery"}
 
 
@@ -33,6 +35,11 @@ def _managed_by(system: str) -> dict[str, str]:
 def system_of(metadata: dict[str, Any]) -> str:
     """The system that made an object; empty for one without a name."""
     return str((metadata.get("labels") or {}).get(SYSTEM_LABEL, ""))
+
+
+def is_held(metadata: dict[str, Any]) -> bool:
+    """Whether a deletion of the pod waits for us."""
+    return FINALIZER in (metadata.get("finalizers") or ())
 
 
 def of_system(selector: str, system: str) -> str:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from leoflow_celery.domain.attempt import TASK_CONTAINER, AttemptId
-from leoflow_celery.executors.kubernetes.identity import attempt_of, system_of, timeout_of
+from leoflow_celery.executors.kubernetes.identity import attempt_of, is_held, system_of, timeout_of
 
 Json = dict[str, Any]
 _ENDED_PHASES = frozenset({"Succeeded", "Failed"})
@@ -78,6 +78,9 @@ class PodState:
     #: When one of its init containers last started or ended.
     moved_at: float | None = None
     deletion_asked_at: float | None = None
+    #: Whether its deletion waits for us, and whether it waits for nobody's grace any more.
+    held: bool = False
+    without_grace: bool = False
     gated: bool = False
     image: str = ""
     memory_limit: str = ""
@@ -145,6 +148,8 @@ def observe(pod: Json) -> PodState:
         started_at=seconds(status.get("startTime")),
         deletion_due_at=due_at,
         deletion_asked_at=_asked_at(due_at, metadata.get("deletionGracePeriodSeconds")),
+        held=is_held(metadata),
+        without_grace=due_at is not None and metadata.get("deletionGracePeriodSeconds") == 0,
         gated=scheduled.get("reason") == "SchedulingGated" or bool(spec.get("schedulingGates")),
         scheduled=bool(spec.get("nodeName")),
         unscheduled=scheduled.get("message", "") if scheduled.get("status") == "False" else "",

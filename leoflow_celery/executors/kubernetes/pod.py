@@ -15,6 +15,7 @@ from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
 from leoflow_celery.executors.identity import AUDIENCE, SEAL
 from leoflow_celery.executors.kubernetes.environment import (
+    ATTEMPT_DIR,
     CA_DIR,
     IDENTITY_DIR,
     IDENTITY_FILE,
@@ -211,6 +212,7 @@ def _identified(pod: Json, launch: LaunchSpec, settings: KubernetesSettings, sec
     exchanged = settings.exchanges_tokens
     ours = agent_entries(launch, spec, secret, exchanged)
     spec["containers"] = [_task(one, ours) if one["name"] == TASK_CONTAINER else one for one in spec["containers"]]
+    spec = _with_volume(spec, {"name": "leoflow-attempt", "emptyDir": {}}, {"mountPath": ATTEMPT_DIR})
     if exchanged:
         spec = _with_identity(spec)
     metadata["name"] = launch.name
@@ -237,15 +239,21 @@ def _with_identity(spec: Json) -> Json:
     """The spec with a token of the pod's service account for our gateway alone: it opens nothing at the API server."""
     token = {"audience": AUDIENCE, "expirationSeconds": _IDENTITY_SECONDS, "path": IDENTITY_FILE}
     volume = {"name": _IDENTITY_VOLUME, "projected": {"sources": [{"serviceAccountToken": token}]}}
-    mount = {"name": _IDENTITY_VOLUME, "mountPath": IDENTITY_DIR, "readOnly": True}
-    volumes = [one for one in spec.get("volumes", []) if one.get("name") != _IDENTITY_VOLUME]
-    containers = [
-        {**one, "volumeMounts": [*_other_mounts(one), mount]} if one["name"] == TASK_CONTAINER else one
-        for one in spec["containers"]
-    ]
+    return _with_volume(spec, volume, {"mountPath": IDENTITY_DIR, "readOnly": True})
+
+
+def _with_volume(spec: Json, volume: Json, mount: Json) -> Json:
+    """The spec with a volume of ours for the task alone, whatever else has its name or is mounted in its place."""
+    name, path = volume["name"], mount["mountPath"]
+    volumes = [one for one in spec.get("volumes") or [] if one.get("name") != name]
+
+    def mounted(container: Json) -> Json:
+        theirs = [
+            one
+            for one in container.get("volumeMounts") or []
+            if one.get("name") != name and one.get("mountPath") != path
+        ]
+        return {**container, "volumeMounts": [*theirs, {"name": name, **mount}]}
+
+    containers = [mounted(one) if one["name"] == TASK_CONTAINER else one for one in spec["containers"]]
     return {**spec, "volumes": [*volumes, volume], "containers": containers}
-
-
-def _other_mounts(container: Json) -> list[Json]:
-    mounts: list[Json] = container.get("volumeMounts") or []
-    return [one for one in mounts if one.get("name") != _IDENTITY_VOLUME and one.get("mountPath") != IDENTITY_DIR]

@@ -69,7 +69,7 @@ class Reconciler:
         self._api, self._settings, self._reporter = api, settings, reporter
         self._observer = observer or Observer()
         self._policy = policy or ReconcilePolicy.of(settings)
-        self._looked_at = time.time()
+        self._looked_at = time.monotonic()
 
     def reconcile(self, expectation: Expectation) -> Reconciled:
         """One pass. What fails for one pod is tried again by the next pass, and stops no other.
@@ -78,7 +78,9 @@ class Reconciler:
             ApiError: the list could not be had, or not to its end; nothing was concluded.
             Exception: what the reporter raised; the rest is left to the next pass.
         """
+        begun = time.monotonic()
         pods = self._list()
+        expectation = expectation.by_clock_of(self._api.clock.time(), time.monotonic() - begun)
         self._observe(pods.values())
         work = [*self._decided(pods, expectation), *self._missing(pods, expectation)]
         done = list(self._in_parallel(work)) if work else []
@@ -96,8 +98,8 @@ class Reconciler:
 
     def _observe(self, pods: Iterable[PodState]) -> None:
         """Count what runs; a pod that started since we looked last has just left the cluster's queue."""
-        running, looked_at = 0, self._looked_at
-        self._looked_at = time.time()
+        running, monotonic = 0, time.monotonic()
+        looked_at, self._looked_at = self._api.clock.time() - (monotonic - self._looked_at), monotonic
         for pod in pods:
             running += pod.phase == "Running"
             if pod.task is not None and (pod.task.started_at or 0.0) > looked_at:
@@ -107,7 +109,7 @@ class Reconciler:
     # -- deciding -----------------------------------------------------------------------------------------------
 
     def _decided(self, pods: dict[str, PodState], expectation: Expectation) -> Iterable[Callable[[], _Done]]:
-        now = time.time()
+        now = self._api.clock.time()  # the list's own: a pod's times are the cluster's
         for pod in pods.values():
             expected = expectation.attempts.get(pod.name)
             decide = partial(decide_pod, pod, expected, expectation.read_at, now, self._policy)
@@ -142,6 +144,8 @@ class Reconciler:
             if decision.report is not None:
                 self._report_end(pod, expected.attempt, decision.report, events)
         deleted = decision.delete and self._delete(pod, decision)
+        if pod.held and (decision.release or decision.delete):
+            self._api.release_pod(pod.name, pod.uid)
         return _Done(decision.report is not None, deleted)
 
     def _report_end(self, pod: PodState, attempt: AttemptId, report: PodReport, events: list[PodEvent]) -> None:

@@ -16,7 +16,6 @@ from leoflow_celery.executors.kubernetes.merge import Json
 from leoflow_celery.settings import KubernetesSettings
 
 _REVIEWS_PATH = "/apis/authentication.k8s.io/v1/tokenreviews"
-_RIGHTS_PATH = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 _POD_NAME, _POD_UID = "authentication.kubernetes.io/pod-name", "authentication.kubernetes.io/pod-uid"
 #: An agent waits 20 s for an answer; the two calls have to fit into that.
 _CONNECT_SECONDS, _ANSWER_SECONDS = 3.0, 5.0
@@ -70,18 +69,9 @@ class PodReviews:
             f"get pods in namespace {self.namespace}": {"verb": "get", "resource": "pods", "namespace": self.namespace},
         }
         try:
-            return [name for name, attributes in needed.items() if not self._may(attributes)]
+            return [name for name, attributes in needed.items() if not self._api.may(attributes)]
         except ApiError as error:
             raise ClusterUnavailable(f"the API server does not say what we may ask: {error}") from error
-
-    def _may(self, attributes: dict[str, str]) -> bool:
-        body = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": attributes},
-        }
-        answer = self._api.ask(_RIGHTS_PATH, body, operation="create_selfsubjectaccessreview")
-        return (answer.get("status") or {}).get("allowed") is True
 
     def close(self) -> None:
         """Close idle connections."""

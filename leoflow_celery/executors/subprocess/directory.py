@@ -10,19 +10,24 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.attempt import AttemptId, attempt_suffix
 from leoflow_celery.domain.termination import TerminationRecord, decode
 from leoflow_celery.errors import ConfigurationError
 
 _LOCK = "lock"
 _PID = "pid"
 _POLL_SECONDS = 0.01
+#: PEP 263.
+_CODING = re.compile(r"^([ \t\f]*#.*?coding[:=][ \t]*)[-\w.]+")
+_BLANK = re.compile(r"^[ \t\f\r]*(#.*)?$")
 
 
 def state_root(configured: str) -> Path:
@@ -44,6 +49,41 @@ def state_root(configured: str) -> Path:
     if not configured:
         root.chmod(0o700)
     return root
+
+
+def system_id(root: Path) -> str:
+    """The random id that tells this state directory's attempts from those of other systems on the host.
+
+    Raises:
+        ConfigurationError: it can be neither read nor made.
+    """
+    path = root / "system"
+    try:
+        if not path.exists():
+            _create(path, secrets.token_hex(16))
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"LEOFLOW_SUBPROCESS_STATE_DIR {root}: cannot read {path}: {error}") from error
+    if not re.fullmatch("[0-9a-f]{32}", text):
+        raise ConfigurationError(
+            f"LEOFLOW_SUBPROCESS_STATE_DIR {root}: {path} does not hold 32 hexadecimal digits; "
+            "delete it when no task of this system runs on this host"
+        )
+    return text
+
+
+def _create(path: Path, text: str) -> None:
+    """Create a file whole, unless somebody else is quicker: whoever sees it sees all of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        os.unlink(name)
 
 
 class AttemptDirectory:
@@ -76,14 +116,16 @@ class AttemptDirectory:
         return cls.acquire(path) if path.is_dir() else None
 
     @classmethod
-    def acquire_unless_alive(cls, path: Path, patience_seconds: float = 5.0) -> AttemptDirectory | None:
-        """As ``acquire``, but waits for one of us to let go; None means that an agent lives.
+    def acquire_unless_alive(
+        cls, path: Path, acquire: Callable[[Path], AttemptDirectory | None], patience_seconds: float = 5.0
+    ) -> AttemptDirectory | None:
+        """As ``acquire``, which is called again until one of us lets go; None means that an agent lives.
 
         Raises:
             TimeoutError: somebody who is no agent holds the lock for longer than that.
         """
         deadline = time.monotonic() + patience_seconds
-        while (directory := cls.acquire(path)) is None and live_pid(path) is None:
+        while (directory := acquire(path)) is None and live_pid(path) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"attempt {path.name} is being settled")
             time.sleep(_POLL_SECONDS)
@@ -97,7 +139,7 @@ class AttemptDirectory:
         (self.path / "attempt.json").write_text(json.dumps(attempt.to_json()))
         if source:
             self.source_dir.mkdir(mode=0o700)
-            (self.source_dir / "dag.py").write_text(source)
+            (self.source_dir / "dag.py").write_bytes(as_utf8(source))
 
     @property
     def source_dir(self) -> Path:
@@ -114,7 +156,9 @@ class AttemptDirectory:
     def attempt(self) -> AttemptId | None:
         """Whose directory it is, or None when its maker did not come that far."""
         try:
-            return AttemptId.from_json(json.loads((self.path / "attempt.json").read_text()))
+            attempt = AttemptId.from_json(json.loads((self.path / "attempt.json").read_text()))
+            # User code can write here: the directory of an attempt speaks of that one and of no other.
+            return attempt if self.path.name.endswith(f"-{attempt_suffix(attempt)}") else None
         except (OSError, ValueError, KeyError):
             return None
 
@@ -136,6 +180,16 @@ class AttemptDirectory:
     def release(self) -> None:
         """Close our copy of the lock. An agent that has one goes on holding it."""
         os.close(self.lock)
+
+
+def as_utf8(source: str) -> bytes:
+    """Source text as UTF-8, which its coding line, if it has one, then says."""
+    lines = source.split("\n", 2)
+    for number, line in enumerate(lines[:2]):
+        if number and not _BLANK.match(lines[0]):
+            break
+        lines[number] = _CODING.sub(r"\g<1>utf-8", line)
+    return "\n".join(lines).encode(errors="surrogatepass")
 
 
 def live_pid(path: Path) -> int | None:

@@ -11,7 +11,7 @@ from leoflow_celery.executors.identity import run_ids
 from leoflow_celery.executors.subprocess.directory import AttemptDirectory
 
 #: Marks every process that descends from an attempt, so that none is left when its agent was killed.
-ATTEMPT_NAME = "LEOFLOW_ATTEMPT_NAME"
+ATTEMPT_MARK = "LEOFLOW_ATTEMPT_MARK"
 
 _KEPT = frozenset(
     {
@@ -33,14 +33,15 @@ def inherited(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def agent_environment(
-    launch: LaunchSpec, directory: AttemptDirectory, root: Path, venvs_root: str, environ: Mapping[str, str]
+    launch: LaunchSpec, directory: AttemptDirectory, root: Path, venvs_root: str, mark: str, environ: Mapping[str, str]
 ) -> dict[str, str]:
     """The whole environment of one agent."""
     env = {**inherited(environ), **launch.agent_environment(launch.request.execution.termination_grace_seconds)}
     env["LEOFLOW_TERMINATION_LOG"] = str(directory.termination_log)
     # So that inputs and results of the task go with the attempt's directory even when the agent was killed.
     env["LEOFLOW_AGENT_WORK_DIR"] = str(directory.path)
-    env[ATTEMPT_NAME] = launch.name
+    env["LEOFLOW_ATTEMPT_NAME"] = launch.name
+    env[ATTEMPT_MARK] = mark
     if python := dag_python(venvs_root, launch.request.dag_id):
         env["LEOFLOW_PYTHON"] = str(python)
     if launch.request.source:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec
 from leoflow_celery.executors.identity import run_ids
-from leoflow_celery.executors.subprocess.directory import AttemptDirectory, live_pid, state_root
+from leoflow_celery.executors.subprocess.directory import AttemptDirectory, live_pid, state_root, system_id
 from leoflow_celery.executors.subprocess.environment import agent_environment, staging_dir
-from leoflow_celery.executors.subprocess.processes import kill_processes_of
+from leoflow_celery.executors.subprocess.processes import Processes, earlier_names
 from leoflow_celery.executors.subprocess.reaper import Reaper
 from leoflow_celery.executors.subprocess.settlement import Exited, Settler
+from leoflow_celery.executors.subprocess.slots import Slots
 from leoflow_celery.executors.subprocess.spawners import AgentStart, ExecSpawner, ForkSpawner, Spawner
 from leoflow_celery.settings import SubprocessSettings
 
@@ -27,6 +29,11 @@ log = logging.getLogger(__name__)
 
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ENOEXEC, errno.ELOOP}
 _CLOSE_SECONDS = 5.0
+#: What an earlier launch that lives may take to end by itself, and then when it is asked to.
+_END_SECONDS, _STOP_SECONDS = 2.0, 10.0
+_POLL_SECONDS = 0.05
+#: After its time and grace an attempt that still runs is killed: its agent does not look at the time.
+_TIMEOUT_ALLOWANCE_SECONDS = 60.0
 _SWEEP_SECONDS = 60.0
 
 
@@ -50,7 +57,9 @@ class SubprocessExecutor:
         )
         self._settings, self._environ = settings, dict(os.environ if environ is None else environ)
         self._root = state_root(settings.state_dir)
-        self._reaper, self._settler = Reaper(), Settler(reporter)
+        self._processes = Processes(system_id(self._root))
+        self._reaper, self._settler = Reaper(), Settler(self._processes, reporter)
+        self._slots = Slots(self._root, settings.max_running)
         self._spawner = self._make_spawner()
         self._sweep_regularly()
 
@@ -67,11 +76,13 @@ class SubprocessExecutor:
         """Start the attempt's agent; an attempt that is alive here, or ended here unreported, is not started again.
 
         Raises:
+            HostFull: it runs as many as it may.
             TransientLaunchError: the host has no process or memory to spare.
             PermanentLaunchError: the agent cannot be executed (``command_not_found``).
         """
+        self._end_earlier(launch)
         try:
-            directory = AttemptDirectory.acquire_unless_alive(self._path(launch.name))
+            directory = AttemptDirectory.acquire_unless_alive(self._path(launch.name), self._acquire)
         except TimeoutError as error:
             raise TransientLaunchError(FailureReason.LAUNCH_FAILED, str(error)) from error
         if directory is None:
@@ -81,6 +92,40 @@ class SubprocessExecutor:
             return self._execute(launch, directory, started)
         finally:
             started.set()
+
+    def room(self) -> int:
+        """How many more attempts would start on this host now."""
+        return self._slots.free()
+
+    def _acquire(self, path: Path) -> AttemptDirectory | None:
+        with self._slots.admission(path):
+            return AttemptDirectory.acquire(path)
+
+    def _end_earlier(self, launch: LaunchSpec) -> None:
+        """Return when nothing of an earlier launch or try of the task instance runs on this host.
+
+        One whose agent lives is left a moment to end by itself, then asked to, then killed.
+
+        Raises:
+            TransientLaunchError: something survives even SIGKILL. It is waited for: two launches never overlap.
+        """
+        names = earlier_names(launch.attempt, launch.request.dag_id, launch.request.task_id)
+        for signalled, patience_seconds in ((0, _END_SECONDS), (signal.SIGTERM, _STOP_SECONDS)):
+            if not names or not any(self._processes.of(*names)):
+                return
+            agents = [pid for name in names if (pid := live_pid(self._path(name))) is not None]
+            deadline = time.monotonic() + patience_seconds
+            for pid in agents:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signalled)
+            while time.monotonic() < deadline and any(live_pid(self._path(name)) in agents for name in names):
+                time.sleep(_POLL_SECONDS)
+        if not self._processes.kill(*names):
+            left = ", ".join(map(str, self._processes.of(*names)))
+            raise TransientLaunchError(
+                FailureReason.LAUNCH_FAILED,
+                f"an earlier launch of this task still has processes on this host that SIGKILL did not end: {left}",
+            )
 
     def _execute(self, launch: LaunchSpec, directory: AttemptDirectory, started: threading.Event) -> Launched:
         try:
@@ -125,17 +170,30 @@ class SubprocessExecutor:
             staging_dir(self._root, launch.request.staging_claim, *run_ids(launch.request).values()).mkdir(
                 parents=True, exist_ok=True
             )
-        env = agent_environment(launch, directory, self._root, self._settings.venvs_root, self._environ)
-        start = AgentStart(env, self._settings.work_dir, directory.agent_log, directory.lock)
-        pid = self._spawner.start(start, lambda code: self._settler.exited(Exited(directory.path, code, started)))
+        mark, limit = self._processes.variable(launch.name), self._processes.limit(launch.name)
+        env = agent_environment(launch, directory, self._root, self._settings.venvs_root, mark, self._environ)
+        start = AgentStart(env, self._settings.work_dir, directory.agent_log, directory.lock, limit)
+        pid = self._spawner.start(
+            start, lambda code: self._settler.exited(Exited(directory.path, launch.attempt, code, started))
+        )
         directory.write_pid(pid)
+        if seconds := launch.request.timeout_seconds:
+            # An agent stops its task itself, and says so; this is for one that does not.
+            grace = launch.request.execution.termination_grace_seconds or 0
+            late = seconds + _TIMEOUT_ALLOWANCE_SECONDS + grace
+            self._reaper.call_later(late, lambda: self._overran(launch, pid))
         return pid
+
+    def _overran(self, launch: LaunchSpec, pid: int) -> None:
+        if live_pid(self._path(launch.name)) == pid:
+            self._settler.overran(launch.name, launch.request.timeout_seconds)
+            self._kill(launch.name, pid)
 
     def _kill(self, name: str, pid: int) -> None:
         if live_pid(self._path(name)) == pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-            kill_processes_of(name)
+            self._processes.kill(name)
 
     def _path(self, name: str) -> Path:
         return self._root / "attempts" / name

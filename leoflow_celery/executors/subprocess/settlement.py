@@ -17,7 +17,7 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord
 from leoflow_celery.executors.base import FailureReporter
 from leoflow_celery.executors.subprocess.directory import AttemptDirectory, all_attempts
-from leoflow_celery.executors.subprocess.processes import kill_processes_of
+from leoflow_celery.executors.subprocess.processes import Processes
 
 log = logging.getLogger(__name__)
 _LAST_LINES, _LAST_LINE_CHARACTERS = 50, 2_000
@@ -39,6 +39,7 @@ class Exited:
     """
 
     path: Path
+    attempt: AttemptId
     code: int | None
     started: threading.Event
 
@@ -72,8 +73,9 @@ def _how(exit_code: int | None) -> str:
 class Settler:
     """Settles attempts one after the other in a thread of its own: a reporter may wait for its broker."""
 
-    def __init__(self, reporter: FailureReporter | None) -> None:
-        self._reporter = reporter
+    def __init__(self, processes: Processes, reporter: FailureReporter | None) -> None:
+        self._processes, self._reporter = processes, reporter
+        self._overran: dict[str, int] = {}
         self._queue: queue.SimpleQueue[Exited | Path | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="leoflow-settler", daemon=True)
         self._thread.start()
@@ -82,11 +84,16 @@ class Settler:
         """An agent that this worker had started ended."""
         self._queue.put(exited)
 
+    def overran(self, name: str, seconds: int) -> None:
+        """The attempt is about to be killed: it ran longer than it may."""
+        self._overran[name] = seconds
+
     def settle_leftover(self, directory: AttemptDirectory) -> bool:
         """Report what an earlier agent left in a directory we hold; True when the attempt has ended by its word."""
-        kill_processes_of(directory.path.name)
+        if not self._processes.kill(directory.path.name):
+            raise TimeoutError(f"processes of {directory.path.name} are still there although they were killed")
         record = directory.record()
-        self._report(directory, settle(record, None, seen=False))
+        self._report(directory, directory.attempt(), settle(record, None, seen=False))
         return record is not None and record.ended
 
     def sweep_soon(self, root: Path) -> None:
@@ -123,20 +130,24 @@ class Settler:
     def _settle_exit(self, exited: Exited) -> None:
         if exited.code != 0:
             # Before the lock: a foreign agent may have leaked it to what it left running.
-            kill_processes_of(exited.path.name)
+            self._processes.kill(exited.path.name)
         exited.started.wait()
         directory = AttemptDirectory.acquire_existing(exited.path)
         if directory is None:
             return  # started again, or settled by another worker
         try:
-            self._report(directory, settle(directory.record(), exited.code, seen=True))
+            report = settle(directory.record(), exited.code, seen=True)
+            seconds = self._overran.pop(exited.path.name, None)
+            if seconds is not None and report is not None and report.outcome.reason is FailureReason.PROCESS_LOST:
+                message = f"the task ran longer than {seconds} s, and its agent did not stop it"
+                report = Report(Outcome.failed(FailureReason.TIMEOUT, message))
+            self._report(directory, exited.attempt, report)
         except BaseException:
             directory.release()
             raise
         directory.remove()
 
-    def _report(self, directory: AttemptDirectory, report: Report | None) -> None:
-        attempt: AttemptId | None = directory.attempt()
+    def _report(self, directory: AttemptDirectory, attempt: AttemptId | None, report: Report | None) -> None:
         if report is None or attempt is None:
             return
         outcome, said = report.outcome, _last_words(directory)

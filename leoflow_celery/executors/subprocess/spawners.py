@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from leoflow_celery.executors.subprocess.environment import inherited
+from leoflow_celery.executors.subprocess.processes import mark
 from leoflow_celery.executors.subprocess.reaper import Reaper
 
 #: The exit code of an agent, None when it could not be seen.
@@ -30,12 +31,16 @@ _ANSWER_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class AgentStart:
-    """One agent to start. It gets ``lock`` as an open file and must hold it while it lives."""
+    """One agent to start. It gets ``lock`` as an open file and must hold it while it lives.
+
+    ``limit`` marks its processes.
+    """
 
     env: Mapping[str, str]
     cwd: str
     log: Path
     lock: int
+    limit: int
 
 
 class Spawner(Protocol):
@@ -70,6 +75,7 @@ class ExecSpawner:
                 pass_fds=(start.lock,),
             )
         pid = process.pid
+        mark(pid, start.limit)
         # The reaper collects it by number. To Popen it must look finished, or it complains when it is forgotten.
         process.returncode = 0
         self._reaper.watch_process(pid, lambda: on_exit(_collect(pid)))
@@ -143,7 +149,8 @@ class _Server:
         number = next(self._numbers)
         answer: Future[int] = Future()
         self._answers[number], self._exits[number] = answer, on_exit
-        packet = {"id": number, "env": dict(start.env), "cwd": start.cwd, "log": str(start.log)}
+        packet: dict[str, Any] = {"id": number, "env": dict(start.env), "cwd": start.cwd, "log": str(start.log)}
+        packet["mark"] = start.limit
         try:
             socket.send_fds(self._socket, [json.dumps(packet).encode()], [start.lock])
             return answer.result(_ANSWER_SECONDS)

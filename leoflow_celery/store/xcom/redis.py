@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import redis as redis_client
 from redis.exceptions import RedisError
 
+from leoflow_celery.broker_url import redis_address
 from leoflow_celery.domain.xcom import XComKey, XComValue
-from leoflow_celery.errors import ConfigurationError, DatabaseUnavailable
+from leoflow_celery.errors import DatabaseUnavailable
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
 
@@ -43,17 +44,14 @@ class RedisXComStore:
     """The back end for systems whose values should not load the SQL database."""
 
     def __init__(self, url: str, settings: Settings) -> None:
+        address = redis_address(url, "LEOFLOW_XCOM_REDIS_URL" if settings.xcom.redis_url else "LEOFLOW_BROKER_URL")
         self.address = _without_password(url)
-        # Celery's spelling of a socket's URL is not the client's.
-        client_url = url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=", 1)
-        try:
-            self._client: Any = redis_client.Redis.from_url(
-                client_url,
-                socket_connect_timeout=settings.broker.connect_timeout_seconds,
-                socket_timeout=settings.broker.socket_timeout_seconds,
-            )
-        except ValueError as error:
-            raise ConfigurationError(f"LEOFLOW_XCOM_REDIS_URL is not a Redis URL: {self.address}") from error
+        self._client: Any = redis_client.Redis.from_url(
+            address.client_url,
+            **address.tls,
+            socket_connect_timeout=settings.broker.connect_timeout_seconds,
+            socket_timeout=settings.broker.socket_timeout_seconds,
+        )
         self._prefix = settings.broker.key_prefix
         self._ttl_seconds = settings.xcom.ttl_seconds
 

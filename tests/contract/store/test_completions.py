@@ -43,10 +43,30 @@ def test_what_is_leased_is_not_given_twice_until_the_lease_runs_out(store: Store
 
 def test_what_is_done_is_never_given_again(store: Store) -> None:
     waiting_id = finished(store, "a")
-    store.completions.take(-1)
-    store.completions.done([waiting_id])
+    taken = store.completions.take(-1)
+    assert ids(taken) == {waiting_id}
+    store.completions.done(taken)
     store.completions.done([])
     assert store.completions.take(60) == []
+
+
+def test_only_who_holds_the_lease_says_how_it_went(store: Store) -> None:
+    waiting_id = finished(store, "a")
+    slow, quick = store.completions.take(-2), store.completions.take(-1)  # two leases, also within a millisecond
+    store.completions.done(slow)
+    store.completions.failed(slow[0])
+    [again] = store.completions.take(60)
+    assert (again.celery_task_id, again.failures) == (waiting_id, 0)
+    store.completions.done(quick)
+    store.completions.done([again])
+    assert _open(store) == 0
+
+
+def _open(store: Store) -> int:
+    table = table_of(TaskCompletion)
+    with store.database.reading() as connection:
+        count = sa.select(sa.func.count()).select_from(table).where(table.c.done_at.is_(None))
+        return int(connection.execute(count).scalar_one())
 
 
 def test_any_number_of_ids_of_any_shape_wait_for_one_try(store: Store) -> None:
@@ -78,7 +98,7 @@ def test_racing_takers_share_the_work_and_no_id_goes_to_two(store: Store) -> Non
         while found := store.completions.take(60, limit=3):
             assert len(found) <= 3
             mine += ids(found)
-            store.completions.done([item.celery_task_id for item in found])
+            store.completions.done(found)
         return mine
 
     for result in race(20, take):
@@ -100,7 +120,8 @@ def test_one_that_cannot_be_completed_waits_longer_each_time_up_to_an_hour(store
         assert store.completions.take(60) == []
         _pass(store, 6)
     assert delays == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600]
-    store.completions.done([celery_id])
+    [taken] = store.completions.take(60)
+    store.completions.done([taken])
     assert store.completions.failed(taken) == 3600
     _pass(store, 4_000)
     assert store.completions.take(60) == []

@@ -20,7 +20,7 @@ def ended(store: Store, task_instance_id: str, try_number: int = 1) -> AttemptId
     attempt = submit(store, task_instance_id, try_number)
     store.attempts.finish(attempt, Outcome.success())
     taken = store.completions.take(60, task_instance_id, try_number)
-    store.completions.done([one.celery_task_id for one in taken])
+    store.completions.done(taken)
     return attempt
 
 

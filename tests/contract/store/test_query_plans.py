@@ -14,8 +14,9 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat, FinishCondition
+from leoflow_celery.store.completions import Waiting
 from leoflow_celery.store.events import event_row
-from leoflow_celery.store.models import TaskCompletion, TaskEvent, TaskInstance, table_of
+from leoflow_celery.store.models import DagRun, TaskCompletion, TaskEvent, TaskInstance, table_of
 from leoflow_celery.store.submissions import _completion_row, _row
 from tests.contract.store.rows import claim, new_try, submit
 from tests.support.statements import Statement, recorded
@@ -81,7 +82,7 @@ CALLS: dict[str, Call] = {
     "staging": lambda store: store.staging.list_active(),
     "take": lambda store: store.completions.take(60),
     "take of one": lambda store: store.completions.take(60, "ti-1", 1),
-    "done": lambda store: store.completions.done(["some-id"]),
+    "done": lambda store: store.completions.done([Waiting("some-id", "ti-1", 1, {}, None, lease_until=1.0)]),
     "record": lambda store: submit(store, "fresh"),
     "end superseded": lambda store: store.submissions.end_superseded(),
     "record again": lambda store: submit(store, "old-7", 2),
@@ -133,3 +134,34 @@ def test_sweeps_start_from_the_partial_indexes(long_store: Store) -> None:
 def test_the_check_itself_sees_a_full_scan(long_store: Store) -> None:
     query = ("SELECT * FROM task_instance WHERE hostname = 'nowhere'", ())
     assert full_scans(plan_of(long_store, query)) != []
+
+
+def test_runs_are_found_by_their_start_and_cleared_by_their_name(store: Store) -> None:
+    now, run = time.time(), table_of(DagRun)
+    rows = [
+        {
+            "tenant_id": "default",
+            "dag_id": f"dag-{n % 50}",
+            "run_id": f"run-{n}",
+            "dag_version": "",
+            "state": "success",
+            "started_at": now - n,
+            "sealed_dag": "",
+        }
+        for n in range(HISTORY_ROWS)
+    ]
+    with store.database.transaction() as connection:
+        connection.execute(sa.insert(run), rows)
+    with store.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE")
+    with recorded(store) as statements:
+        assert len(store.runs.find("default")) == 20
+        assert store.runs.latest("default", "dag-7") == "run-7"
+        assert store.runs.find("default", "dag-7", since=-100)
+        assert store.runs.clear("default", "dag-7", "run-7", lambda _: []) == []
+    plans = {text: plan_of(store, (text, values)) for text, values in statements if "FROM dag_run" in text}
+    assert len(plans) == 4
+    for text, lines in plans.items():
+        assert not any(
+            "SCAN" in line.split("USING")[0] or "Seq Scan" in line or "TEMP B-TREE FOR ORDER" in line for line in lines
+        ), text

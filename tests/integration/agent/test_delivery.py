@@ -206,3 +206,38 @@ def test_a_cancellation_while_the_lines_wait_ends_the_wait_soon(plane, start_age
     wait_until(lambda: agent.log.exists() and agent.termination()["state"] == "success")
     plane.should_terminate = True
     assert agent.wait() == 0
+
+
+NO_SPACE = """
+import os
+def full(*_):
+    raise OSError(28, "No space left on device")
+os.pwrite = full
+"""
+
+
+def test_a_full_disk_ends_the_task_and_keeps_its_lines(plane, start_agent):
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint="for i in $(seq 50); do echo a$i; done")
+    assert start_agent(defect=NO_SPACE).wait() == 0
+    assert plane.text("stdout") == [f"a{i}" for i in range(1, 51)]
+
+
+def test_a_full_disk_beyond_memory_drops_lines_and_has_an_end(plane, start_agent):
+    """Nothing fits, not even the line that says so: streams that carry nothing are paused, and given up."""
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint="echo lost")
+    defect = NO_SPACE + "from leoflow_celery.agent import spool\nspool._MAX_MEMORY_BYTES = 1\n"
+    agent = start_agent(defect=defect, LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS="4")
+    assert agent.wait() == 0
+    assert plane.final().request.state == pb.TASK_STATE_SUCCESS
+    assert plane.count("StreamLogs") < 50
+
+
+def test_a_progress_bar_and_a_prompt_are_seen_while_the_task_runs(plane, start_agent, tmp_path):
+    plane.spec = pb.TaskSpec(
+        operator="bash",
+        entrypoint=f"printf '10%%\\r20%%\\rname? '; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done",
+    )
+    agent = start_agent()
+    wait_until(lambda: plane.text("stdout") == ["10%", "20%", "name? "])
+    (tmp_path / "go").touch()
+    assert agent.wait() == 0

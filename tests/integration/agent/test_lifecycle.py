@@ -127,6 +127,17 @@ def test_sigterm_is_forwarded_and_never_ends_as_success(plane, start_agent):
     assert "cleaned up" in plane.text("stdout")
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGABRT", "SIGRTMIN"])
+def test_every_signal_that_may_mean_stop_is_a_stop(plane, start_agent, name):
+    plane.spec = bash("trap 'exit 0' TERM; echo ready; while true; do sleep 0.05; done")
+    agent = start_agent()
+    wait_until(lambda: "ready" in plane.text("stdout"))
+    agent.popen.send_signal(signal.Signals[name])
+    assert agent.wait() == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "interrupted"
+    assert plane.final().request.error_message == f"the agent received {name}"
+
+
 def test_sigterm_of_a_cancelled_task_is_a_cancellation(plane, start_agent):
     plane.spec = bash("echo ready; sleep 300")
     agent = start_agent()
@@ -339,7 +350,17 @@ def test_a_foreign_control_plane_without_our_extras_works(plane, start_agent):
     plane.spec = bash("echo hi")
     plane.script.update(GetVariables=unimplemented, GetConnections=unimplemented)
     assert start_agent().wait() == 0
-    assert any("going on without" in line for line in plane.text("agent"))
+    assert not any("going on without" in line for line in plane.text("agent"))
+
+
+def test_a_task_that_uses_what_is_withheld_hears_why(plane, start_agent):
+    def refused(call):
+        raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "not on plain text")
+
+    plane.spec = bash("echo $AIRFLOW_VAR_REGION")
+    plane.script.update(GetVariables=refused, GetConnections=refused)
+    assert start_agent().wait() == 0
+    assert any("not on plain text" in line for line in plane.text("agent"))
 
 
 def test_the_agent_imports_nothing_heavy():

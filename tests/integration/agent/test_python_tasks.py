@@ -28,6 +28,9 @@ def skips():
     raise AirflowSkipException("nothing to do")
 def sizes(**kwargs): return {name: len(value) for name, value in kwargs.items()}
 async def later(): return "now"
+def forgets():
+    os.environ.clear()
+    return "kept"
 def env(): return [os.environ.get("AIRFLOW_VAR_REGION"), os.environ.get("AIRFLOW_CONN_DB")]
 """
 
@@ -185,3 +188,39 @@ def test_an_interpreter_without_our_packages_finds_the_runtime_and_nothing_else_
     plane.spec = pb.TaskSpec(operator="python", entrypoint="probe:f", environment={"PYTHONPATH": str(script)})
     assert start_agent(LEOFLOW_PYTHON=str(venv / "bin" / "python")).wait() == 0
     assert result(plane) == [str(venv), True]
+
+
+def test_a_file_beside_the_dag_stands_in_for_no_module_of_ours(plane, start_agent, tmp_path_factory):
+    code = tmp_path_factory.mktemp("code")
+    for name in ("token.py", "random.py", "json.py", "tempfile.py"):
+        (code / name).write_text("raise RuntimeError('the wrong one')\n")
+    (code / "plain.py").write_text("def f(): return __file__\n")
+    plane.spec = pb.TaskSpec(operator="python", entrypoint="plain:f", environment={"PYTHONPATH": str(code)})
+    assert start_agent().wait() == 0
+    assert result(plane) == str(code / "plain.py")
+
+
+def test_a_task_that_clears_its_environment_keeps_its_value(run, plane):
+    assert run("forgets") == 0
+    assert result(plane) == "kept"
+
+
+def test_the_sentence_of_a_failure_is_the_exceptions(run, plane):
+    assert run("fails") == 1
+    assert plane.final().request.error_message == "ValueError: no such table"
+    assert plane.final().metadata["x-leoflow-reason"] == "non_zero_exit"
+
+
+@pytest.mark.parametrize("entrypoint", ["dag:absent", "no_such_module:f"])
+def test_what_does_not_exist_is_the_configurations_fault(plane, start_agent, tmp_path, entrypoint):
+    (tmp_path / "dag.py").write_text(DAG)
+    plane.spec = pb.TaskSpec(operator="python", entrypoint=entrypoint)
+    assert start_agent().wait() == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "invalid_spec"
+
+
+def test_a_module_that_exits_while_it_is_imported_is_a_failure(plane, start_agent, tmp_path):
+    (tmp_path / "dag.py").write_text("import sys\nsys.exit(0)\n")
+    plane.spec = pb.TaskSpec(operator="python", entrypoint="dag:f")
+    assert start_agent().wait() == 1
+    assert "sys.exit(0)" in plane.final().request.error_message

@@ -73,14 +73,16 @@ class Docker:
 
     def agent_launch(self, plane: ControlPlane, task_id: str = "t", **fields: Any) -> LaunchSpec:
         """A launch of the task image with an agent that finds the control plane."""
-        return self.launch(task_id, image=task_image(), control_plane_addr=plane.address, **fields)
+        return self.launch(task_id, **{"image": task_image(), "control_plane_addr": plane.address, **fields})
 
-    def expectation(self, *launches: LaunchSpec, host: str = "", read_at: float = 0) -> Expectation:
+    def expectation(
+        self, *launches: LaunchSpec, host: str = "", read_at: float = 0, claimed: bool = True
+    ) -> Expectation:
         """SQL was read after all that happened so far, and says that these live; ``host`` started them long ago."""
         read_at = read_at or now()
         return Expectation.of(
             read_at,
-            [ExpectedAttempt(one.attempt, one.name, read_at - 100, claimed=True, host=host) for one in launches],
+            [ExpectedAttempt(one.attempt, one.name, read_at - 100, claimed=claimed, host=host) for one in launches],
         )
 
     def run_plain(

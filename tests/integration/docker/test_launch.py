@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason
-from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
+from leoflow_celery.errors import HostFull, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.docker.container import build_container, build_environment
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.settings import DockerSettings
 from tests.integration.docker.conftest import bash, wait_for_output
+from tests.support.images import base_image
 from tests.support.waiting import wait_until
 
 
@@ -25,11 +26,11 @@ def succeeded(plane) -> bool:
 def test_a_task_runs_and_its_token_is_nowhere_to_be_seen(plane, engine, docker_system, executor):
     plane.spec = bash(
         "echo user=$(id -u) caps=$(grep CapEff /proc/self/status | cut -f2) nnp=$(grep NoNewPrivs /proc/self/status "
-        "| cut -f2) host=$(hostname) mine=$MINE; ls -A /run/leoflow/attempt; env | grep -c t0ken; "
-        "getent hosts host.docker.internal > /dev/null && echo gateway known; echo ready; read -t 60 < /staging/go"
+        "| cut -f2) host=$(hostname) mine=$MINE; ls -A /run/leoflow/attempt | grep -v ^leoflow-agent-; "
+        "env | grep -c t0ken; getent hosts host.docker.internal > /dev/null && echo gateway known; "
+        "echo ready; read -t 60 < /staging/go"
     )
     launch = docker_system.agent_launch(plane, env={"MINE": "canary"}, staging_claim=f"{docker_system.system}-v")
-    engine.api.create_volume(launch.request.staging_claim, labels={"leoflow.io/system": docker_system.system})
     launched = executor.execute(launch)
     assert (launched.external_name, launched.already, launched.host) == (launch.name, False, executor.host)
     wait_for_output(plane, "ready")
@@ -244,6 +245,138 @@ def test_an_image_whose_program_is_missing_leaves_no_container(engine, docker_sy
         assert engine.status(launch.name) == "gone"
     finally:
         engine.api.remove_image(image, force=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [
+        ("USER nosuch", FailureReason.INVALID_IMAGE, "unable to find user nosuch"),
+        ("USER 0:nosuch", FailureReason.INVALID_IMAGE, "unable to find group nosuch"),
+        ("USER 99999999999", FailureReason.INVALID_IMAGE, "uids and gids must be in range"),
+        ('ENTRYPOINT ["/etc/passwd"]', FailureReason.COMMAND_NOT_FOUND, "permission denied"),
+        ('ENTRYPOINT ["/tmp"]', FailureReason.COMMAND_NOT_FOUND, "exec: "),
+        ('ENTRYPOINT ["no-such-program"]', FailureReason.COMMAND_NOT_FOUND, "executable file not found"),
+    ],
+)
+def test_an_image_that_can_never_start_is_refused_at_once(engine, docker_system, executor, change, reason, words):
+    with engine.image(base_image(), change) as image:
+        error = refused(executor, docker_system.launch(image=image))
+        assert (error.reason, CLASS_OF[FailureReason(error.reason)]) == (reason, FailureClass.CONFIG)
+        assert words in error.message
+        assert engine.containers(docker_system.system) == []
+
+
+def test_user_code_that_empties_the_temporary_directory_keeps_its_result(plane, engine, docker_system):
+    for read_only in (False, True):
+        plane.calls.clear()
+        plane.spec = bash("rm -rf /tmp/* /tmp/.[!.]*; echo '\"kept\"' > $LEOFLOW_RETURN_VALUE_PATH")
+        executor = docker_system.executor(read_only_root=read_only)
+        executor.execute(docker_system.agent_launch(plane, f"t{read_only}"))
+        assert succeeded(plane)
+        [pushed] = [call.request.value for call in plane.calls if call.name == "PushXCom"]
+        assert pushed == b'"kept"'
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_source_is_imported_by_a_python_task(plane, docker_system, read_only):
+    plane.spec = pb.TaskSpec(operator="python", entrypoint="dag:hello")
+    source = "def hello():\n    print('from the request: ü')\n    return 42\n"
+    fields = {"operator": "python", "entrypoint": "dag:hello", "source": source}
+    docker_system.executor(read_only_root=read_only).execute(docker_system.agent_launch(plane, **fields))
+    assert succeeded(plane)
+    assert plane.text("stdout") == ["from the request: ü"]
+
+
+def test_an_override_gets_what_the_operator_allows(plane, engine, docker_system, tmp_path):
+    data, volume = tmp_path / "data", f"{docker_system.system}-models"
+    data.mkdir()
+    (data / "rows").write_text("rows of the host\n")
+    for path in (*list(data.parents)[:-2], data):
+        path.chmod(path.stat().st_mode | 0o055)
+    engine.api.create_volume(volume, labels={"leoflow.io/system": docker_system.system})
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        f"allow: {{ulimits: {{nofile: 2048}}, extra_hosts: [db], mounts: [{{volume: {volume}}}, {{path: {data}}}]}}"
+    )
+    plane.spec = bash(
+        "df -m /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2; ulimit -Sn; ulimit -Hn; "
+        "getent hosts db | cut -d' ' -f1; cat /data/rows; touch /data/x /models/x 2>&1 | grep -c Read-only; echo end"
+    )
+    override = {
+        "shm_size": "128Mi",
+        "ulimits": [{"name": "nofile", "soft": 1_024, "hard": 2_048}],
+        "extra_hosts": {"db": "10.0.0.7"},
+        "mounts": [
+            {"type": "bind", "source": str(data), "target": "/data"},
+            {"source": volume, "target": "/models"},
+        ],
+    }
+    docker_system.executor(policy=policy).execute(docker_system.agent_launch(plane, docker_override=override))
+    assert succeeded(plane)
+    assert plane.text("stdout") == ["128", "1024", "2048", "10.0.0.7", "rows of the host", "2", "end"]
+
+
+def test_a_host_runs_so_many_containers_and_no_more(engine, docker_system):
+    executor = docker_system.executor(max_running=3)
+    assert executor.room() == 3
+    for number in range(2):
+        docker_system.run_plain(docker_system.launch(f"t{number}"), "sleep", "1000")
+    ended = docker_system.launch("ended")
+    docker_system.run_plain(ended, "true")
+    engine.wait(ended.name)
+    assert executor.room() == 1
+    with engine.image(base_image(), 'ENTRYPOINT ["sleep", "1000"]') as image:
+        launches = [docker_system.launch(f"new-{number}", image=image) for number in range(6)]
+
+        def started(launch) -> bool:
+            try:
+                return not executor.execute(launch).already
+            except HostFull:
+                return False
+
+        with ThreadPoolExecutor(6) as pool:
+            outcomes = list(pool.map(started, launches))
+        assert (outcomes.count(True), executor.room()) == (1, 0)
+        running = launches[outcomes.index(True)]
+        assert executor.execute(running).already, "a second delivery needs no place"
+        with pytest.raises(HostFull, match="LEOFLOW_DOCKER_MAX_RUNNING"):
+            executor.execute(docker_system.launch("one-more"))
+        engine.api.remove_container(running.name, force=True, v=True)
+        assert executor.room() == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"mounts": [{"type": "bind", "source": "/", "target": "/host"}]},
+        {"mounts": [{"type": "bind", "source": "/var/run/docker.sock", "target": "/var/run/docker.sock"}]},
+        {"device_requests": [{"count": -1}]},
+        {"ulimits": [{"name": "nproc", "soft": -1}]},
+        {"extra_hosts": {"gateway": "10.0.0.7"}},
+    ],
+)
+def test_an_override_gets_nothing_of_the_host_by_default(engine, docker_system, executor, override):
+    error = refused(executor, docker_system.launch(docker_override=override))
+    assert error.reason == FailureReason.FORBIDDEN
+    assert "LEOFLOW_DOCKER_POLICY" in error.message
+    assert engine.containers(docker_system.system) == []
+
+
+def test_what_is_allowed_and_not_on_this_host_is_left_to_another_one(engine, docker_system, tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"allow: {{gpus: 1, mounts: [{{path: {tmp_path}/absent}}]}}")
+    executor = docker_system.executor(policy=policy)
+    for override, words in (
+        ({"device_requests": [{"count": 1}]}, "docker_override.device_requests: could not select device driver"),
+        (
+            {"mounts": [{"type": "bind", "source": f"{tmp_path}/absent", "target": "/a"}]},
+            f"docker_override.mounts: '{tmp_path}/absent' is not on this host",
+        ),
+    ):
+        error = refused(executor, docker_system.launch(docker_override=override))
+        assert error.reason == FailureReason.CONTAINER_CREATE_FAILED
+        assert error.message.startswith(words)
+        assert engine.containers(docker_system.system) == []
 
 
 def test_a_policy_bounds_images_and_resources(docker_system, engine, tmp_path):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 
-from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason
 from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.termination import TerminationRecord, encode
 from tests.integration.docker.conftest import bash, wait_for_output
+from tests.support.engine import now
+from tests.support.images import base_image, task_image
 from tests.support.waiting import wait_until
 
 SLEEPER = ("sleep", "1000")
@@ -60,6 +66,33 @@ def test_docker_stop_of_an_agent(plane, engine, docker_system, executor):
     assert plane.final() is None
 
 
+@pytest.mark.parametrize("stop_signal", ["SIGQUIT", "SIGUSR1"])
+def test_docker_stop_of_an_image_with_a_stop_signal_of_its_own(plane, engine, docker_system, executor, stop_signal):
+    plane.spec = bash("trap 'exit 0' TERM; echo ready; while true; do sleep 0.05; done")
+    with engine.image(task_image(), f"STOPSIGNAL {stop_signal}") as image:
+        launch = docker_system.agent_launch(plane, image=image)
+        executor.execute(launch)
+        wait_for_output(plane, "ready")
+        engine.api.stop(launch.name, timeout=60)
+        assert engine.state(launch.name)["ExitCode"] == 143
+        executor.reconcile(docker_system.expectation(launch))
+        assert docker_system.outcome().reason == FailureReason.INTERRUPTED
+        assert "SIGTERM" in docker_system.outcome().message
+        engine.api.remove_container(launch.name, force=True, v=True)
+
+
+def test_a_child_killed_for_memory_does_not_explain_a_later_kill(plane, engine, docker_system, executor):
+    plane.spec = bash("python3 -c 'x = bytearray(600 << 20)' || echo outlived; sleep 1000")
+    launch = docker_system.agent_launch(plane, resources={"limits": {"memory": "160Mi"}})
+    executor.execute(launch)
+    wait_for_output(plane, "outlived")
+    engine.api.kill(launch.name)
+    assert engine.wait(launch.name)["OOMKilled"] is True
+    executor.reconcile(docker_system.expectation(launch))
+    outcome = docker_system.outcome()
+    assert (outcome.reason, outcome.exit_code) == (FailureReason.CONTAINER_LOST, 137)
+
+
 def test_docker_rm_in_mid_task(engine, docker_system, executor):
     launch = docker_system.launch()
     docker_system.run_plain(launch, *SLEEPER)
@@ -86,6 +119,24 @@ def test_a_success_is_recovered_when_the_gateway_was_away_at_the_end(plane, engi
     executor.reconcile(docker_system.expectation(launch))
     [(attempt, outcome, value)] = docker_system.reports
     assert (attempt, outcome.state, value) == (launch.attempt, TaskState.SUCCESS, "[1, 2]")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "claimed", "reason"),
+    [("", False, FailureReason.INVALID_IMAGE), ("of another", True, FailureReason.CONTAINER_LOST)],
+)
+def test_a_record_of_success_is_believed_of_an_agent_with_the_claim(
+    engine, docker_system, executor, attempt, claimed, reason
+):
+    """Any image can write one."""
+    launch = docker_system.launch()
+    left = encode(TerminationRecord(attempt or launch.attempt.task_instance_id, TaskState.SUCCESS, 0)).decode()
+    docker_system.run_plain(launch, "sh", "-c", f"echo '{left}' > /run/leoflow/attempt/termination-log")
+    engine.wait(launch.name)
+    before = executor.reconcile(docker_system.expectation(launch, claimed=False, read_at=now() - 60))
+    assert (before.reported, docker_system.reports) == (0, [])
+    executor.reconcile(docker_system.expectation(launch, claimed=claimed))
+    assert docker_system.outcome().reason == reason
 
 
 def test_what_the_agent_reported_is_not_reported_again(plane, engine, docker_system, executor):
@@ -118,9 +169,38 @@ def test_an_image_without_an_agent_is_not_waited_for(engine, docker_system, exec
     launch = docker_system.launch()
     executor.execute(launch)
     engine.wait(launch.name)
-    executor.reconcile(docker_system.expectation(launch))
+    executor.reconcile(docker_system.expectation(launch, claimed=False))
+    outcome = docker_system.outcome()
+    assert (outcome.reason, outcome.exit_code) == (FailureReason.INVALID_IMAGE, 0)
+    assert "is leoflow-agent the image's entrypoint?" in outcome.message
+
+
+def test_a_foreign_agent_that_had_claimed_is_no_image_without_one(engine, docker_system, executor):
+    launch = docker_system.launch()
+    executor.execute(launch)
+    engine.wait(launch.name)
+    executor.reconcile(docker_system.expectation(launch, claimed=True))
     assert docker_system.outcome().reason == FailureReason.CONTAINER_LOST
-    assert "is leoflow-agent the image's entrypoint?" in docker_system.outcome().message
+
+
+@pytest.mark.parametrize(
+    ("program", "reason", "words"),
+    [
+        (b"\x7fELF of another machine", FailureReason.INVALID_IMAGE, "exec format error"),
+        (b"no script at all", FailureReason.INVALID_IMAGE, "exec format error"),
+        (b"#!/no/such/interpreter\n", FailureReason.COMMAND_NOT_FOUND, "no such file or directory"),
+    ],
+)
+def test_a_program_that_the_kernel_refuses_is_final(engine, docker_system, executor, program, reason, words):
+    with engine.image(base_image(), 'ENTRYPOINT ["/program"]', program=program) as image:
+        launch = docker_system.launch(image=image)
+        executor.execute(launch)
+        engine.wait(launch.name)
+        executor.reconcile(docker_system.expectation(launch, claimed=False))
+        outcome = docker_system.outcome()
+        assert (outcome.reason, CLASS_OF[outcome.reason]) == (reason, FailureClass.CONFIG)
+        assert words in outcome.message
+        engine.api.remove_container(launch.name, force=True, v=True)
 
 
 # -- what nobody expects --------------------------------------------------------------------------------------------
@@ -211,3 +291,21 @@ def test_cancel_of_what_is_gone_or_ended_is_fine(engine, docker_system, executor
     docker_system.run_plain(launch, "true")
     engine.wait(launch.name)
     executor.cancel(launch.name, grace)
+
+
+def test_a_worker_whose_clock_is_wrong_judges_by_the_engines(engine, docker_system, monkeypatch):
+    """An hour ahead, everything is past its deadline; SQL's times are moved to the Engine's clock as well."""
+    executor = docker_system.executor(deadline_allowance_seconds=0, termination_grace_seconds=1)
+    live, fresh = docker_system.launch("live"), docker_system.launch("fresh")
+    for launch in (live, fresh):
+        docker_system.run_plain(launch, *SLEEPER, labels={"leoflow.io/deadline-seconds": "600"})
+    wrong = time.time() + 3_600
+    monkeypatch.setattr("leoflow_celery.clock.time.time", lambda: wrong)
+    # SQL, whose clock is two hours ahead of the Engine's, was read before the other one came into being.
+    read = docker_system.expectation(live, read_at=wrong + 3_600)
+    executor.reconcile(replace(read, age_seconds=5.0))
+    assert [engine.state(one.name)["Running"] for one in (live, fresh)] == [True, True]
+    assert docker_system.reports == []
+    executor.reconcile(replace(read, age_seconds=-3_600.0))
+    wait_until(lambda: not engine.state(fresh.name)["Running"], 60)
+    assert engine.state(live.name)["Running"]

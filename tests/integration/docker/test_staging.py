@@ -68,8 +68,18 @@ def test_the_volume_of_another_run_is_refused_by_its_labels(engine, docker_syste
         executor.execute(replace(launch, request=launch.request.evolve(staging_claim=claim, **other)))
 
 
+@pytest.mark.parametrize("labels", [{}, {"leoflow.io/staging": "true"}, {"leoflow.io/dag-id": "d"}])
+def test_a_volume_that_is_not_labelled_as_this_runs_is_refused(engine, docker_system, executor, claim, labels):
+    engine.api.create_volume(claim, labels={"leoflow.io/system": docker_system.system, **labels})
+    with pytest.raises(PermanentLaunchError) as caught:
+        executor.execute(docker_system.launch(staging_claim=claim))
+    assert caught.value.reason == "invalid_spec"
+    assert f"staging_claim: a volume named '{claim}' exists on this host without our label" in caught.value.message
+    assert engine.containers(docker_system.system) == []
+    assert engine.volumes(docker_system.system) == [claim]
+
+
 def test_an_operators_own_volume_of_that_name_is_left_alone(engine, docker_system, executor, claim):
     engine.api.create_volume(claim, labels={"leoflow.io/system": docker_system.system})
-    executor.execute(docker_system.launch(staging_claim=claim))
     assert executor.collect_staging(plan(delete={claim: "run_succeeded"}, orphan_seconds=0)) == {}
     assert engine.volumes(docker_system.system) == [claim]

@@ -24,7 +24,7 @@ _SCHEMA = {"anyOf": [{"type": "array", "items": {"$ref": "#"}}] * 3 + [{"const":
 
 #: In a process of its own: what it does to itself must not slow the one that measures.
 _HOSTILE = """
-import sys, threading, time
+import itertools, sys, threading, time
 import grpc
 from leoflow_celery.protocol import agent_pb2 as pb
 from tests.integration.gateway.harness import Agent, line
@@ -48,9 +48,10 @@ values = (
     *(b"[" * 200_000, b"1" * 250_000, b"x" * (7 << 20)),
 )
 
+turn = itertools.cycle(values)
+
 def push():
-    for value in values:
-        agent.push(value)
+    agent.push(next(turn))
 
 def logs():
     stream = agent.logs()
@@ -88,33 +89,39 @@ def world(tmp_path: Path) -> Iterator[ProcessWorld]:
 
 
 def test_the_p99_of_another_tenants_calls_stays_below_a_second(world: ProcessWorld) -> None:
-    hostile = []
-    for kind in ("push", "logs", "headers", "calls"):
-        request = world.submit(f"hostile-{kind}", tenant_id="hostile", task_id=kind, xcom_schema=_SCHEMA)
-        agent = world.agent(request)
-        agent.run()
-        assert agent.session is not None
-        token = world.tokens.mint(request, request.attempt)
-        command = [sys.executable, "-c", _HOSTILE, kind, world.address, agent.session, token, str(_SECONDS)]
-        hostile.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     mine = world.submit("mine", tenant_id="other", xcom_schema={"type": "integer"})
     agent = world.agent(mine)
     agent.run()
+    hostile, deadline = [], time.monotonic() + 3 * _SECONDS + 60
+    for kind in ("push", "logs", "headers", "calls"):
+        request = world.submit(f"hostile-{kind}", tenant_id="hostile", task_id=kind, xcom_schema=_SCHEMA)
+        theirs = world.agent(request)
+        theirs.run()
+        assert theirs.session is not None
+        token = world.tokens.mint(request, request.attempt)
+        command = [sys.executable, "-c", _HOSTILE, kind, world.address, theirs.session, token, str(_SECONDS)]
+        hostile.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     try:
-        took: list[float] = []
-        until = time.monotonic() + _SECONDS
-        while time.monotonic() < until:
-            for call in (agent.heartbeat, lambda: agent.push(b"1")):
-                started = time.monotonic()
-                answer = call()
-                took.append(time.monotonic() - started)
-            assert answer.accepted
+        beats: list[float] = []
+        pushes: list[float] = []
+        while any(one.poll() is None for one in hostile) and time.monotonic() < deadline:
+            started = time.monotonic()
+            agent.heartbeat()
+            beats.append(time.monotonic() - started)
+            started = time.monotonic()
+            assert agent.push(b"1").accepted
+            pushes.append(time.monotonic() - started)
+        took = sorted(beats + pushes)
         assert len(took) > 20 * _SECONDS / 12
-        p99 = sorted(took)[int(len(took) * 0.99) - 1]
+        p99 = took[int(len(took) * 0.99) - 1]
         assert p99 < _P99_SECONDS, f"p99 of {len(took)} calls: {p99:.2f} s"
+        # A heartbeat needs the event loop only. Two may meet a machine that does something else; one that stands for a
+        # second because of what the hostile tenant sends does so again and again.
+        assert sorted(beats)[-3] < _P99_SECONDS, f"the slowest of {len(beats)} heartbeats: {sorted(beats)[-5:]}"
     finally:
         sent = [one.communicate(timeout=120)[0].split() for one in hostile]
     assert all(int(done) + int(refused) > 0 for _, done, refused in sent), sent
     full = world.store.logs.path(world.log_key(world.submit("hostile-logs", tenant_id="hostile", task_id="logs")))
     assert 100_000 < full.stat().st_size < 20_001_000
-    print(f"p99 {p99:.3f} s, worst {max(took):.3f} s of {len(took)} calls beside {sent}")  # noqa: T201 - for whoever runs the minute
+    slowest = f"worst heartbeat {max(beats):.3f} s, push {max(pushes):.3f} s"
+    print(f"p99 {p99:.3f} s, {slowest} of {len(took)} calls beside {sent}")  # noqa: T201 - for whoever runs the minute

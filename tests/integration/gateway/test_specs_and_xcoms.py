@@ -8,11 +8,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+import sqlalchemy as sa
 
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.protocol import agent_pb2 as pb
-from tests.integration.gateway.harness import World, refused
+from leoflow_celery.security import KeyRing
+from tests.integration.gateway.harness import SEAL_KEY, World, refused
 
 HTTP = {"method": "POST", "url": "http://example.test/x", "headers": {"a": "b"}, "body": {"n": 1}}
 
@@ -69,8 +71,6 @@ def test_a_spec_is_for_the_holder_alone(sqlite_world: World) -> None:
 def test_a_request_sealed_with_another_key_is_named_as_such(make_world: Callable[..., World]) -> None:
     world = make_world()
     request = world.submit()
-    import sqlalchemy as sa
-
     with world.store.database.transaction() as connection:
         connection.execute(sa.text("UPDATE task_instance SET sealed_request = 'gAAAAAbroken'"))
     agent = world.agent(request)
@@ -78,6 +78,22 @@ def test_a_request_sealed_with_another_key_is_named_as_such(make_world: Callable
     error = refused(agent.spec)
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "LEOFLOW_SEAL_KEYS" in error.details()
+
+
+def test_a_request_that_older_rules_let_in_ends_with_the_rule_it_breaks(sqlite_world: World) -> None:
+    request = sqlite_world.submit()
+    stored = {**request.model_dump(mode="json", exclude_defaults=True), "env": {"LEOFLOW_AGENT_X": "c4n4ry"}}
+    sealed = KeyRing(SEAL_KEY).sealer("request").seal({"request": stored})
+    with sqlite_world.store.database.transaction() as connection:
+        connection.execute(sa.text("UPDATE task_instance SET sealed_request = :sealed"), {"sealed": sealed})
+    agent = sqlite_world.agent(request)
+    agent.register()
+    assert refused(agent.spec).code() is grpc.StatusCode.FAILED_PRECONDITION
+    view = sqlite_world.view(request)
+    assert (view.state, view.reason) == (TaskState.FAILED, "invalid_spec")
+    assert "env: " in view.message
+    assert "breaks a rule of this one" in view.message
+    assert "c4n4ry" not in view.message
 
 
 SECRETS = ({"name": "PASSWORD", "source": "env", "reference": "db-password"},)

@@ -40,14 +40,18 @@ def test_what_outlives_the_task_is_killed_and_does_not_keep_the_container(plane,
     assert plane.final().request.state == pb.TASK_STATE_SUCCESS
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
-def test_signals_reach_the_task(plane, start_task, name):
-    plane.spec = bash(f"trap 'echo got it; exit 0' {name}; echo ready; while true; do sleep 0.05; done")
-    task = start_task()
+@pytest.mark.parametrize("name", ["SIGQUIT", "SIGUSR1", "SIGHUP", "SIGWINCH", "SIGRTMIN+3"])
+def test_whatever_signal_stops_the_container_is_a_stop(plane, start_task, name):
+    """As an image's STOPSIGNAL has it: the task is told with SIGTERM, and never ends as success."""
+    plane.spec = bash("trap 'echo cleaned up; exit 0' TERM; echo ready; while true; do sleep 0.05; done")
+    task = start_task(env=LEAVING, stop_signal=name)
     ready(plane)
-    task.container.kill(name)
-    assert task.wait() == 0
-    assert "got it" in plane.text("stdout")
+    task.container.stop(timeout=60)
+    assert task.wait() == 143
+    left = task.termination()
+    assert (left["state"], left["reason"], left["reported"]) == ("failed", "interrupted", False)
+    assert left["message"] == f"the agent received {name}"
+    assert "cleaned up" in plane.text("stdout")
 
 
 def test_docker_stop_ends_the_task_cleanly_and_leaves_the_reason_to_the_executor(plane, start_task):
@@ -89,6 +93,15 @@ def test_out_of_memory_kills_the_task_and_the_agent_says_so(plane, start_task, c
     assert plane.final().metadata["x-leoflow-reason"] == "oom_killed"
     assert plane.final().request.exit_code == 137
     assert "out of memory" in plane.final().request.error_message
+
+
+def test_a_kill_long_after_one_that_the_task_outlived_is_not_out_of_memory(plane, start_task):
+    plane.spec = bash(f"{EAT} || echo outlived; sleep 4; kill -9 $$")
+    task = start_task(**MEMORY)
+    assert task.wait() == 1
+    assert "outlived" in plane.text("stdout")
+    assert plane.final().metadata["x-leoflow-reason"] == "non_zero_exit"
+    assert plane.final().request.exit_code == 137
 
 
 def test_a_kill_with_memory_to_spare_is_not_out_of_memory(plane, start_task):

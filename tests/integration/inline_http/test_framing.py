@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
+import inspect
+import socket
+import threading
+from itertools import count
+
 import pytest
+import urllib3
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.reasons import FailureReason
@@ -118,3 +125,85 @@ def test_values_reach_the_server_escaped(server, executor, make_request):
     with pytest.raises(HttpTaskError, match="task 'up' left no return_value"):
         executor.run(request, ATTEMPT, xcoms={})
     assert len(server.seen) == 1
+
+
+def test_a_peer_that_is_gone_is_noticed_by_the_kernel(server, executor, make_request):
+    """A forgotten NAT entry must not eat a whole deadline."""
+    executor.run(make_request(server.url()), ATTEMPT)
+    (kept,) = executor._kept._since
+    found = {name: kept.sock.getsockopt(level, name) for level, name, _ in connection.SOCKET_OPTIONS}
+    assert found[socket.SO_KEEPALIVE] == 1
+    idle, between, times = (found[getattr(socket, f"TCP_KEEP{name}")] for name in ("IDLE", "INTVL", "CNT"))
+    assert idle + between * times <= 30
+    assert found[socket.TCP_USER_TIMEOUT] <= 30_000
+
+
+def test_what_a_server_says_before_it_is_asked_answers_nobody(raw_server, executor, make_request):
+    """An answer sent into an idle connection would be read as that of the next call."""
+    numbers, said = count(), threading.Event()
+
+    def handle(sock, over):
+        number = next(numbers)
+        while sock.recv(65536):
+            sock.sendall(OK + b"1%d" % number)
+            if not number:
+                sock.sendall(b"")
+                idle.wait(10)
+                sock.sendall(OK + b"99")
+                said.set()
+
+    idle = threading.Event()
+    url = f"http://127.0.0.1:{raw_server(handle)}/"
+    assert executor.run(make_request(url), ATTEMPT).return_value() == b"10"
+    idle.set()
+    assert said.wait(10)
+    assert executor.run(make_request(url), ATTEMPT).return_value() == b"11"
+
+
+@pytest.mark.parametrize("ends", ["closes", "reads on", "stays"])
+@pytest.mark.parametrize("length", [10, 900_000])
+def test_an_answer_that_comes_before_the_body_is_sent_is_the_answer(raw_server, executor, make_request, ends, length):
+    """And the next call gets its own, whatever became of the first one's body."""
+    numbers = count()
+
+    def handle(sock, over):
+        number = next(numbers)
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += sock.recv(100)
+        if number:
+            sock.sendall(OK + b"22")
+            return
+        sock.sendall(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\n11")
+        if ends == "closes":
+            return
+        sock.shutdown(socket.SHUT_WR)
+        while ends == "reads on" and sock.recv(65536):
+            pass
+        over.wait(5 if ends == "stays" else 0)
+
+    url = f"http://127.0.0.1:{raw_server(handle)}/"
+    with pytest.raises(HttpTaskError) as caught:
+        executor.run(make_request(url, "POST", body="x" * length, timeout_seconds=10), ATTEMPT)
+    assert caught.value.reason in (FailureReason.HTTP_STATUS, FailureReason.HTTP_ERROR)
+    if ends != "closes":  # a reset may overtake the answer
+        assert caught.value.reason is FailureReason.HTTP_STATUS
+        assert "413" in caught.value.message
+    assert executor.run(make_request(url, "POST", body="y"), ATTEMPT).return_value() == b"22"
+
+
+@pytest.mark.parametrize(
+    ("overridden", "parameters"),
+    [
+        (http.client.HTTPResponse._read_status, ["self"]),
+        (http.client.HTTPResponse._close_conn, ["self"]),
+        (urllib3.HTTPConnectionPool._get_conn, ["self", "timeout"]),
+        (urllib3.HTTPConnectionPool._put_conn, ["self", "conn"]),
+        (urllib3.connection.HTTPConnection._new_conn, ["self"]),
+        (urllib3.connection.HTTPSConnection._new_conn, ["self"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_what_we_override_without_leave_is_still_there(overridden, parameters):
+    """Neither library has a public place there. A release that moves one of these fails here, and not in a call."""
+    assert list(inspect.signature(overridden).parameters) == parameters

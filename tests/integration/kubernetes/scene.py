@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,14 @@ def attempt_of(pod: Manifest) -> AttemptId:
     return AttemptId(of["leoflow.io/task-instance-id"], int(of["leoflow.io/try-number"]), int(of["leoflow.io/launch"]))
 
 
-def expecting(*pods: Manifest, read_at: float | None = None) -> Expectation:
-    """SQL expects exactly these; they were launched long ago."""
+def expecting(*pods: Manifest, read_at: float | None = None, unclaimed: Container[str] = ()) -> Expectation:
+    """SQL expects exactly these; they were launched long ago, and all but the names ``unclaimed`` were claimed."""
     read_at = time.time() if read_at is None else read_at
-    return Expectation.of(
-        read_at, (ExpectedAttempt(attempt_of(one), name_of(one), read_at - 3_600, claimed=True) for one in pods)
+    expected = (
+        ExpectedAttempt(attempt_of(one), name_of(one), read_at - 3_600, claimed=name_of(one) not in unclaimed)
+        for one in pods
     )
+    return Expectation.of(read_at, expected)
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,10 @@ class Scene:
         self.api = KubernetesApi.from_settings(self.settings, observer=self.observer)
         self._reconciler = Reconciler(self.api, self.settings, reporter or self.reports, self.observer, policy)
 
-    def reconcile(self, *expected: Manifest, read_at: float | None = None) -> Reconciled:
-        return self.reconcile_with(expecting(*expected, read_at=read_at))
+    def reconcile(
+        self, *expected: Manifest, read_at: float | None = None, unclaimed: Container[str] = ()
+    ) -> Reconciled:
+        return self.reconcile_with(expecting(*expected, read_at=read_at, unclaimed=unclaimed))
 
     def reconcile_with(self, expectation: Expectation) -> Reconciled:
         return self._reconciler.reconcile(expectation)

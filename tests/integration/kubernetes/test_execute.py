@@ -14,6 +14,7 @@ from leoflow_celery.protocol import agent_pb2 as pb
 from tests.integration.agent.control_plane import ControlPlane
 from tests.integration.kubernetes.conftest import MakeExecutor
 from tests.support.cluster import Manifest, Namespace
+from tests.support.engine import engine_of_tests
 from tests.support.images import task_image
 from tests.support.launches import launch_spec, parked
 from tests.support.waiting import wait_until
@@ -233,3 +234,34 @@ def test_a_variable_too_large_for_linux_is_refused_by_the_agent(
     module_namespace.wait_for_pod(launch.name, "Failed")
     assert plane.calls, "the agent itself must have started"
     assert "the environment is too large for Linux" in plane.text("agent")[-1]
+
+
+@pytest.mark.parametrize("stop_signal", ["SIGQUIT", "SIGRTMIN+3"])
+def test_a_pod_whose_image_has_a_stop_signal_of_its_own_is_stopped_and_no_success(
+    executor: KubernetesExecutor, module_namespace: Namespace, plane: ControlPlane, stop_signal: str
+) -> None:
+    plane.spec = spec_of("trap 'echo cleaned up; exit 0' TERM; echo ready; while true; do sleep 0.05; done")
+    with engine_of_tests() as engine, engine.image(task_image(), f"STOPSIGNAL {stop_signal}") as image:
+        name = f"leoflow-test-stop:{image.removeprefix('sha256:')[:12]}"
+        engine.api.tag(image, name)
+        launch = launch_spec(image=name, control_plane_addr=plane.address, image_pull_policy="Never")
+        executor.execute(launch)
+        wait_until(lambda: "ready" in plane.text("stdout"), 120, interval=0.1)
+        executor.cancel(launch.name, grace_seconds=30)
+        module_namespace.wait_for_no_pod(launch.name)
+    assert plane.text("agent")[-1] == f"task stopped: the agent received {stop_signal}"
+    assert "cleaned up" in plane.text("stdout")
+    assert plane.final() is None
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_task_that_empties_tmp_keeps_its_return_value(
+    make_executor: MakeExecutor, module_namespace: Namespace, plane: ControlPlane, read_only: bool
+) -> None:
+    plane.spec = spec_of("rm -rf /tmp/* /tmp/.[!.]*; echo 1 > $LEOFLOW_RETURN_VALUE_PATH")
+    uid = {"spec": {"securityContext": {"runAsUser": 4321}}}
+    launch = launch_spec(image=task_image(), control_plane_addr=plane.address, pod_override=uid)
+    make_executor(read_only_root=read_only).execute(launch)
+    module_namespace.wait_for_pod(launch.name, "Succeeded")
+    assert plane.final().request.state == pb.TASK_STATE_SUCCESS
+    assert [call.request.value for call in plane.calls if call.name == "PushXCom"] == [b"1"]

@@ -19,6 +19,8 @@ from tests.integration.kubernetes.scene import PARKED, Report, Scene, leaving, n
 from tests.support.cluster import Manifest, Namespace
 from tests.support.waiting import wait_until
 
+#: Cases whose attempt no agent ever claimed, though their container ran.
+UNCLAIMED = ("no agent", "no agent failed")
 NOBODY_HAS = "nobody-has.invalid/this-image:1"
 MANY_LINES = "for i in $(seq 60); do echo line $i; done; exit 3"
 EAT = "print('hungry')\na = []\nwhile True: a.append(bytearray(10**7))"
@@ -45,7 +47,8 @@ def _pods() -> dict[str, tuple[Manifest, str]]:
             ),
             "Failed",
         ),
-        "deadline": (task_pod("echo on; sleep 600", spec={"activeDeadlineSeconds": 4}), "Failed"),
+        # Long enough for a busy node to start it: one that did not start in time is another case.
+        "deadline": (task_pod("echo on; sleep 600", spec={"activeDeadlineSeconds": 30}), "Failed"),
         "deadline used up": (_late(), "Failed"),
         "deadline before its start": (
             task_pod("true", image=NOBODY_HAS, spec={"activeDeadlineSeconds": 4}),
@@ -84,6 +87,8 @@ def _pods() -> dict[str, tuple[Manifest, str]]:
             "Failed",
         ),
         "no agent": (task_pod("echo done"), "Succeeded"),
+        "no agent failed": (task_pod(MANY_LINES), "Failed"),
+        "agent left nothing": (task_pod("echo done"), "Succeeded"),
         "success": (leaving(task_pod(), TaskState.SUCCESS, exit_code=0, return_value='{"rows": 7}'), "Succeeded"),
         "too large": (
             leaving(task_pod(), TaskState.FAILED, 1, reason="payload_too_large", message="300 KiB"),
@@ -156,7 +161,7 @@ def all_cases(module_namespace: Namespace) -> Iterator[Reconciledes]:
     policy = ReconcilePolicy(margin_seconds=0, patience_seconds=0, pending_timeout_seconds=1)
     scene = Scene(module_namespace.worker_kubeconfig(), policy)
     pods = {name: pod for name, (pod, _) in cases.items()}
-    done = scene.reconcile(*pods.values())
+    done = scene.reconcile(*pods.values(), unclaimed={name_of(pods[name]) for name in UNCLAIMED})
     yield Reconciledes(pods, scene, module_namespace, done)
     scene.close()
 
@@ -166,7 +171,7 @@ def all_cases(module_namespace: Namespace) -> Iterator[Reconciledes]:
     [
         ("oom", Reason.OOM_KILLED, "it used more memory than it may (limit 40Mi)"),
         ("evicted", Reason.STORAGE_EXCEEDED, 'Usage of EmptyDir volume "scratch" exceeds the limit "20Mi"'),
-        ("deadline", Reason.TIMEOUT, "longer than its deadline of 4 s"),
+        ("deadline", Reason.TIMEOUT, "longer than its deadline of 30 s"),
         ("deadline used up", Reason.CONTAINER_CREATE_FAILED, "and its task may take 38 s: pulls and init containers"),
         ("deadline before its start", Reason.IMAGE_PULL_FAILED, "for 4 s"),
         ("no image", Reason.IMAGE_PULL_FAILED, f'Failed to pull image "{NOBODY_HAS}"'),
@@ -182,7 +187,9 @@ def all_cases(module_namespace: Namespace) -> Iterator[Reconciledes]:
         ("no right", Reason.COMMAND_NOT_FOUND, "permission denied"),
         ("exit 3", Reason.AGENT_LOST, "with exit code 3"),
         ("init", Reason.NON_ZERO_EXIT, "init container 'fetch' ended"),
-        ("no agent", Reason.AGENT_LOST, "the agent died on node"),
+        ("no agent", Reason.INVALID_IMAGE, "is leoflow-agent the entry point of"),
+        ("no agent failed", Reason.NON_ZERO_EXIT, "with exit code 3"),
+        ("agent left nothing", Reason.AGENT_LOST, "the agent died on node"),
         ("too large", Reason.PAYLOAD_TOO_LARGE, "300 KiB"),
         ("agent died", Reason.AGENT_LOST, "the agent died on node"),
     ],

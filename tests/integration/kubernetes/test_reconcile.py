@@ -17,7 +17,7 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.executors.kubernetes.classify import ReconcilePolicy
 from leoflow_celery.executors.kubernetes.errors import ApiError, Unreachable
 from leoflow_celery.executors.kubernetes.identity import SYSTEM_LABEL
-from tests.integration.kubernetes.scene import AT_ONCE, GIVES_UP, PARKED, Scene, leaving, name_of, task_pod
+from tests.integration.kubernetes.scene import AT_ONCE, GIVES_UP, PARKED, Scene, expecting, leaving, name_of, task_pod
 from tests.support.cluster import Manifest, Namespace, kubeconfig
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_until
@@ -276,3 +276,22 @@ def _allow_listing(namespace: Namespace, account: str) -> None:
     }
     namespace.api.call("POST", f"{path}/roles", role)
     namespace.api.call("POST", f"{path}/rolebindings", binding)
+
+
+def test_a_worker_whose_clock_is_wrong_judges_by_the_clusters(
+    namespace: Namespace, make_scene: MakeScene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour ahead, every pod was pending for too long; SQL's times are moved to the cluster's clock as well."""
+    live, fresh = task_pod(spec=PARKED), task_pod(spec=PARKED)
+    for pod in (live, fresh):
+        namespace.create(pod)
+    wrong = time.time() + 3_600
+    monkeypatch.setattr("leoflow_celery.clock.time.time", lambda: wrong)
+    scene = make_scene(policy=ReconcilePolicy())
+    read = replace(expecting(live, read_at=wrong + 3_600), age_seconds=5.0)
+    done = scene.reconcile_with(read)
+    assert (done.seen, done.reported, done.deleted) == (2, 0, 0)
+    assert scene.reports.all == []
+    assert abs(scene.api.clock.offset_seconds or 0.0) == pytest.approx(3_600, abs=60)
+    assert scene.reconcile_with(replace(read, age_seconds=-3_600.0)).deleted == 1
+    assert _names(namespace) == {name_of(live)}

@@ -14,7 +14,8 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.executors.base import LaunchSpec
 from leoflow_celery.executors.subprocess import SubprocessExecutor
-from leoflow_celery.executors.subprocess.processes import kill_processes_of
+from leoflow_celery.executors.subprocess.directory import system_id
+from leoflow_celery.executors.subprocess.processes import Processes
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.settings import SubprocessSettings
 from tests.integration.agent.control_plane import ControlPlane
@@ -84,7 +85,7 @@ def make_executor(request, tmp_path: Path, reports: Reports) -> Iterator[Callabl
 def end_tasks(tmp_path: Path) -> bool:
     """Kill every user process (an agent may be about to start one); True when no attempt is left."""
     for path in attempts(tmp_path):
-        kill_processes_of(path.name)
+        Processes(system_id(tmp_path / "state")).kill(path.name)
     return attempts(tmp_path) == []
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.errors import PermanentLaunchError
+from leoflow_celery.errors import HostFull, PermanentLaunchError
 from leoflow_celery.protocol import agent_pb2 as pb
 from tests.integration.subprocess.conftest import attempts
 from tests.support.waiting import wait_until
@@ -205,3 +206,19 @@ def test_many_at_once(plane, make_executor, launch, reports, tmp_path):
     wait_until(lambda: sum(r.state == pb.TASK_STATE_SUCCESS for r in plane.reports()) == 30, timeout=60)
     wait_until(lambda: attempts(tmp_path) == [])
     assert reports == []
+
+
+def test_beyond_its_limit_a_host_starts_nothing_and_knows_what_runs(plane, make_executor, launch, tmp_path):
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint=f"until [ -e {tmp_path}/go ]; do sleep 0.02; done")
+    executor = make_executor(max_running=2)
+    assert executor.room() == 2
+    with ThreadPoolExecutor(6) as pool:
+        tried = [pool.submit(executor.execute, launch(f"t{number}")) for number in range(6)]
+        refused = [one.exception() for one in tried if one.exception() is not None]
+    assert [type(error) for error in refused] == [HostFull] * 4
+    assert "LEOFLOW_SUBPROCESS_MAX_RUNNING" in str(refused[0])
+    running = [number for number, one in enumerate(tried) if one.exception() is None]
+    assert all(executor.execute(launch(f"t{number}")).already for number in running)
+    assert executor.room() == 0
+    (tmp_path / "go").touch()
+    wait_until(lambda: executor.room() == 2)

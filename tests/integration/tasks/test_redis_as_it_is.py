@@ -240,7 +240,7 @@ def test_a_message_that_kills_each_process_becomes_a_dead_letter(system: System,
     letters = DeadLetters(system.settings)
     (letter,) = letters.all()
     assert (letter.kind, letter.queue, letter.task, letter.is_whole) == ("too_often", "mortal", "user.die", True)
-    assert _held(system) == 0
+    wait_until(lambda: _held(system) == 0, 20, processes.output)
     system.redis.set("user:deaths", 1_000)
     letters.send_again(letter)
     wait_until(lambda: int(system.redis.get("user:deaths") or 0) == 1_001, 20, processes.output)

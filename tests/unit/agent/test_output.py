@@ -16,8 +16,20 @@ def test_lines_may_come_in_any_pieces():
     assert split(b"a", b"b\nc", b"\n", b"\nlast") == ["ab", "c", "", "last"]
 
 
-def test_a_carriage_return_before_the_newline_is_not_part_of_the_line():
-    assert split(b"a\r\nb\rc\n") == ["a", "b\rc"]
+def test_a_carriage_return_ends_a_line_and_makes_no_empty_one():
+    assert split(b"a\r\nb\rc\n") == ["a", "b", "c"]
+    assert split(b"\r 10%\r 20%\n") == [" 10%", " 20%"]
+    assert split(b"a\r", b"\nb\n", b"\n") == ["a", "b", ""]
+
+
+def test_a_line_that_has_not_ended_can_leave_and_makes_no_second_one():
+    splitter = LineSplitter()
+    assert list(splitter.feed("name? é".encode()[:-1])) == []
+    assert list(splitter.flush()) == ["name? "]
+    assert list(splitter.feed("é".encode()[1:] + b"\n\n")) == ["é", ""]
+    assert list(splitter.feed(b"dots")) == []
+    assert list(splitter.flush()) == ["dots"]
+    assert list(splitter.feed(b"\nnext\n")) == ["next"]
 
 
 def test_a_long_line_is_cut_and_its_newline_makes_no_empty_line():

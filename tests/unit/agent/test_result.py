@@ -5,6 +5,7 @@ import os
 import pytest
 
 from leoflow_celery.agent.result import (
+    OomWatch,
     describe_exit,
     outcome_of_defect,
     outcome_of_exit,
@@ -106,3 +107,23 @@ def test_an_exit_code_after_the_kernel_killed_a_descendant_keeps_its_reason_and_
     outcome = outcome_of_exit(1, oom_killed=True)
     assert outcome.reason is FailureReason.NON_ZERO_EXIT
     assert "out of memory" in outcome.message
+
+
+def test_sigkill_long_after_a_kill_for_memory_is_somebody_elses():
+    outcome = outcome_of_exit(-9, oom_killed=True, outlived=True)
+    assert outcome.reason is FailureReason.NON_ZERO_EXIT
+    assert "out of memory" in outcome.message
+    assert outcome_of_exit(137, oom_killed=True, outlived=True).reason is FailureReason.OOM_KILLED
+
+
+def test_a_kill_is_outlived_after_two_looks():
+    count = 3
+    watch = OomWatch(lambda: count)
+    assert not watch.killed
+    watch.look()
+    count = 4
+    assert (watch.killed, watch.outlived) == (True, False)
+    watch.look()
+    assert (watch.killed, watch.outlived) == (True, False)
+    watch.look()
+    assert (watch.killed, watch.outlived) == (True, True)

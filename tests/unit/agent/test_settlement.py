@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord
+from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.executors.subprocess.directory import as_utf8, system_id
 from leoflow_celery.executors.subprocess.environment import inherited, staging_dir
+from leoflow_celery.executors.subprocess.processes import Processes, earlier_names
 from leoflow_celery.executors.subprocess.settlement import settle
+from leoflow_celery.executors.subprocess.slots import standard_max_running
 
 
 def record(state, **more):
@@ -68,3 +75,55 @@ def test_runs_that_name_the_same_claim_share_no_directory(tmp_path):
     others = {staging_dir(tmp_path, "scratch", *run) for run in (("d", "r2", "t"), ("d2", "r", "t"), ("d", "r", "t2"))}
     assert len({own, *others}) == 4
     staging_dir(tmp_path, "x" * 253, "d", "r", "t").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "first"),
+    [
+        ("# -*- coding: latin-1 -*-\nx = 'é'", "# -*- coding: utf-8 -*-"),
+        ("#!/usr/bin/python\n# vim: fileencoding=latin-1\nx = 'é'", "# vim: fileencoding=utf-8"),
+        ("x = 'é'\n# coding: latin-1", "# coding: latin-1"),
+    ],
+)
+def test_source_is_utf_8_whatever_its_coding_line_says(source, first):
+    data = as_utf8(source)
+    assert first in data.decode()
+    found = {}
+    exec(compile(data, "dag.py", "exec"), found)  # noqa: S102 - our own text
+    assert found["x"] == "é"
+
+
+def test_earlier_launches_and_tries_are_named():
+    attempt = AttemptId("ti", try_number=2, launch=3)
+    names = earlier_names(attempt, "d", "t")
+    for earlier in (AttemptId("ti", 2, 1), AttemptId("ti", 2, 2), AttemptId("ti", 1, 1)):
+        assert attempt_name(earlier, "d", "t") in names
+    assert attempt_name(attempt, "d", "t") not in names
+    assert earlier_names(AttemptId("ti"), "d", "t") == []
+
+
+def test_workers_that_start_together_agree_on_the_systems_id(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        ids = set(pool.map(lambda _: system_id(tmp_path), range(64)))
+    assert len(ids) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["system"]
+
+
+def test_an_id_that_is_not_ours_is_said(tmp_path):
+    (tmp_path / "system").write_text("")
+    with pytest.raises(ConfigurationError, match=r"LEOFLOW_SUBPROCESS_STATE_DIR .*/system does not hold 32"):
+        system_id(tmp_path)
+
+
+def test_two_systems_mark_the_same_attempt_in_another_way():
+    ours, theirs = Processes("a" * 32), Processes("b" * 32)
+    assert ours.limit("leoflow-d-t-1-x") != theirs.limit("leoflow-d-t-1-x")
+    assert ours.variable("leoflow-d-t-1-x") != theirs.variable("leoflow-d-t-1-x")
+    assert 0 < ours.limit("leoflow-d-t-1-x") < 1 << 63
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory_gib", "limit"), [(2, 64, 32), (64, 16, 64), (1, 0.5, 4)], ids=["cores", "memory", "small"]
+)
+def test_how_many_run_at_once_unless_it_is_said(cores, memory_gib, limit):
+    assert standard_max_running(cores, int(memory_gib * (1 << 30))) == limit

@@ -27,16 +27,17 @@ def names(queue: str) -> dict[str, set[str]]:
     ("queue", "worker", "consumer"),
     [
         ("inline", set(), set()),
-        ("subprocess", set(), set()),
-        ("results", {"LaunchCollector"}, set()),
+        ("subprocess", set(), {"Room"}),
+        ("results", {"LaunchCollector", "RedisMarks"}, set()),
         ("maintenance", {"Gauges"}, set()),
         ("k8s", set(), {"BackEndPresence"}),
-        ("docker", set(), {"BackEndPresence"}),
+        ("docker", set(), {"BackEndPresence", "Room"}),
     ],
 )
 def test_a_worker_has_what_its_queues_need(queue: str, worker: set[str], consumer: set[str]) -> None:
     assert names(queue) == {
-        "worker": {"LogFields", "BackEndFiles", "MetricsEndpoint", "CloseServices", "ReadClocks"} | worker,
+        "worker": {"LogFields", "BackEndFiles", "BrokerRights", "MetricsEndpoint", "CloseServices", "ReadClocks"}
+        | worker,
         "consumer": {"AliveFile"} | consumer,
     }
 

@@ -115,3 +115,41 @@ def test_help_imports_nothing_heavy() -> None:
     code = f"import sys, leoflow_celery.cli; print([name for name in {heavy!r} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
+
+
+def test_more_errors_than_three_say_how_many_more(cli: Cli, tmp_path: Path) -> None:
+    task = {"task_id": "a", "type": "bash", "entrypoint": "true"}
+    head = {"schema_version": "1.0", "dag_id": "d", "dag_version": "1", "image": ""}
+    wrong = {f"key{number}": 1 for number in range(5)}
+    (tmp_path / "dag.json").write_text(json.dumps({**head, **wrong, "tasks": [task]}))
+    said = cli("run", str(tmp_path / "dag.json")).err
+    assert said.count("is not a known key") == 3
+    assert said.rstrip().endswith("; and 2 more")
+
+
+def test_without_any_settings_the_error_names_the_system_that_needs_none(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli("runs")
+    assert result.code == 2
+    assert is_one_line(result)
+    assert "'leoflow lite run DAG.json' needs no settings" in result.err
+
+
+def test_doctor_names_every_check_that_only_takes(cli: Cli) -> None:
+    from leoflow_celery.cli.setup import CHECKS
+
+    text = " ".join(cli("doctor", "--help").out.replace("│", " ").split())
+    assert f"Only this check: {', '.join(CHECKS)}." in text
+
+
+def test_a_run_id_that_no_run_can_have_is_refused_before_anything_starts(cli: Cli, tmp_path: Path) -> None:
+    task = {"task_id": "a", "type": "bash", "entrypoint": "true"}
+    head = {"schema_version": "1.0", "dag_id": "d", "dag_version": "1", "image": ""}
+    (tmp_path / "dag.json").write_text(json.dumps({**head, "tasks": [task]}))
+    for command in (["run"], ["lite", "run"]):
+        for option, value in (("--run-id", "latest"), ("--run-id", "a\nb"), ("--run-id", ""), ("--tenant", "a/b")):
+            result = cli(*command, str(tmp_path / "dag.json"), option, value)
+            assert (result.code, is_one_line(result)) == (2, True), result.err
+            assert result.err.startswith(f"leoflow: {option}: "), result.err

@@ -103,7 +103,7 @@ def test_status_of_a_task_has_its_history(cli: Cli, client: Client, target: list
 def test_what_does_not_exist_is_an_error_that_helps(cli: Cli, client: Client) -> None:
     assert "'sales' (tenant 'default') does not exist" in cli("status", "sales", "r9").err
     assert "it has: load, clean" in cli("logs", "sales", "r1", "lod").err
-    assert "third word: load, clean" in cli("logs", "sales", "r1").err
+    assert "load#2 | " in cli("logs", "sales", "r1").out
     assert "does not exist" in cli("status", "ti-nobody").err
     assert "4 words given" in cli("status", "a", "b", "c", "d").err
     assert cli("status", "sales", "r1", "--tenant", "other").code == 2
@@ -181,3 +181,31 @@ def test_cancel_asks_every_live_task_of_a_run(cli: Cli, client: Client) -> None:
 def test_nothing_sealed_is_shown(cli: Cli, client: Client) -> None:
     for command in (["status", "ti-load"], ["status", "sales", "r1", "--json"], ["status", "ti-load", "--json"]):
         assert "sealed" not in cli(*command).out
+
+
+def test_a_cleared_try_is_shown_as_cleared_until_the_next_one_stands_beside_it(cli: Cli, client: Client) -> None:
+    client.clear("sales", "r1", ["load"])
+    assert "success (cleared)" in cli("status", "sales", "r1").out
+    tries = json.loads(cli("tasks", "sales", "latest", "--all", "--json").out)
+    assert [(one["task_id"], one["try_number"], one["cleared"]) for one in tries] == [
+        ("load", 1, True),
+        ("load", 2, True),
+        ("clean", 1, False),
+    ]
+    result = cli("tasks", "sales", "r1")
+    assert [line.split()[0] for line in result.out.splitlines()[2:]] == ["load", "clean"]
+
+
+def test_runs_are_listed_and_latest_stands_for_the_newest(cli: Cli, client: Client) -> None:
+    client.create_run("stock", "s1")
+    client.finish_run("stock", "s1", RunState.FAILED)
+    listed = [line.split()[:3] for line in cli("runs").out.splitlines()[2:]]
+    assert listed == [["stock", "s1", "failed"], ["sales", "r1", "running"]]
+    assert [run["run_id"] for run in json.loads(cli("runs", "--state", "running", "--json").out)] == ["r1"]
+    assert "no runs that match" in cli("runs", "nothing").err
+    assert "line of try 2" in cli("logs", "sales", "latest", "load").out
+    lines = cli("logs", "sales", "r1").out.splitlines()
+    assert lines == [line for line in lines if line.startswith("load#2 | ")] != []
+    assert "--try: a run has none" in cli("logs", "sales", "r1", "--try", "1").err
+    assert "dag 'nope' (tenant 'default') has no run" in cli("status", "nope", "latest").err
+    assert "--since: '5' is neither" in cli("runs", "--since", "5").err

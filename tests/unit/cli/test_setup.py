@@ -209,3 +209,9 @@ def test_doctor_asks_for_the_rights_to_exchange_tokens_where_pods_hold_none(
     assert doctor.check_exchange(settings) == doctor.Finding("exchange", False, text)
     reviewer.missing_rights = list
     assert doctor.check_exchange(settings).ok
+
+
+def test_doctor_looks_for_held_pods_where_it_reaches_the_cluster(settings: Settings, tmp_path: Path) -> None:
+    elsewhere = settings.model_copy(update={"kubernetes": KubernetesSettings(kubeconfig=tmp_path / "missing")})
+    found = doctor.check_held_pods(elsewhere)
+    assert (found.ok, "ask where the k8s worker runs" in found.sentence) == (True, True)

@@ -15,7 +15,7 @@ SCRIPT = ROOT / "deploy/seal-key-for"
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-@pytest.mark.parametrize("scope", ["k8s", "docker", "subprocess", "dispatch"])
+@pytest.mark.parametrize("scope", ["k8s", "docker", "subprocess", "dispatch", "cancel"])
 def test_the_script_derives_what_leoflow_derives(scope: str) -> None:
     master = ",".join(Fernet.generate_key().decode() for _ in range(2))
     derived = subprocess.run([SCRIPT, scope], input=master, capture_output=True, text=True, check=True).stdout.strip()

@@ -45,6 +45,20 @@ def test_ids_and_the_operators_own_fields_are_all_that_is_needed(data: dict[str,
     assert request.tenant_id == "default"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(BASH)[:-1] + ', "operator": "bash"}',
+        json.dumps(BASH)[:-1] + ', "env": {"A": "1", "\\u0041": "2"}}',
+        json.dumps(BASH)[:-1] + ', "call_args": {"deep": [{"in": {"k": 1, "k": 2}}]}}',
+    ],
+)
+def test_text_with_a_key_twice_is_refused(text: str) -> None:
+    for data in (text, text.encode()):
+        with pytest.raises(InvalidRequest, match="an object has the same key twice"):
+            parse_request(data)
+
+
 FULL = {
     **HTTP,
     "tenant_id": "acme",
@@ -270,6 +284,30 @@ BAD = [
     ),
     ({**BASH, "env": {"LEOFLOW_AGENT_SPOOL_BYTES": CANARY}}, "env", "its value must be a number of at least 65536"),
     ({**BASH, "env": {"LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS": "nan"}}, "env", "must be a number of at least 0"),
+    # docker_override
+    *(
+        ({**BASH, "docker_override": override}, f"docker_override.{field}", text)
+        for override, field, text in (
+            ({"privileged": True}, "privileged", "is not a known key"),
+            ({"DeviceRequests": []}, "DeviceRequests", "is not a known key"),
+            ({"shm_size": "lots"}, "shm_size", "not a Kubernetes quantity"),
+            ({"ulimits": [{"name": "files", "soft": 1}]}, "ulimits.0.name", "'nofile'"),
+            ({"ulimits": [{"name": "nofile", "soft": 9, "hard": 1}]}, "ulimits.0", "soft is more than hard"),
+            ({"ulimits": [{"name": "nofile", "soft": -1, "hard": 1}]}, "ulimits.0", "soft is more than hard"),
+            ({"device_requests": [{}]}, "device_requests.0", "needs one of count"),
+            ({"device_requests": [{"count": 1, "options": {}}]}, "device_requests.0.options", "is not a known key"),
+            ({"extra_hosts": {"a b": "1.2.3.4"}}, "extra_hosts.a b", "is the name of a host"),
+            ({"extra_hosts": {"db": "elsewhere"}}, "extra_hosts.db", "is an IP address"),
+            ({"mounts": [{"type": "tmpfs", "source": "a", "target": "/a"}]}, "mounts.0.type", "'volume' or 'bind'"),
+            ({"mounts": [{"source": "a", "target": "a"}]}, "mounts.0.target", "an absolute path"),
+            ({"mounts": [{"source": "a", "target": "/a/../etc"}]}, "mounts.0", "leads out of itself"),
+            (
+                {"mounts": [{"source": "a", "target": "/a", "volume_options": {"o": "bind"}}]},
+                "mounts.0.volume_options",
+                "is not a known key",
+            ),
+        )
+    ),
     ({**BASH, "task_secret_name": "s"}, "task_secret_mount_path", "is empty; say where task_secret_name is mounted"),
     (
         {**BASH, "task_secret_name": "s", "task_secret_mount_path": "secrets"},

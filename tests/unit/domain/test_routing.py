@@ -127,6 +127,40 @@ def test_a_secret_that_nobody_would_resolve_is_refused(source: str, executor: E,
     assert caught.value.field.endswith(".source")
 
 
+@pytest.mark.parametrize(
+    ("given", "field", "shown"),
+    [
+        ({"resources": {"limits": {"memory": "1Gi"}}}, "resources.limits.memory", "(got '1Gi')"),
+        ({"execution": {"node_selector": {"disk": "ssd"}}}, "execution.node_selector.disk", "(got 'ssd')"),
+        ({"execution": {"tolerations": [{"key": "gpu"}]}}, "execution.tolerations", ""),
+        ({"execution": {"termination_grace_seconds": 5}}, "execution.termination_grace_seconds", "(got '5')"),
+        ({"pod_override": {"metadata": {"labels": {"a": "c4n4ry"}}}}, "pod_override.metadata.labels.a", ""),
+        ({"oom_memory_factor": 2}, "oom_memory_factor", "(got '2.0')"),
+        ({"image_pull_policy": "Always"}, "image_pull_policy", "(got 'Always')"),
+        ({"task_secret_name": "db", "task_secret_mount_path": "/s"}, "task_secret_name", "(got 'db')"),
+        ({"task_secret_mount_path": "/s"}, "task_secret_mount_path", "(got '/s')"),
+        ({"agent_tls_ca_config_map": "ca"}, "agent_tls_ca_config_map", "(got 'ca')"),
+    ],
+)
+def test_what_a_call_in_the_control_plane_would_ignore_is_refused(
+    given: dict[str, Any], field: str, shown: str
+) -> None:
+    policy = Policy(E.DOCKER, 300, frozenset(E))
+    with pytest.raises(InvalidRequest) as caught:
+        check_task(request("http_api", **given), policy)
+    assert caught.value.field == field
+    assert caught.value.message.startswith(f"{field}: has no effect on a call that the control plane makes")
+    assert shown in caught.value.message
+    assert "set execution_mode: pod" in caught.value.message
+    assert "c4n4ry" not in caught.value.message
+    check_task(request("http_api", execution_mode="pod", **given), policy)
+
+
+def test_what_a_dag_gives_all_its_tasks_is_no_reason_to_refuse_a_call() -> None:
+    alike = {"image": "sales:1", "staging_claim": "c", "staging_size": "1Gi", "resources": {}, "execution": {}}
+    assert check_task(request("http_api", **alike), Policy(E.DOCKER, 300)) is E.INLINE
+
+
 @pytest.mark.parametrize("executor", [E.KUBERNETES, E.DOCKER, E.SUBPROCESS])
 def test_secrets_that_are_resolved_are_accepted(executor: E) -> None:
     own = [{"name": "B", "source": "k8s_secret", "reference": "s/k"}] if executor is E.KUBERNETES else []

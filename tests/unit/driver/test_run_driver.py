@@ -306,3 +306,57 @@ def test_cancel_gives_up_waiting_after_the_grace() -> None:
     driver.cancel(grace_seconds=3)
     assert 3 <= client.now - before < 4
     assert client.run("d", "r").state is RunState.FAILED
+
+
+def test_cleared_tasks_run_again_as_new_tries_and_the_rest_is_kept() -> None:
+    client = ScriptedClient({"a": [End.failed(), End.success()]})
+    dag = make_dag(task("a"), task("b", "a"), task("c"))
+    assert drive(client, dag)[0] is RunState.FAILED
+    client.clear("a", "b")
+    client.started.clear()
+    state, events = drive(client, dag)
+    assert state is RunState.SUCCESS
+    assert client.started == [("a", 2), ("b", 2)]
+    assert {(one.task_id, one.try_number) for one in events if isinstance(one, TaskChanged)} == {
+        ("a", 2),
+        ("b", 2),
+        ("c", 1),
+    }
+    assert states(events, "b") == [TaskState.RUNNING, TaskState.SUCCESS]
+    assert client.run("d", "r").state is RunState.SUCCESS
+
+
+def test_the_retries_of_a_cleared_task_count_anew() -> None:
+    client = ScriptedClient({"a": [End.failed(), End.failed(), End.failed(), End.success()]})
+    dag = make_dag(task("a", retries=1, retry_delay_seconds=0))
+    assert drive(client, dag)[0] is RunState.FAILED
+    client.clear("a")
+    state, events = drive(client, dag)
+    assert state is RunState.SUCCESS
+    assert client.started == [("a", 1), ("a", 2), ("a", 3), ("a", 4)]
+    assert RetryPlanned("a", 4, 0) in events
+
+
+def test_a_mark_after_a_clear_is_a_try_of_its_own() -> None:
+    client = ScriptedClient({"a": [End.failed(), End.failed()]})
+    dag = make_dag(task("a"), task("b", "a"))
+    drive(client, dag)
+    client.clear("a", "b")
+    assert drive(client, dag)[0] is RunState.FAILED
+    newest = {one.task_id: (one.try_number, one.state) for one in client.task_instances("d", "r")}
+    assert newest == {"a": (2, TaskState.FAILED), "b": (2, TaskState.UPSTREAM_FAILED)}
+
+
+def test_a_run_that_is_cleared_while_it_ends_goes_on() -> None:
+    """Its driver saw all tasks done; the clear came before it wrote that the run has ended."""
+
+    class Late(ScriptedClient):
+        def finish_run(self, dag_id: str, run_id: str, state: RunState, tenant_id: str = "default") -> None:
+            if ("a", 2) not in self.started:
+                self.clear("a")
+            super().finish_run(dag_id, run_id, state, tenant_id)
+
+    client = Late({"a": [End.failed(), End.success()]})
+    state, events = drive(client, make_dag(task("a")))
+    assert (state, client.run("d", "r").state) == (RunState.SUCCESS, RunState.SUCCESS)
+    assert [event for event in events if isinstance(event, RunFinished)] == [RunFinished(RunState.SUCCESS)]

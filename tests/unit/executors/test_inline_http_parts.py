@@ -9,6 +9,7 @@ import pytest
 
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason, parse_reason
 from leoflow_celery.domain.request import HttpRequest
+from leoflow_celery.domain.xcom import check_value
 from leoflow_celery.errors import ConfigurationError, XComRejected
 from leoflow_celery.executors.inline_http import result
 from leoflow_celery.executors.inline_http.errors import HttpTaskError, RefusedAddress
@@ -167,6 +168,9 @@ def test_return_values(body, content_type, value):
 
 
 def test_a_json_body_keeps_its_bytes():
+    twice = json_of(b'{"a": [{"b": 1, "b": 2}]}', "application/json")
+    with pytest.raises(XComRejected, match="the same key twice"):
+        check_value(twice or b"")
     assert json_of(b'{ "b":1.0,\n"a": "\\u00fc" }', "application/json") == b'{ "b":1.0,\n"a": "\\u00fc" }'
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from leoflow_celery.gateway.log_lines import Replay, record_of
@@ -24,6 +26,14 @@ def test_what_is_on_disk_is_left_out_until_the_first_new_line() -> None:
     assert replay.fresh(old[1:2]) == ()
     assert replay.fresh([old[2], *new]) == new
     assert replay.fresh(old) == old, "the comparison is over: nothing comes again after a new line"
+
+
+def test_lines_of_control_characters_are_recognised_although_they_are_longer_on_disk(tmp_path: Path) -> None:
+    """As much as a stream may have waiting, and the line that fills it up."""
+    sent = [LogRecord(float(number), "info", "stdout", "\x01" * 10_000).line(LogLimits()) for number in range(32)]
+    path = tmp_path / "1.log"
+    path.write_bytes(b'{"msg":"before"}\n' * 100_000 + disk(sent))
+    assert Replay.of_file(path).fresh(sent) == ()
 
 
 def test_as_many_as_are_on_disk() -> None:

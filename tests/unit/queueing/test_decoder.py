@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from kombu.transport.memory import Channel
 from kombu.utils.json import dumps
 
 from leoflow_celery.app.transport import Message
+from leoflow_celery.clock import ServerClock, due_in
+from leoflow_celery.queueing import decoder
 from leoflow_celery.queueing.decoder import (
     RESERVED_HEADERS,
     Admitted,
@@ -218,12 +221,20 @@ def test_who_asks_is_answered(command: Any) -> None:
     assert decode_broadcast(broadcast(command), Limits(), all_commands=False)
 
 
-@pytest.mark.parametrize("method", ["shutdown", "pool_restart", "add_consumer", "cancel_consumer", "revoke", "hello"])
+@pytest.mark.parametrize("method", ["shutdown", "pool_restart", "add_consumer", "cancel_consumer", "rate_limit"])
 def test_who_changes_a_worker_is_refused_unless_a_setting_allows_it(method: str) -> None:
     data = broadcast({"method": method, "arguments": {}})
     with pytest.raises(Refused, match="LEOFLOW_BROKER_REMOTE_CONTROL=all"):
         decode_broadcast(data, Limits(), all_commands=False)
     assert decode_broadcast(data, Limits(), all_commands=True)
+
+
+@pytest.mark.parametrize("all_commands", [False, True])
+@pytest.mark.parametrize("method", ["revoke", "terminate", "revoke_by_stamped_headers", "hello"])
+def test_nobody_revokes_by_a_broadcast_whatever_the_setting(method: str, all_commands: bool) -> None:
+    data = broadcast({"method": method, "arguments": {"task_id": ["x"]}})
+    with pytest.raises(Refused, match="leoflow cancel"):
+        decode_broadcast(data, Limits(), all_commands=all_commands)
 
 
 @pytest.mark.parametrize(
@@ -259,3 +270,23 @@ def test_a_command_about_which_anything_is_wrong_is_refused_and_not_repeated(dat
 def test_words_of_a_stranger_are_made_safe() -> None:
     assert printable("a\nb\x1b[31m\u202e") == "a\\nb\\x1b[31m\\u202e"
     assert printable("x" * 500) == "x" * 100 + "…"
+
+
+@pytest.mark.parametrize("seconds_off", [-120.0, 0.0, 120.0])
+def test_when_a_message_of_ours_is_due_goes_by_the_brokers_clock(
+    rules: TaskRules, monkeypatch: pytest.MonkeyPatch, seconds_off: float
+) -> None:
+    """Celery compares an eta with the clock of the worker's host, and a user's message names it by a clock of his."""
+    broker, clock = time.time(), ServerClock()
+    clock.read(lambda: broker)
+    monkeypatch.setattr("leoflow_celery.clock.broker_clock", clock)
+    monkeypatch.setattr(decoder, "broker_clock", clock)
+    due = due_in(30).isoformat()
+    monkeypatch.setattr("leoflow_celery.clock.time.time", lambda: broker + seconds_off)
+    moments = {}
+    for task in ("leoflow.results.advance", "leoflow.dispatch"):
+        headers = {"task": task, "eta": due}
+        moments[task] = datetime.fromisoformat(decoder._with_own_eta(headers)["eta"]).timestamp()
+    assert moments["leoflow.results.advance"] == pytest.approx(broker + seconds_off + 30, abs=2)
+    assert moments["leoflow.dispatch"] == pytest.approx(broker + 30, abs=2)
+    assert decoder._with_own_eta({"task": "leoflow.results.advance", "eta": "soon"})["eta"] == "soon"

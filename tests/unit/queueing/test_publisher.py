@@ -9,7 +9,7 @@ from cryptography.fernet import Fernet
 
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
-from leoflow_celery.errors import DecryptionFailed
+from leoflow_celery.errors import DecryptionFailed, StoredRequestInvalid
 from leoflow_celery.queueing.messages import Launch, LaunchInline, open_message, open_request, seal_request
 from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.services import Services
@@ -79,8 +79,16 @@ def test_a_request_at_rest_opens_again_with_its_key_only():
         open_request(runtime().keys, sealed)
 
 
-@pytest.mark.parametrize("content", [{}, {"request": {"task_instance_id": "ti", "of_the_future": 1}}])
-def test_a_request_of_another_version_is_unsealable(content: dict[str, Any]):
+@pytest.mark.parametrize(
+    ("content", "error", "text"),
+    [
+        ({}, DecryptionFailed, "not of this version"),
+        ({"request": {"of_the_future": 1}}, StoredRequestInvalid, "dag_id: Field required; .*submit it anew"),
+        ({"request": {"env": {"LEOFLOW_AGENT_X": CANARY}}}, StoredRequestInvalid, "breaks a rule of this one"),
+    ],
+)
+def test_a_request_of_another_version_is_unsealable(content: dict[str, Any], error: type[Exception], text: str):
     process = runtime()
-    with pytest.raises(DecryptionFailed, match="not of this version"):
+    with pytest.raises(error, match=text) as caught:
         open_request(process.keys, process.keys.sealer("request").seal(content))
+    assert CANARY not in str(caught.value)

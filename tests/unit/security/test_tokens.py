@@ -10,11 +10,12 @@ from typing import Any
 import jwt
 import pytest
 
+from leoflow_celery.clock import ServerClock
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import Operator, TaskRequest
 from leoflow_celery.domain.xcom import XComKey
 from leoflow_celery.errors import ConfigurationError, InvalidToken
-from leoflow_celery.security import TokenIssuer, holder_name
+from leoflow_celery.security import TokenIssuer, holder_name, tokens
 
 SECRET = "0123456789abcdef0123456789abcdef"
 ATTEMPT = AttemptId("ti-1", 2, 3)
@@ -151,6 +152,33 @@ def test_a_token_that_was_good_expires_although_it_is_remembered(
     later = time.time() + 601
     monkeypatch.setattr(time, "time", lambda: later)
     assert refused(issuer, token).reason == "expired"
+
+
+@pytest.mark.parametrize("seconds_off", [-120, 120, 86_400])
+def test_a_token_is_as_old_as_the_brokers_clock_says(
+    seconds_off: float, issuer: TokenIssuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One gateway renews a token, and another one, whose own clock is off, takes it."""
+    broker, right = 1_800_000_000.0, ServerClock()
+    short = TokenIssuer(SECRET, ttl_seconds=60, renewed_ttl_seconds=30)
+    request = REQUEST.evolve(timeout_seconds=0)
+
+    def on_a_host(off: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: broker + off)
+        right.read(lambda: broker)
+
+    monkeypatch.setattr(tokens, "broker_clock", right)
+    on_a_host(0)
+    token = short.mint(request, ATTEMPT)
+    renewed = short.renew(short.verify(token), "holder")
+    on_a_host(seconds_off)
+    assert short.verify(token).attempt == short.verify(renewed).attempt == ATTEMPT
+    of_that_host = short.mint(request, ATTEMPT)
+    on_a_host(0)
+    assert short.verify(of_that_host).attempt == ATTEMPT
+    broker += 61
+    on_a_host(seconds_off)
+    assert refused(short, token).reason == refused(short, renewed).reason == "expired"
 
 
 def test_a_short_secret_is_refused_without_being_shown() -> None:

@@ -17,13 +17,14 @@ from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.xcom import XComValue
 from leoflow_celery.errors import DatabaseUnavailable
+from leoflow_celery.store import Store
 from leoflow_celery.store.completions import Waiting
 from leoflow_celery.tasks import completion
 
 
 class Completions:
     def __init__(self, *names: str) -> None:
-        self.names, self.finished, self.put_off = names, [], []
+        self.names, self.finished, self.put_off, self.groups = names, [], [], []
 
     def take(self, *_: object) -> list[Waiting]:
         return [Waiting(name, "ti", 1, {}, None) for name in self.names]
@@ -32,8 +33,9 @@ class Completions:
         self.put_off.append(waiting.celery_task_id)
         return 30
 
-    def done(self, names: list[str]) -> None:
-        self.finished += names
+    def done(self, completed: list[Waiting]) -> None:
+        self.finished += [item.celery_task_id for item in completed]
+        self.groups.append(len(completed))
 
 
 @pytest.fixture
@@ -146,6 +148,7 @@ def world(value: XComValue) -> tuple[Any, Any]:
     completions = Completions("a")
     attempts = SimpleNamespace(ended=lambda _: [View()])
     store = SimpleNamespace(completions=completions, attempts=attempts, xcom=SimpleNamespace(get=lambda _: value))
+    store.return_value = lambda view: Store.return_value(store, view)
     return SimpleNamespace(store=store), SimpleNamespace(backend=Backend())
 
 
@@ -169,3 +172,16 @@ def test_a_value_that_its_writer_called_text_is_the_result(monkeypatch):
     services, app = world(XComValue(b"hello", "text/plain"))
     assert completion.complete_due(app, services) == 1
     assert app.backend.results["a"] == ("SUCCESS", "hello")
+
+
+def test_what_was_told_is_marked_in_small_groups(monkeypatch):
+    store = Completions(*(f"n{number}" for number in range(13)))
+    assert run(monkeypatch, store, KeyError("nobody's")) == 13
+    assert store.groups == [5, 5, 3]
+
+
+def test_what_a_lease_no_longer_covers_is_left_to_the_next_worker(monkeypatch):
+    store, clock = Completions("a", "c", "d"), iter([0.0, 1.0, 9.0, 11.0])
+    monkeypatch.setattr(completion, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert run(monkeypatch, store, KeyError("nobody's")) == 2
+    assert store.finished == ["a", "c"]

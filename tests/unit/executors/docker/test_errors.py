@@ -42,6 +42,23 @@ from leoflow_celery.executors.docker.errors import (
             TransientLaunchError,
             "launch_failed",
         ),
+        (
+            EngineError(500, "OCI runtime create failed: write cgroup.procs: permission denied: unknown"),
+            TransientLaunchError,
+            "launch_failed",
+        ),
+        (
+            EngineError(400, 'OCI runtime create failed: exec: "/etc/passwd": permission denied: unknown'),
+            PermanentLaunchError,
+            "command_not_found",
+        ),
+        (EngineError(400, "OCI runtime create failed: exec format error"), PermanentLaunchError, "invalid_image"),
+        (
+            EngineError(500, "unable to find user x: no matching entries in passwd file"),
+            PermanentLaunchError,
+            "invalid_image",
+        ),
+        (EngineError(500, "Cannot mkdir: /etc/passwd is not a directory"), PermanentLaunchError, "invalid_image"),
         (PullFailed(500, "dial tcp: connection refused"), TransientLaunchError, "image_pull_failed"),
         (PullFailed(0, "toomanyrequests: rate limit"), TransientLaunchError, "image_pull_failed"),
         (PullFailed(404, "pull access denied for x"), PermanentLaunchError, "image_pull_failed"),

@@ -18,6 +18,7 @@ from tests.unit.executors.kubernetes.built import env, launch, task
 
 EXCHANGE = KubernetesSettings(agent_token="exchange")
 DIRECTORY = "/var/run/secrets/leoflow"
+ATTEMPT = {"name": "leoflow-attempt", "mountPath": "/run/leoflow/attempt"}
 MOUNT = {"name": "leoflow-identity", "mountPath": DIRECTORY, "readOnly": True}
 
 
@@ -43,13 +44,13 @@ def test_the_kubelet_gives_it_a_short_token_for_our_gateway_alone() -> None:
     pod = built()
     source = {"audience": "leoflow-agent", "expirationSeconds": 600, "path": "token"}
     assert projected(pod) == [{"name": "leoflow-identity", "projected": {"sources": [{"serviceAccountToken": source}]}}]
-    assert task(pod)["volumeMounts"] == [MOUNT]
+    assert task(pod)["volumeMounts"] == [ATTEMPT, MOUNT]
     assert pod["spec"]["automountServiceAccountToken"] is False, "nothing for the API server itself"
 
 
 def test_a_pod_with_a_token_has_neither() -> None:
     pod = built(settings=KubernetesSettings())
-    assert "volumes" not in pod["spec"]
+    assert [one["name"] for one in pod["spec"]["volumes"]] == ["leoflow-attempt"]
     assert "LEOFLOW_AGENT_TOKEN_PATH" not in env(pod)
 
 
@@ -86,7 +87,7 @@ def test_an_override_cannot_take_the_place_of_the_identity() -> None:
         },
     }
     pod = built(pod_override=override)
-    assert task(pod)["volumeMounts"] == [{"name": "mine", "mountPath": "/mine"}, MOUNT]
+    assert task(pod)["volumeMounts"] == [{"name": "mine", "mountPath": "/mine"}, ATTEMPT, MOUNT]
     assert len(projected(pod)) == 1
     assert "projected" in projected(pod)[0]
     assert "leoflow.io/seal" not in pod["metadata"]["annotations"]
@@ -94,7 +95,7 @@ def test_an_override_cannot_take_the_place_of_the_identity() -> None:
 
 def test_staging_and_the_identity_are_mounted_beside_each_other() -> None:
     pod = built(staging_claim="c")
-    assert [one["mountPath"] for one in task(pod)["volumeMounts"]] == ["/staging", DIRECTORY]
+    assert [one["mountPath"] for one in task(pod)["volumeMounts"]] == ["/staging", ATTEMPT["mountPath"], DIRECTORY]
 
 
 # -- the answer of a TokenReview --------------------------------------------------------------------------------------

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.errors import PermanentLaunchError
-from leoflow_celery.executors.kubernetes.environment import secret_of, secret_variables
+from leoflow_celery.executors.kubernetes.environment import ATTEMPT_DIR, secret_of, secret_variables
 from leoflow_celery.executors.kubernetes.identity import attempt_of, claim_metadata, timeout_of
 from leoflow_celery.executors.kubernetes.secret import build_secret
 from leoflow_celery.settings import KubernetesSettings
 from tests.unit.executors.kubernetes.built import PLAIN, build, env, launch, task
 
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+def others(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Volumes or mounts without the agent's own directory, which every pod has."""
+    return [one for one in items if one["name"] != "leoflow-attempt"]
 
 
 # -- identity -------------------------------------------------------------------------------------------------------
@@ -86,8 +92,8 @@ def test_a_pod_is_restricted_unless_it_says_otherwise() -> None:
 def test_a_read_only_root_keeps_a_writable_tmp() -> None:
     pod = build(settings=KubernetesSettings(read_only_root=True))
     assert task(pod)["securityContext"]["readOnlyRootFilesystem"] is True
-    assert task(pod)["volumeMounts"] == [{"name": "leoflow-tmp", "mountPath": "/tmp"}]
-    assert pod["spec"]["volumes"] == [{"name": "leoflow-tmp", "emptyDir": {}}]
+    assert others(task(pod)["volumeMounts"]) == [{"name": "leoflow-tmp", "mountPath": "/tmp"}]
+    assert others(pod["spec"]["volumes"]) == [{"name": "leoflow-tmp", "emptyDir": {}}]
 
 
 def test_what_a_request_names_is_in_the_pod() -> None:
@@ -119,9 +125,28 @@ def test_what_a_request_does_not_name_is_left_to_the_cluster() -> None:
     pod = build()
     assert task(pod)["imagePullPolicy"] == "IfNotPresent"
     assert pod["spec"]["terminationGracePeriodSeconds"] == 30
-    unset = {"activeDeadlineSeconds", "serviceAccountName", "affinity", "tolerations", "nodeSelector", "volumes"}
+    unset = {"activeDeadlineSeconds", "serviceAccountName", "affinity", "tolerations", "nodeSelector"}
     assert unset & pod["spec"].keys() == set()
-    assert {"resources", "volumeMounts"} & task(pod).keys() == set()
+    assert "resources" not in task(pod)
+    assert others(pod["spec"]["volumes"]) == others(task(pod)["volumeMounts"]) == []
+
+
+@pytest.mark.parametrize("settings", [KubernetesSettings(), KubernetesSettings(read_only_root=True)])
+def test_the_agents_own_directory_is_a_volume_that_nobody_else_replaces(settings: KubernetesSettings) -> None:
+    """User code tidies up /tmp, and a root may be read-only."""
+    template: dict[str, Any] = {
+        "spec": {
+            "volumes": [{"name": "mine", "emptyDir": {}}, {"name": "leoflow-attempt", "hostPath": {"path": "/"}}],
+            "containers": [{"name": "task", "volumeMounts": [{"name": "mine", "mountPath": ATTEMPT_DIR}]}],
+        }
+    }
+    for pod in (build(settings=settings), build(template, settings=settings)):
+        assert [one for one in pod["spec"]["volumes"] if one["name"] == "leoflow-attempt"] == [
+            {"name": "leoflow-attempt", "emptyDir": {}}
+        ]
+        mounts = [one for one in task(pod)["volumeMounts"] if one["mountPath"] == ATTEMPT_DIR]
+        assert mounts == [{"name": "leoflow-attempt", "mountPath": ATTEMPT_DIR}]
+        assert env(pod)["LEOFLOW_AGENT_WORK_DIR"] == ATTEMPT_DIR
 
 
 def test_the_deadline_leaves_the_agent_time_to_end_the_task_itself() -> None:
@@ -143,8 +168,8 @@ def test_a_pod_says_what_its_task_may_take_whatever_its_deadline_is() -> None:
 def test_staging_is_mounted_and_writable_for_the_images_group() -> None:
     pod = build(staging_claim="leoflow-staging-sales-r1")
     claim = {"name": "leoflow-staging", "persistentVolumeClaim": {"claimName": "leoflow-staging-sales-r1"}}
-    assert pod["spec"]["volumes"] == [claim]
-    assert task(pod)["volumeMounts"] == [{"name": "leoflow-staging", "mountPath": "/staging"}]
+    assert others(pod["spec"]["volumes"]) == [claim]
+    assert others(task(pod)["volumeMounts"]) == [{"name": "leoflow-staging", "mountPath": "/staging"}]
     assert env(pod)["LEOFLOW_STAGING_DIR"] == "/staging"
     assert pod["spec"]["securityContext"]["fsGroup"] == 10_001
 
@@ -156,11 +181,11 @@ def test_a_template_decides_the_group_of_staging() -> None:
 
 def test_the_agents_ca_and_the_tasks_secret_are_read_only_mounts() -> None:
     pod = build(agent_tls_ca_config_map="ca", task_secret_name="db", task_secret_mount_path="/secrets")
-    assert pod["spec"]["volumes"] == [
+    assert others(pod["spec"]["volumes"]) == [
         {"name": "leoflow-agent-ca", "configMap": {"name": "ca"}},
         {"name": "leoflow-task-secret", "secret": {"secretName": "db"}},
     ]
-    assert task(pod)["volumeMounts"] == [
+    assert others(task(pod)["volumeMounts"]) == [
         {"name": "leoflow-agent-ca", "mountPath": "/etc/leoflow/tls", "readOnly": True},
         {"name": "leoflow-task-secret", "mountPath": "/secrets", "readOnly": True},
     ]
@@ -193,6 +218,7 @@ def test_the_agent_is_told_what_it_needs_first() -> None:
         ("LEOFLOW_AGENT_KILL_GRACE_SECONDS", "25"),
         ("LEOFLOW_ATTEMPT_NAME", name),
         ("LEOFLOW_TERMINATION_LOG", "/dev/termination-log"),
+        ("LEOFLOW_AGENT_WORK_DIR", ATTEMPT_DIR),
         ("LEOFLOW_AGENT_ECHO", "true"),
         ("LEOFLOW_AGENT_LEAVE_INTERRUPTION", "true"),
         ("REGION", "its-secret/REGION"),

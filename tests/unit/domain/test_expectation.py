@@ -1,0 +1,34 @@
+"""What SQL expects, by the clock of the server that is compared with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from leoflow_celery.clock import ServerClock
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.queueing import messages
+
+ATTEMPT = AttemptId("ti", 1)
+
+
+def test_times_of_sql_become_times_of_the_server() -> None:
+    """A server two minutes behind: what it creates after the reading looks older than that by SQL's clock."""
+    read = Expectation.of(1_000.0, [ExpectedAttempt(ATTEMPT, "a", 950.0), ExpectedAttempt(ATTEMPT, "b")])
+    # Read at 1000; 7 s on its way; the list took 3 s; the server's clock shows 890 then.
+    seen = Expectation(read.read_at, read.attempts, age_seconds=7).by_clock_of(server_now=890.0, seconds_since=3)
+    assert seen.read_at == 880.0
+    assert [one.launched_at for one in seen.attempts.values()] == [830.0, None]
+
+
+def test_how_old_an_expectation_is_goes_by_the_brokers_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, now = ServerClock(), 500.0
+    monkeypatch.setattr(messages, "broker_clock", clock)
+    monkeypatch.setattr("leoflow_celery.clock.time.monotonic", lambda: 1.0)
+    clock.read(lambda: now)
+    sent = messages.Reconcile(Expectation.of(1_000.0, [])).to_json()
+    now += 9
+    clock.read(lambda: now)
+    assert messages.Reconcile.from_json(sent).expectation.age_seconds == 9
+    del sent["said_at"]
+    assert messages.Reconcile.from_json(sent).expectation.age_seconds is None
