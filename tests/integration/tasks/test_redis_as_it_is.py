@@ -174,7 +174,7 @@ def test_a_full_redis_loses_nothing_and_ends_no_worker(system: System, target: H
         _dispatch(system, http_task(target.url(f"c{number}"), identity))
     system.redis.config_set("maxmemory", 1)
     worker.send_signal(signal.SIGCONT)
-    wait_until(lambda: _held(system) > 0, 30, worker.output)
+    worker.wait_for_line("command not allowed when used memory", 30)
     time.sleep(5)  # nothing can be waited for: it is to live on
     assert worker.returncode is None
     system.redis.config_set("maxmemory", 0)
