@@ -140,7 +140,7 @@ def test_a_worker_killed_between_the_container_and_its_acknowledgement_leaves_on
     system: DockerSystem, engine: TestEngine, witness: HttpTarget
 ) -> None:
     worker = system.process("workers.docker")
-    system.engine_proxy.hold_answers()
+    system.engine_proxy.hold_answers(after=b"/containers/create")
     try:
         handle = system.submit_bash("half", call(witness.url("half")))
         made = wait_until(lambda: _container_of(engine, system, handle.attempt.task_instance_id), 60, "a container")

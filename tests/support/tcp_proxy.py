@@ -32,6 +32,7 @@ class TcpProxy:
         # The loop forgets a connection of which one direction has ended, and with it the task that serves it.
         self._serving: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
+        self._hold_after = b""
         self._answers_pass = asyncio.Event()
         self._answers_pass.set()
         self._loop = asyncio.new_event_loop()
@@ -59,14 +60,20 @@ class TcpProxy:
         if self._server is None:
             self.resume()
 
-    def hold_answers(self) -> None:
+    def hold_answers(self, after: bytes = b"") -> None:
         """Requests still reach the server; what it says is kept back until ``pass_answers``.
+
+        ``after``: from a request on that holds these bytes.
 
         With TLS, what it says to a greeting passes: without a handshake there are no requests.
         """
-        self._loop.call_soon_threadsafe(self._answers_pass.clear)
+        if after:
+            self._hold_after = after
+        else:
+            self._loop.call_soon_threadsafe(self._answers_pass.clear)
 
     def pass_answers(self) -> None:
+        self._hold_after = b""
         self._loop.call_soon_threadsafe(self._answers_pass.set)
 
     def close(self) -> None:
@@ -112,10 +119,14 @@ class TcpProxy:
         else:
             far_reader, far_writer = await asyncio.open_connection(*self.target)
         try:
-            requests = _Direction(reader, far_writer)
+            requests = _Direction(reader, far_writer, heard=self._heard)
             await asyncio.gather(requests.run(), _Direction(far_reader, writer, self._gate(requests)).run())
         finally:
             far_writer.transport.abort()
+
+    def _heard(self, data: bytes) -> None:
+        if self._hold_after and self._hold_after in data:
+            self._answers_pass.clear()
 
     def _gate(self, requests: _Direction) -> Callable[[], Awaitable[object]]:
         async def gate() -> None:
@@ -145,14 +156,16 @@ class _Direction:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         gate: Callable[[], Awaitable[object]] = _open_gate,
+        heard: Callable[[bytes], object] = len,
     ) -> None:
         self.chunks = 0
-        self._reader, self._writer, self._gate = reader, writer, gate
+        self._reader, self._writer, self._gate, self._heard = reader, writer, gate, heard
 
     async def run(self) -> None:
         with contextlib.suppress(OSError):
             while data := await self._reader.read(_CHUNK):
                 self.chunks += 1
+                self._heard(data)
                 await self._gate()
                 self._writer.write(data)
                 await self._writer.drain()

@@ -110,10 +110,7 @@ def test_a_path_too_long_for_a_socket_is_refused_before_anything_starts(tmp_path
 
 
 def test_without_any_redis_server_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_wheel(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr("importlib.import_module", no_wheel)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ConfigurationError, match=r"pip install 'leoflow-celery\[lite\]'"):
         find_redis_server()

@@ -209,7 +209,13 @@ REFUSED: list[tuple[Json, str]] = [
     ({"result_callback": {"task": "user.note", "queue": "docker.h1"}}, "result_callback.queue"),
     ({"staging_claim": "leoflow-staging-d-other"}, "staging_claim"),
     (
-        {"pod_override": {"spec": {"volumes": [{"persistentVolumeClaim": {"claimName": "leoflow-staging-d-other"}}]}}},
+        {
+            "executor": "kubernetes",
+            "execution_mode": "pod",
+            "pod_override": {
+                "spec": {"volumes": [{"persistentVolumeClaim": {"claimName": "leoflow-staging-d-other"}}]},
+            },
+        },
         "pod_override.spec.volumes.0.persistentVolumeClaim.claimName",
     ),
     ({"task_instance_id": "a\u202eb"}, "task_instance_id"),
