@@ -148,7 +148,7 @@ class StagingStore:
             )
             .select_from(_TABLE.outerjoin(_RUN, same_run))
             .where(_TABLE.c.deleted_at.is_(None))
-            .order_by(_TABLE.c.created_at)
+            .order_by(_TABLE.c.created_at, _TABLE.c.claim_name)
         )
         if backend is not None:
             query = query.where(_TABLE.c.backend == backend)
