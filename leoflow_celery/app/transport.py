@@ -106,10 +106,10 @@ class QoS(redis.QoS):
         elif not requeue:
             self.ack(delivery_tag)
         else:
-            is_at_fault = requeue != holding.NOT_ITS_FAULT
+            is_at_fault = requeue not in (holding.NOT_ITS_FAULT, holding.NO_ROOM)
             self.restore_by_tag(delivery_tag, leftmost=True, counted=is_at_fault)
             self._quick_ack(delivery_tag)
-            if not is_at_fault:
+            if requeue == holding.NOT_ITS_FAULT:
                 self.channel.wait()
 
     def held(self) -> list[str]:
@@ -414,8 +414,12 @@ class Channel(redis.Channel):
     def _deliver_taken(self) -> bool:
         """Whether there was something to deliver. What is not taken into account here stays held, and comes again."""
         has_delivered = False
+        shut: list[str] = []
         while self._taken:
             tag, queue, raw = self._taken.popleft()
+            if queue not in self.connection._callbacks:  # since it was taken: the host is full (``tasks.room``)
+                shut.append(tag)
+                continue
             admitted = self.door.admit(raw, queue)
             if admitted is not None:
                 admitted["properties"]["delivery_tag"] = tag
@@ -423,7 +427,18 @@ class Channel(redis.Channel):
                 self.connection._deliver(admitted, queue)
             elif self.door.has_kept_all:
                 self.holder.done.append(tag)
+        self._give_back(shut)
         return has_delivered
+
+    def _give_back(self, tags: list[str]) -> None:
+        """Put messages that nobody saw back to where they were, the last one first; nothing is wrong with them."""
+        channel: Any = self
+        while tags:
+            with self.conn_or_acquire() as client:
+                entry = client.hget(channel.unacked_key, tags[-1])
+            if entry is not None:
+                channel.qos.put_back(tags[-1], entry, counted=False)
+            tags.pop()
 
     def close(self) -> None:
         channel: Any = self

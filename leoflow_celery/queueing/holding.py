@@ -20,6 +20,8 @@ from typing import Any
 #: What ``Reject(error, requeue=...)`` says of a message that goes back because the broker did not take what its task
 #: had to send. It is delivered again, however often.
 NOT_ITS_FAULT: Any = "not its fault"
+#: The same of a message that another host, or this one later, has room for.
+NO_ROOM: Any = "no room"
 #: Messages of one take, where the worker sets no limit.
 MOST_AT_ONCE = 100
 #: A worker that holds many large messages is slower than one that comes again.

@@ -28,7 +28,7 @@ from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType, TaskName, executor_of_task
 from leoflow_celery.errors import HostFull, LeoflowError, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import Launched, LaunchSpec
-from leoflow_celery.queueing.holding import NOT_ITS_FAULT
+from leoflow_celery.queueing.holding import NO_ROOM, NOT_ITS_FAULT
 from leoflow_celery.queueing.messages import SCOPE_OF, AttemptEnded, Launch, seal_message
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.executors import executor_of, host_of
@@ -88,7 +88,7 @@ def _give_back(task: LeoflowTask, order: Launch, error: HostFull) -> None:
     if (task.request.delivery_info or {}).get("routing_key") != QUEUE_OF[executor_of_task(task.name)]:
         _retry_or_give_up(task, order, error)
     else:
-        raise Reject(str(error), requeue=True) from error
+        raise Reject(str(error), requeue=NO_ROOM) from error
 
 
 @contextmanager

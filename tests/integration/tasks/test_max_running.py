@@ -59,6 +59,12 @@ def test_a_full_host_leaves_messages_to_other_hosts(system: System, tmp_path: Pa
     handles = system.client.submit_many(requests)
     wait_until(lambda: len(running()) == LIMIT, 30, lambda: f"{LIMIT} to run, not {running()}")
     wait_until(lambda: waiting() == MANY - LIMIT, 20, lambda: f"{MANY - LIMIT} messages to wait, not {waiting()}")
+    # What came along with the last that there was room for went back to its place, and does not count as delivered.
+    queued = [
+        message for key in system.redis.scan_iter("leoflow:subprocess*") for message in system.redis.lrange(key, 0, -1)
+    ]
+    assert len(queued) == MANY - LIMIT
+    assert [message for message in queued if b'"put_back"' in message] == []
     # In the order in which they came.
     assert sorted(running()) == ["0", "1", "2"]
 
