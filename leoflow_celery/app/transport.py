@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 _AGAIN_SECONDS = 1.0
 #: Of what waits, found at once: a message may have megabytes.
 _DUE_AT_ONCE = 20
+#: A connection that closes waits so long for what it asked last.
+_LAST_ANSWER_SECONDS = 5.0
 #: A push of Redis, as opposed to an answer.
 _PUSH = object()
 
@@ -125,10 +127,16 @@ class QoS(redis.QoS):
         arguments = holding.due(channel.held_keys, self.visibility_timeout, _DUE_AT_ONCE)
         try:
             found = channel.run(holding.DUE, arguments)
-            for tag, entry in zip(found[::2], found[1::2], strict=True):
-                self.put_back(bytes_to_str(tag), entry)
         except ResponseError as error:
             channel.answered_otherwise(error)
+            return
+        for tag, entry in zip(found[::2], found[1::2], strict=True):
+            try:
+                self.put_back(bytes_to_str(tag), entry)
+            except ResponseError as error:
+                channel.answered_otherwise(error)
+                if not channel.is_wrong_type(error):  # which one queue has, and the others of these have not
+                    return
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False, counted: bool = True) -> None:
         """Put a message that was held back on its queue; what cannot be put back goes through the door."""
@@ -145,11 +153,11 @@ class QoS(redis.QoS):
         if self.channel.door is None:
             super().restore_unacked(client)
             return
-        with self.channel.conn_or_acquire(client) as connected:
-            for tag in self._delivered:
-                entry = connected.hget(self.unacked_key, tag)
-                if entry is not None:
-                    self.put_back(tag, entry, counted=False)
+        for tag in self._delivered:
+            try:
+                self.restore_by_tag(tag, client, counted=False)
+            except ResponseError as error:  # it comes back when nobody was heard of that holds it
+                log.warning("broker.left_unsaid", extra={"error": repr(error)})
         self._delivered.clear()
 
     def put_back(self, tag: str, entry: bytes, *, leftmost: bool = False, counted: bool = True) -> None:
@@ -296,7 +304,7 @@ class Channel(redis.Channel):
         has_room = bool(channel._in_poll and channel.active_queues and channel.qos.can_consume())
         if has_room and (self._woken or self.holder.done or now >= self._ask_at):
             self._ask(now)
-        elif self.holder.done and not has_room:
+        elif not has_room and (self.holder.done or self.holder.lost):
             self._refused_for_now(self._tell)
 
     def _refused_for_now(self, call: Callable[[], None]) -> None:
@@ -339,14 +347,14 @@ class Channel(redis.Channel):
         self._send("messages", *script, *asked.arguments(keys, len(queues), ends))
 
     def _tell(self) -> None:
-        """Tell what is done while no message is wanted, and wait for the answer."""
+        """Tell what is done and give back what nobody saw, while no message is wanted, and wait for the answer."""
         asked = self.holder.ask(0)
         try:
-            self.run(holding.TAKE, holding.Ask(asked.tag_base, 0, asked.done, []).arguments(self.held_keys, 1, []))
+            answer = self.run(holding.TAKE, asked.arguments(self.held_keys, 1, []))
         except BaseException:
             self.holder.unanswered(asked)
             raise
-        self.holder.lost.extend(asked.lost)
+        self._give_back([(bytes_to_str(tag), entry) for tag, entry in zip(answer[1::3], answer[3::3], strict=True)])
 
     def _renew(self) -> None:
         """What a living worker holds does not come back, however long its task takes."""
@@ -400,10 +408,15 @@ class Channel(redis.Channel):
         channel: Any = self
         asked, self._asked = self._asked, None
         is_wrong, *found = answer
+        unseen = []
         for tag, place, raw in zip(found[::3], found[1::3], found[2::3], strict=True):
+            if place < 0:
+                unseen.append((bytes_to_str(tag), raw))
+                continue
             queue = self._places[int(place)][0]
             self._taken.append((bytes_to_str(tag), queue, raw))
             channel._queue_cycle.rotate(queue)
+        self._refused_for_now(lambda: self._give_back(unseen))
         if is_wrong:
             self._set_aside_queues()
         if found or is_wrong or not asked.wanted:
@@ -414,11 +427,10 @@ class Channel(redis.Channel):
     def _deliver_taken(self) -> bool:
         """Whether there was something to deliver. What is not taken into account here stays held, and comes again."""
         has_delivered = False
-        shut: list[str] = []
         while self._taken:
             tag, queue, raw = self._taken.popleft()
             if queue not in self.connection._callbacks:  # since it was taken: the host is full (``tasks.room``)
-                shut.append(tag)
+                self.holder.lost.append(tag)
                 continue
             admitted = self.door.admit(raw, queue)
             if admitted is not None:
@@ -427,18 +439,17 @@ class Channel(redis.Channel):
                 self.connection._deliver(admitted, queue)
             elif self.door.has_kept_all:
                 self.holder.done.append(tag)
-        self._give_back(shut)
         return has_delivered
 
-    def _give_back(self, tags: list[str]) -> None:
+    def _give_back(self, unseen: list[tuple[str, bytes]]) -> None:
         """Put messages that nobody saw back to where they were, the last one first; nothing is wrong with them."""
         channel: Any = self
-        while tags:
-            with self.conn_or_acquire() as client:
-                entry = client.hget(channel.unacked_key, tags[-1])
-            if entry is not None:
-                channel.qos.put_back(tags[-1], entry, counted=False)
-            tags.pop()
+        try:
+            while unseen:
+                channel.qos.put_back(*unseen[-1], counted=False)
+                unseen.pop()
+        finally:
+            self.holder.lost.extend(tag for tag, _ in unseen)
 
     def close(self) -> None:
         channel: Any = self
@@ -453,24 +464,18 @@ class Channel(redis.Channel):
 
     def _leave(self) -> None:
         """Tell what is done, and put back what nobody has seen."""
-        channel: Any = self
         connection = self.__dict__["client"].connection if "client" in self.__dict__ else None
         try:
             while self._awaited and connection is not None and connection._sock is not None:
+                if not connection.can_read(timeout=_LAST_ANSWER_SECONDS):
+                    break
                 self._hear(connection)
         finally:
             self._forget_asked()
-            lost = self.holder.lost
-            lost.extend(tag for tag, _, _ in self._taken)
+            self.holder.lost.extend(tag for tag, _, _ in self._taken)
             self._taken.clear()
-        if self.holder.done:
+        while self.holder.done or self.holder.lost:
             self._tell()
-        while lost:
-            with self.conn_or_acquire() as client:
-                entry = client.hget(channel.unacked_key, lost[0])
-            if entry is not None:
-                channel.qos.put_back(lost[0], entry, counted=False)
-            lost.popleft()
 
     def _receive_one(self, c: Any) -> Any:
         """Take a broadcast: kombu's own, with a door where it parses."""

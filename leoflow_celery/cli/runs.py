@@ -6,6 +6,7 @@ import json
 import secrets
 import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -23,6 +24,7 @@ from leoflow_celery.errors import InvalidRequest, NotFound
 if TYPE_CHECKING:
     from leoflow_celery.cli.progress import Progress
     from leoflow_celery.client import Client, Handle
+    from leoflow_celery.domain.clear import ClearedTask
     from leoflow_celery.domain.dag import Dag
     from leoflow_celery.driver import RunDriver
 
@@ -51,7 +53,7 @@ def run(
 
     dag = load_dag(dag_file)
     name = checked_run_id(dag, run_id, tenant)
-    drive_and_exit(dag, name, tenant, as_json, go_on=f"run {dag_file} --run-id {name}")
+    drive_and_exit(dag, name, tenant, as_json, go_on=("run", str(dag_file), "--run-id", name))
 
 
 def retry(
@@ -80,27 +82,39 @@ def retry(
     from leoflow_celery.domain.dag import load_dag
 
     given = load_dag(dag_file) if dag_file else None
-    with open_client() as client:
-        named = Target.named(client, [dag_id, run_id], tenant)
-        dag = given or client.dag_of(dag_id, named.run_id, tenant)
-        _check_same_dag(dag, dag_id)
-        check_tasks(client, dag, named.run_id)
-        cleared = client.clear(
-            dag_id, named.run_id, task_ids or (), failed=failed, downstream=downstream, tenant_id=tenant
+
+    def clear(client: Client, *, dry_run: bool = False) -> list[ClearedTask]:
+        return client.clear(
+            dag_id,
+            name,
+            task_ids or (),
+            failed=failed,
+            downstream=downstream,
+            tenant_id=tenant,
+            dag=given,
+            dry_run=dry_run,
         )
-        if not cleared and client.run(dag_id, named.run_id, tenant).state in TERMINAL_RUN:
-            note(f"nothing to run again: no task of run {named.run_id} failed; name tasks to run them all the same")
-            raise typer.Exit(0)
+
+    def clear_and_tell(client: Client) -> None:
+        for task in clear(client):
+            note(f"{task.task_id}: try {task.next_try} (try {task.ended_try} stays {task.state})")
         if given is not None:
-            client.create_run(dag_id, named.run_id, tenant, dag.dag_version, dag)
-    for task in cleared:
-        note(f"{task.task_id}: try {task.next_try} (try {task.ended_try} stays {task.state})")
-    drive_and_exit(dag, named.run_id, tenant, as_json, go_on=f"retry {dag_id} {named.run_id}")
+            client.create_run(dag_id, name, tenant, dag.dag_version, dag)
+
+    with open_client() as client:
+        name = str(Target.named(client, [dag_id, run_id], tenant).run_id)
+        dag = given or client.dag_of(dag_id, name, tenant)
+        _check_same_dag(dag, dag_id)
+        check_tasks(client, dag, name)
+        if not clear(client, dry_run=True) and client.run(dag_id, name, tenant).state in TERMINAL_RUN:
+            note(f"nothing to run again: no task of run {name} failed; name tasks to run them all the same")
+            raise typer.Exit(0)
+    drive_and_exit(dag, name, tenant, as_json, go_on=("retry", dag_id, name), first=clear_and_tell)
 
 
 def _check_same_dag(dag: Dag, dag_id: str) -> None:
     if dag.dag_id != dag_id:
-        raise InvalidRequest(f"--dag: is the DAG {dag.dag_id!r}, and the run is one of {dag_id!r}", "dag")
+        raise InvalidRequest(f"--dag: it is DAG {dag.dag_id!r}, but the run belongs to {dag_id!r}", "dag")
 
 
 def rerun(
@@ -122,7 +136,7 @@ def rerun(
         name = checked_run_id(dag, new_id, tenant)
         if new_id is not None and _exists(client, dag_id, name, tenant):
             raise InvalidRequest(f"--run-id: run {name!r} of dag {dag_id!r} exists; choose another id", "run_id")
-    drive_and_exit(dag, name, tenant, as_json, go_on=f"retry {dag_id} {name}")
+    drive_and_exit(dag, name, tenant, as_json, go_on=("retry", dag_id, name))
 
 
 def _exists(client: Client, dag_id: str, run_id: str, tenant_id: str) -> bool:
@@ -157,23 +171,36 @@ def checked_run_id(dag: Dag, run_id: str | None, tenant_id: str) -> str:
     return name
 
 
-def drive_and_exit(dag: Dag, run_id: str, tenant_id: str, as_json: bool = False, go_on: str = "") -> NoReturn:
-    """Drive a run on the system that the command uses, and exit as it ended. ``go_on`` is the command that resumes."""
+def drive_and_exit(
+    dag: Dag,
+    run_id: str,
+    tenant_id: str,
+    as_json: bool = False,
+    *,
+    go_on: Sequence[str] = (),
+    first: Callable[[Client], None] | None = None,
+) -> NoReturn:
+    """Drive a run on the system that the command uses, and exit as it ended.
+
+    ``go_on`` is the command that resumes. ``first`` changes the run, once this command may use the system.
+    """
     from leoflow_celery.cli.inspect import open_client
 
     with at_work() as is_embedded, open_client() as client:
+        if first is not None:
+            first(client)
         try:
             state = drive(client, dag, run_id, tenant_id, cancel_on_interrupt=is_embedded, as_json=as_json)
         except (KeyboardInterrupt, SystemExit):
             if not is_embedded:
-                stop = hint(f"cancel {dag.dag_id} {run_id}")
-                go_on_with = f"go on with {hint(go_on)}, or stop with {stop}"
+                stop = hint("cancel", dag.dag_id, run_id, tenant=tenant_id)
+                go_on_with = f"go on with {hint(*go_on, tenant=tenant_id)}, or stop with {stop}"
                 note(f"interrupted: running tasks go on, nothing new starts; {go_on_with}")
             raise
     if is_embedded or state is not RunState.SUCCESS:
-        note(f"logs: {hint(f'logs {dag.dag_id} {run_id}')}")
+        note(f"logs: {hint('logs', dag.dag_id, run_id, tenant=tenant_id)}")
     if state is not RunState.SUCCESS:
-        note(f"what failed, again: {hint(f'retry {dag.dag_id} {run_id}')}")
+        note(f"what failed, again: {hint('retry', dag.dag_id, run_id, tenant=tenant_id)}")
     raise typer.Exit(0 if state is RunState.SUCCESS else 1)
 
 

@@ -84,9 +84,10 @@ def embedded() -> Embedded | None:
     return _used
 
 
-def hint(command: str) -> str:
-    """A command to give next, as one has to type it for the same system."""
+def hint(*words: str, tenant: str = "default") -> str:
+    """A command to give next, as one has to type it for the same system and tenant."""
     system = embedded()
+    command = shlex.join([*words, *(("--tenant", tenant) if tenant != "default" else ())])
     return f"'leoflow {system.option} {command}'" if system else f"'leoflow {command}'"
 
 

@@ -28,7 +28,11 @@ RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="The id of the run, or 'latest'.", autocompletion=complete.runs)
 ]
 TenantOption = Annotated[str, typer.Option("--tenant", help="Whose run it is.")]
-TryOption = Annotated[int | None, typer.Option("--try", min=1, help="Which try; the newest unless given.")]
+#: What the column of SQL holds.
+_MOST_TRIES = 2**31 - 1
+TryOption = Annotated[
+    int | None, typer.Option("--try", min=1, max=_MOST_TRIES, help="Which try; the newest unless given.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, for other programs.")]
 
 

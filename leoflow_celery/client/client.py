@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -308,6 +308,8 @@ class Client:
         failed: bool = False,
         downstream: bool = False,
         tenant_id: str = _STANDARD_TENANT,
+        dag: Dag | None = None,
+        dry_run: bool = False,
     ) -> list[ClearedTask]:
         """Let tasks of a run run again: what failed and what depends on it, or the tasks named.
 
@@ -325,6 +327,9 @@ class Client:
                 None: every task that failed, and everything that depends on one.
             failed: of the tasks named, those that failed only.
             downstream: also everything that depends on the tasks.
+            dag: the version that the run goes on with, if not the one that is kept with it: it says what depends on
+                what, and a task that it does not have is left as it is.
+            dry_run: say what would run again, and change nothing.
 
         Raises:
             NotFound: the run was never created.
@@ -332,10 +337,13 @@ class Client:
                 with the run (``create_run``).
         """
         selection = Selection(tuple(task_ids), failed, downstream)
-        dag = self._kept_dag(dag_id, run_id, tenant_id)
-        return self.services.store.runs.clear(
-            tenant_id, dag_id, run_id, lambda states: selection.choose(states, dag.downstream if dag else None)
-        )
+        known = dag or self._kept_dag(dag_id, run_id, tenant_id)
+
+        def choose(states: Mapping[str, TaskState]) -> tuple[str, ...]:
+            kept = states if dag is None else {name: one for name, one in states.items() if name in dag.by_id}
+            return selection.choose(kept, known.downstream if known else None)
+
+        return self.services.store.runs.clear(tenant_id, dag_id, run_id, choose, dry_run=dry_run)
 
     def cleared(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> dict[str, int]:
         """Of each task of a run that was cleared, the last try that no longer counts."""

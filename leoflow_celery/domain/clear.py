@@ -55,7 +55,7 @@ class Selection:
             if state is None:
                 known = ", ".join(states) or "none"
                 raise InvalidRequest(f"task {task_id!r} has no try in this run that could be cleared; it has: {known}")
-            if state not in TERMINAL:
+            if state is not TaskState.NONE and state not in TERMINAL:  # none: it was cleared before, and waits
                 raise InvalidRequest(f"task {task_id!r} is {state}; wait for its end, or cancel it first")
 
 

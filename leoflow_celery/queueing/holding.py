@@ -33,8 +33,9 @@ _PUT_BACK_SECONDS = 10
 
 #: KEYS: unacked, its index, the lists of the queues, first served first.
 #: ARGV: what the tags begin with, how many, bytes, lists of one priority, then two counted lists of tags: those that
-#: are done and those that were taken by a call whose answer was lost; then the end of an entry for each of the lists.
-#: Answers whether a list is none, then tag, number of the list and message of each.
+#: are done and those that nobody saw; then the end of an entry for each of the lists.
+#: Answers whether a list is none, then of each message tag, number of its list and message. Those that nobody saw have
+#: the number -1 and their whole entry: they are still held, and are to be put back.
 TAKE = """
 redis.call('HDEL', KEYS[1], '')
 redis.call('ZREM', KEYS[2], '')
@@ -58,13 +59,7 @@ local function give(tag, place, raw)
 end
 for _, tag in ipairs(lost) do
   local entry = redis.call('HGET', KEYS[1], tag)
-  for place = 3, entry and #KEYS or 0 do
-    local ending = ARGV[ends + place]
-    if string.sub(entry, -#ending) == ending then
-      give(tag, place, string.sub(entry, 2, -#ending - 1))
-      break
-    end
-  end
+  if entry then give(tag, 2, entry) end
 end
 local time = redis.call('TIME')
 local now = time[1] .. '.' .. string.format('%06d', time[2])
@@ -144,7 +139,7 @@ class Holder:
     def __init__(self) -> None:
         #: Tags of messages that are done with. Appending is safe from any thread.
         self.done: deque[str] = deque()
-        #: Tags under which we may hold messages that we never saw.
+        #: Tags under which we may hold messages that no task of ours saw: their answer was lost, or their queue shut.
         self.lost: deque[str] = deque()
         self._name = uuid.uuid4().hex
         self._takes = 0

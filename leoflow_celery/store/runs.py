@@ -155,10 +155,13 @@ class RunStore:
         dag_id: str,
         run_id: str,
         choose: Callable[[Mapping[str, TaskState]], Sequence[str]],
+        *,
+        dry_run: bool = False,
     ) -> list[ClearedTask]:
         """Let the tasks that ``choose`` names, out of the newest tries' states, run again, and open the run again.
 
         Their tries stay as they ended. A task that was cleared and has not started since is seen as ``none``.
+        ``dry_run`` changes nothing.
 
         Raises:
             NotFound: the run was never created.
@@ -176,10 +179,9 @@ class RunStore:
                 for name, view in newest.items()
             }
             chosen = [newest[name] for name in choose(states)]
-            if not chosen:
-                return []
-            self._record_clear(connection, chosen)
-            connection.execute(sa.update(_RUN).where(is_run).values(state=RunState.RUNNING.value, ended_at=None))
+            if chosen and not dry_run:
+                self._record_clear(connection, chosen)
+                connection.execute(sa.update(_RUN).where(is_run).values(state=RunState.RUNNING.value, ended_at=None))
         return [ClearedTask(view.task_id, view.task_instance_id, view.try_number, view.state) for view in chosen]
 
     def _record_clear(self, connection: sa.Connection, chosen: Sequence[TaskInstanceView]) -> None:

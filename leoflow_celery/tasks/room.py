@@ -1,7 +1,7 @@
 """A launch worker takes no more from its executor's queue than its host has room for; the rest waits there for others.
 
 An executor with ``room()`` (``executors.base.LimitedExecutor``) says how many more it would start. The consumer counts
-what it takes. When nothing is free it stops consuming the queue, exactly there: no message is taken to be given back.
+what it takes. When nothing is free it stops consuming the queue, exactly there; what came along goes back uncounted.
 Then it asks the executor every so often, and consumes again. Nothing is remembered, so nothing is lost by a kill -9:
 every connection to the broker begins with a question. Queues of one host, results and whatever else the worker
 consumes go on.

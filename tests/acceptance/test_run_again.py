@@ -292,6 +292,37 @@ def test_a_retry_starts_the_embedded_system_itself_and_takes_a_mended_dag(leoflo
     assert "mended" in leoflow("logs", "d", "r", "b").stdout
 
 
+def test_a_retry_that_may_not_use_the_system_changes_nothing(leoflow: Embedded, tmp_path: Path) -> None:
+    """The directory of an embedded system belongs to one command at a time."""
+    go = tmp_path / "go"
+    dag = write_dag(tmp_path, bash("a", f"test -e {go}"), bash("b", "true"))
+    failed = leoflow("lite", "run", dag, "--run-id", "r", "--tenant", "acme", code=1)
+    assert "retry d r --tenant acme'" in failed.stderr
+    (tmp_path / "other").mkdir()
+    waits = write_dag(
+        tmp_path / "other",
+        bash("w", f"touch {tmp_path / 'on'}; until test -e {go}; do sleep 0.1; done"),
+        dag_id="other",
+    )
+    other = leoflow.spawn("lite", "run", waits, "--run-id", "o")
+    try:
+        wait_until((tmp_path / "on").exists, 60, "the other run")
+        assert "in use by" in leoflow("retry", "d", "r", "a", "--tenant", "acme", code=2).stderr
+        shown = leoflow.json("status", "d", "r", "--tenant", "acme")
+        assert shown["run"]["state"] == "failed"
+        assert {(view["try_number"], view["state"]) for view in shown["task_instances"]} == {
+            (1, "failed"), (1, "success")
+        }  # fmt: skip
+    finally:
+        go.touch()
+        other.communicate(timeout=60 * PATIENCE)
+    # A new version of the DAG says what depends on what.
+    mended = write_dag(tmp_path, bash("a", "true"), bash("b", "true", "a"))
+    leoflow("retry", "d", "r", "--tenant", "acme", "--dag", mended)
+    views = leoflow.json("tasks", "d", "r", "--tenant", "acme")
+    assert {view["task_id"]: view["try_number"] for view in views} == {"a": 2, "b": 2}
+
+
 class Deployed(Embedded):
     """A deployed system, named by the environment."""
 

@@ -65,18 +65,25 @@ def test_what_is_done_goes_in_the_call_that_takes_the_next(broker: Any) -> None:
     assert broker.zcard(HELD[1]) == 1
 
 
-def test_a_call_whose_answer_was_lost_is_asked_again_and_takes_nothing_twice(broker: Any) -> None:
+def test_what_a_lost_answer_held_is_told_again_and_stays_held(broker: Any) -> None:
+    """Whatever lists the next call asks for, and also when it asks for none."""
     put(broker, a=["1", "2", "3"])
     holder = Holder()
     lost = holder.ask(2)
-    first = take(broker, lost)
+    tags = [tag for tag, _, _ in take(broker, lost)]
     holder.unanswered(lost)
-    assert take(broker, holder.ask(2)) == first
-    assert not holder.lost
-    assert [raw for _, _, raw in take(broker, holder.ask(2))] == [b"3"]
-    never_heard = holder.ask(2)
-    holder.unanswered(never_heard)
-    assert take(broker, holder.ask(2)) == []
+    for lists in (LISTS, LISTS[1:2], []):
+        asked = holder.ask(0)
+        assert not holder.lost
+        _, *found = broker.eval(TAKE, *asked.arguments([*HELD, *lists], len(lists) or 1, ENDS[: len(lists)]))
+        assert [(tag.decode(), place, entry) for tag, place, entry in zip(*[iter(found)] * 3, strict=True)] == [
+            (tags[0], -1, b'[1,"","a"]'), (tags[1], -1, b'[2,"","a"]')
+        ]  # fmt: skip
+        holder.unanswered(asked)
+    assert len(held(broker)) == 2
+    never_heard = Holder()
+    never_heard.unanswered(never_heard.ask(2))
+    assert [raw for _, _, raw in take(broker, never_heard.ask(3))] == [b"3"]
 
 
 def test_a_key_of_another_kind_costs_no_message(broker: Any) -> None:

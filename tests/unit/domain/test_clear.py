@@ -71,3 +71,9 @@ def test_a_task_at_work_is_left_alone_and_refused_by_name() -> None:
         Selection(("notify",)).choose(states, DAG.downstream)
     with pytest.raises(InvalidRequest, match=r"task 'nope' has no try in this run .* it has: load, clean"):
         Selection(("nope",)).choose(states, DAG.downstream)
+
+
+def test_a_task_that_was_cleared_and_waits_may_be_named_again() -> None:
+    """What an interrupted retry left: the same command goes on."""
+    states = {**STATES, "clean": _S.NONE}
+    assert Selection(("clean",)).choose(states, DAG.downstream) == ("report", "mail")
