@@ -269,7 +269,7 @@ class TaskRequest(Frozen):
     entrypoint: Text = ""
     env: Environment = Field(default_factory=dict)
     resources: Resources = Resources()
-    execution: Execution = Execution()
+    execution: Execution = Field(default_factory=Execution)  # a default that is unhashable is copied deeply each time
     #: 0 means no limit.
     timeout_seconds: Annotated[int, Field(ge=0, le=30 * 24 * 3600)] = 0
     source: Text = ""
@@ -300,7 +300,7 @@ class TaskRequest(Frozen):
     #: Part of a Pod object, merged over the pod of this request (strategic merge); for the kubernetes executor.
     pod_override: PodPart = Field(default_factory=dict)
     #: GPUs, /dev/shm, ulimits, names and mounts of this container; for the docker executor.
-    docker_override: DockerOverride = DockerOverride()
+    docker_override: DockerOverride = Field(default_factory=DockerOverride)
     #: Start again with so many times the memory limit after an OOM kill; None is the system's setting, 1 is off.
     oom_memory_factor: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] | None = None
     #: Celery priority on Redis: 0 is served first, 9 last.
