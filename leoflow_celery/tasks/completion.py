@@ -170,7 +170,8 @@ class DoneMarks:
         """
         told = [self._told.popleft() for _ in range(len(self._told))]
         try:
-            self._mark(told)
+            if told:
+                self._mark(told)
         except Exception:
             self._told.extendleft(reversed(told))
             raise
