@@ -140,6 +140,11 @@ class HttpRequest(Frozen):
         """Whether making the call twice is the same as making it once (RFC 9110, 9.2.2)."""
         return self.method not in ("POST", "PATCH")
 
+    @property
+    def may_be_made_again(self) -> bool:
+        """Whether one try may make the call again when nobody knows whether it was made."""
+        return self.may_be_repeated or (self.attempts or 1) > 1
+
     def filled(self, values: Values) -> HttpRequest:
         """The call with its values, as it is sent.
 

@@ -178,7 +178,8 @@ class AttemptStore:
     ) -> TaskInstanceView:
         """Make ``holder`` the only one who may run the attempt; again by the same holder is fine.
 
-        With ``start`` the attempt is running at once (inline tasks, which have no agent to report it).
+        With ``start`` the attempt is running at once (inline tasks, which have no agent to report it), and is never
+        taken from a holder, however silent: the reaper says whether its call may be made again.
 
         Raises:
             ClaimRefused: why is unknown, terminal, superseded (a later launch or try exists) or held (by a live holder,
@@ -200,7 +201,9 @@ class AttemptStore:
     ) -> TaskInstanceView | ClaimRefused:
         free = _read(connection, task_instance_sql.claim(ClaimMode.UNCLAIMED, start), parameters)
         again = free or _read(connection, task_instance_sql.claim(ClaimMode.SAME_HOLDER, start), parameters)
-        view = again or _read(connection, task_instance_sql.claim(ClaimMode.EXPIRED, start), parameters)
+        view = again or (
+            None if start else _read(connection, task_instance_sql.claim(ClaimMode.EXPIRED, start=False), parameters)
+        )
         if view is None:
             return self._refusal(connection, attempt)
         if not again and not self._presence.may_judge(view.executor, parameters["p_lease"], connection):
