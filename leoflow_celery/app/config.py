@@ -13,6 +13,7 @@ from leoflow_celery.domain.routing import (
     RESULTS_QUEUE,
     USER_QUEUE,
     ExecutorType,
+    held_key,
     queue_for_task,
 )
 from leoflow_celery.settings import Settings
@@ -50,6 +51,7 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
     broker = settings.broker
     address = redis_address(broker.url)
     results = redis_address(broker.result_url, "LEOFLOW_BROKER_RESULT_URL") if broker.result_url else address
+    held = held_key(*queues)
     concurrency = max((_CONCURRENCY.get(queue, _DEFAULT_CONCURRENCY) for queue in queues), default=1)
     return {
         "broker_url": address.url,
@@ -61,6 +63,8 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
             # Look for messages of dead workers every few seconds, not every hundred.
             "unacked_restore_interval": 3,
             "unacked_restore_throttle": 1,
+            "unacked_key": held,
+            "unacked_index_key": f"{held}_index",
             "global_keyprefix": broker.key_prefix,
             "socket_connect_timeout": broker.connect_timeout_seconds,
             "socket_timeout": broker.socket_timeout_seconds,

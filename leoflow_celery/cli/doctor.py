@@ -180,7 +180,7 @@ def check_broker(settings: Settings) -> Finding:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=_ANSWER_SECONDS)
             with suppress(RedisError, OSError):  # what follows says which server did not answer
-                if refused := refused_commands(settings.broker, needed_queues(settings)):
+                if refused := refused_commands(settings.broker, _queues_here(settings)):
                     return Finding("broker", False, refusal(settings.broker, refused))
             doing = "a message through a queue (LPUSH, BRPOP)"
             _hear_message(connection)
@@ -214,7 +214,7 @@ def _what_workers_miss(settings: Settings) -> str:
             version = said[b"version"].decode()
             if tuple(map(int, version.split(".")[:2])) < _OLDEST_REDIS:
                 return f"is Redis {version}; workers need Redis 6.2, Valkey or newer: upgrade it"
-            keys = [f"{settings.broker.key_prefix}{key}" for key in ("unacked", "unacked_index")]
+            keys = [f"{settings.broker.key_prefix}{_SCRATCH}.{name}" for name in ("held", "held_index")]
             client.eval(TAKE, *Holder().ask(0).arguments(keys, 1, []))
         except RedisError as error:
             return (
@@ -498,6 +498,19 @@ def check_held_pods(settings: Settings) -> Finding:
 _SERVER_OF = {"kubernetes": "API server", "docker": "Engine"}
 #: The module below ``workers`` that consumes a queue, where the names differ.
 _WORKER_OF = {"dispatch": "control", "results": "control", "maintenance": "control"}
+
+
+def _queues_here(settings: Settings) -> list[str]:
+    """Those of a host of launch workers, which holds the keys of nothing else; otherwise those of the whole system."""
+    from leoflow_celery.domain.routing import QUEUE_OF
+    from leoflow_celery.queueing.messages import EXECUTOR_OF
+    from leoflow_celery.security import KeyRing
+
+    with suppress(ConfigurationError):  # another check names what is wrong with the keys
+        scopes = KeyRing(settings.security.seal_keys.get_secret_value()).only_scopes
+        if launching := [QUEUE_OF[EXECUTOR_OF[scope]] for scope in sorted(scopes) if scope in EXECUTOR_OF]:
+            return launching
+    return needed_queues(settings)
 
 
 def needed_queues(settings: Settings) -> list[str]:

@@ -39,6 +39,19 @@ MAINTENANCE_QUEUE = "maintenance"
 LAUNCH_QUEUES = tuple(QUEUE_OF.values())
 ALL_QUEUES = (*LAUNCH_QUEUES, DISPATCH_QUEUE, RESULTS_QUEUE, MAINTENANCE_QUEUE)
 
+
+def held_key(*queues: str) -> str:
+    """The key of Redis under which a worker of these queues holds its messages.
+
+    Launch workers of each executor have one of their own: who may touch theirs need not touch another's.
+    """
+    homes = {queue.partition(".")[0] for queue in queues}
+    home = homes.pop() if len(homes) == 1 else ""
+    return f"unacked.{home}" if home in _OWN_HELD else "unacked"
+
+
+#: Inline workers belong to the control plane.
+_OWN_HELD = frozenset(LAUNCH_QUEUES) - {QUEUE_OF[ExecutorType.INLINE]}
 #: Where a user's task goes that names no queue: the one that Celery's workers consume when they are told none.
 USER_QUEUE = "celery"
 #: Keys of the broker, of results and of ours in Redis, beside which queues are keys, too.

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from leoflow_celery.broker_url import RedisAddress, redis_address
+from leoflow_celery.domain.routing import held_key
 from leoflow_celery.errors import BrokerUnavailable
 from leoflow_celery.settings import BrokerSettings
 
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 _SEPARATOR = "\x06\x16"
 _STEPS = (0, 3, 6, 9)
-_UNACKED = "unacked"
 
 
 class QueueDepths:
@@ -69,7 +69,8 @@ class QueueDepths:
         with broker_errors_mapped(self._settings):
             held = sum(
                 1
-                for _, payload in self.client.hscan_iter(self._settings.key_prefix + _UNACKED, count=200)
+                for key in {held_key(), held_key(queue)}  # a worker of several queues holds them together
+                for _, payload in self.client.hscan_iter(self._settings.key_prefix + key, count=200)
                 if _queue_of(payload) == queue
             )
         return waiting + held

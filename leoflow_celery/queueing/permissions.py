@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from leoflow_celery.broker_url import RedisAddress, redis_address
+from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, RESULTS_QUEUE, held_key
 from leoflow_celery.queueing.depths import client_of, safe_url
 from leoflow_celery.settings import BrokerSettings
 
@@ -18,7 +19,7 @@ Command = tuple[Any, ...]
 _FIELD, _VALUE = "leoflow-doctor", "x"
 #: Commands that Redis takes into no transaction, or whose answer redis-py cannot read there. They change nothing.
 _SUBSCRIBING = ("PSUBSCRIBE", "SUBSCRIBE")
-_ALONE = (*_SUBSCRIBING, "TIME")
+_ALONE = (*_SUBSCRIBING, "TIME", "CLIENT")
 
 
 def refused_commands(settings: BrokerSettings, queues: Sequence[str]) -> list[str]:
@@ -51,20 +52,26 @@ def _database(address: RedisAddress) -> str:
 
 def _broker_commands(prefix: str, database: str, queues: Iterable[str]) -> Iterator[Command]:
     """One of each kind that kombu's transport, or we, send; the key comes first among the arguments."""
-    for queue in (*queues, "results"):
+    for queue in queues:
         key = f"{prefix}{queue}"
-        yield from (("BRPOP", key, 1), ("LPUSH", key, _VALUE), ("RPUSH", key, _VALUE), ("LLEN", key))
+        yield from (("RPOP", key), ("LPUSH", key, _VALUE), ("RPUSH", key, _VALUE), ("LLEN", key))
         yield "SADD", f"{prefix}_kombu.binding.{queue}", _VALUE
-    unacked, index = f"{prefix}unacked", f"{prefix}unacked_index"
+    yield from (
+        ("LPUSH", f"{prefix}{RESULTS_QUEUE}", _VALUE),
+        ("SADD", f"{prefix}_kombu.binding.{RESULTS_QUEUE}", _VALUE),
+    )
+    unacked, index = f"{prefix}{held_key(*queues)}", f"{prefix}{held_key(*queues)}_index"
     yield from (("HSET", unacked, _FIELD, _VALUE), ("HGET", unacked, _FIELD), ("HDEL", unacked, _FIELD))
-    yield from (("ZADD", index, 1, _FIELD), ("ZRANGE", index, 0, 0), ("ZREM", index, _FIELD))
-    yield from (("SET", f"{prefix}{name}", _VALUE) for name in ("unacked_mutex", "lock:leoflow-doctor"))
+    yield from (("ZADD", index, 1, _FIELD), ("ZRANGEBYSCORE", index, 0, 0), ("ZREM", index, _FIELD))
     yield from (("HSET", f"{prefix}{name}", _FIELD, _VALUE) for name in ("launched", "clocks"))
+    yield from (("SET", f"{prefix}lock:reconcile.{one}", _VALUE) for one in RECONCILED if QUEUE_OF[one] in queues)
     yield "EVAL", "return redis.call('LLEN', KEYS[1])", 1, f"{prefix}dead-letters"
     yield "EXPIRE", f"{prefix}clocks", 1
-    yield from (("PUBLISH", f"{prefix}/{database}.{name}", _VALUE) for name in ("celeryev/worker.online", "x"))
+    yield "PUBLISH", f"{prefix}/{database}.celeryev/worker.online", _VALUE
+    yield "LPUSH", f"{prefix}x.reply.celery.pidbox", _VALUE
     yield "PSUBSCRIBE", f"{prefix}/{database}.celery.pidbox"
     yield ("TIME",)
+    yield "CLIENT", "TRACKING", "OFF"
 
 
 def _result_commands(prefix: str) -> Iterator[Command]:

@@ -136,6 +136,11 @@ class KeyRing:
                 self._given.setdefault(scope, []).append(key)
         self._sealers: dict[str, Sealer] = {}
 
+    @property
+    def only_scopes(self) -> frozenset[str]:
+        """What a process without a master key holds keys of; empty with one, which opens everything."""
+        return frozenset() if self._masters else frozenset(self._given)
+
     def keys(self, scope: str) -> list[str]:
         """The Fernet keys of a scope, newest first: derived from the master keys, then those given.
 

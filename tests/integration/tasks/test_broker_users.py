@@ -7,6 +7,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -84,7 +85,7 @@ def system(tmp_path: Path, users: Users) -> Iterator[System]:
 @pytest.mark.parametrize("redis_server", SERVERS, indirect=True)
 def test_every_process_works_under_its_own_user(users: Users, system: System, target: HttpTarget) -> None:
     system.start_gateway()
-    system.start_worker("workers.subprocess", env=users.env("worker"))
+    system.start_worker("workers.subprocess", env=users.env("subprocess"))
     for module in ("workers.control", "workers.inline"):
         system.start_worker(module)
     system.start_beat(env=users.env("beat"))
@@ -110,13 +111,14 @@ def test_every_process_works_under_its_own_user(users: Users, system: System, ta
     finally:
         publisher.close()
     system.process("workers.control").wait_for_line("leoflow.maintenance.reap.* succeeded", 60)
-    for user in ("worker", "control"):
-        found = check_broker(system.load_settings(BROKER_URL=users.url(user)))
+    launching = f"subprocess:{system.client.services.keys.keys('subprocess')[0]}"
+    for user, seal_keys in (("subprocess", launching), ("control", system.settings.security.seal_keys)):
+        found = check_broker(system.load_settings(BROKER_URL=users.url(user), SEAL_KEYS=seal_keys))
         assert found.ok, found.sentence
     assert [path for path, _ in site.everything()]
     # A worker that is killed leaves messages that another one puts back; that needs the same rights.
     system.process("workers.subprocess").kill()
-    system.start_worker("workers.subprocess", name="again", env=users.env("worker"))
+    system.start_worker("workers.subprocess", name="again", env=users.env("subprocess"))
     assert users.denied() == []
     assert "Traceback" not in system.output()
 
@@ -124,11 +126,12 @@ def test_every_process_works_under_its_own_user(users: Users, system: System, ta
 @pytest.mark.parametrize(
     ("rules", "said"),
     [
-        (("-brpop",), r"BRPOP on 'leoflow:inline'"),
+        (("-rpop",), r"RPOP on 'leoflow:inline'"),
+        (("-client|tracking",), r"CLIENT on 'TRACKING'"),
         (("-psubscribe",), r"PSUBSCRIBE on 'leoflow:/0\.celery\.pidbox'"),
         (("resetchannels", "&leoflow:*"), r"PSUBSCRIBE on 'leoflow:/0\.celery\.pidbox'"),
         (("-setex",), r"SETEX on 'leoflow:celery-task-meta-"),
-        (("resetkeys", "~other:*"), r"BRPOP on 'leoflow:inline' .* and \d+ more"),
+        (("resetkeys", "~other:*"), r"RPOP on 'leoflow:inline' .* and \d+ more"),
         (("-time",), r"TIME as user"),
     ],
 )
@@ -150,10 +153,77 @@ def test_a_right_too_few_ends_the_start_with_one_sentence(
 def test_a_right_that_is_taken_away_is_waited_for(users: Users, system: System, target: HttpTarget) -> None:
     worker = system.start_worker("workers.inline")
     system.start_worker("workers.control")
-    users.change("leoflow-control", "-brpop", "-evalsha", "-eval", "-publish", "-hset")
+    users.change("leoflow-control", "-rpop", "-evalsha", "-eval", "-publish", "-hset")
     worker.wait_for_line("(?i)no ?perm", 60)
-    users.change("leoflow-control", "+brpop", "+evalsha", "+eval", "+publish", "+hset")
+    users.change("leoflow-control", "+rpop", "+evalsha", "+eval", "+publish", "+hset")
     handle = system.client.submit(http_task(target.url("call")))
     handle.get(timeout=120)
     assert handle.state() is TaskState.SUCCESS
     assert worker.returncode is None
+
+
+#: What a launch worker of docker that was taken over tries, and whether only newer servers can refuse it.
+ATTACKS: list[tuple[tuple[Any, ...], bool]] = [
+    (("RPOP", "leoflow:k8s"), False),
+    (("LPUSH", "leoflow:subprocess", "x"), False),
+    (("LPUSH", "leoflow:maintenance", "x"), False),
+    (("LRANGE", "leoflow:dispatch", 0, -1), False),
+    (("LPUSH", "leoflow:inline\x06\x163", "x"), False),
+    (("HGETALL", "leoflow:unacked"), False),
+    (("DEL", "leoflow:unacked.k8s"), False),
+    (("EVAL", "return redis.call('HGETALL', KEYS[1])", 1, "leoflow:unacked.subprocess"), False),
+    (("SET", "leoflow:celery-task-meta-of-another", "{}"), False),
+    (("GET", "leoflow:celery-task-meta-of-another"), False),
+    (("PUBLISH", "leoflow:celery-task-meta-of-another", "{}"), False),
+    (("GET", "leoflow:xcom:default:d:r:t:return_value"), False),
+    (("SET", "leoflow:mark", "1"), False),
+    (("DEL", "leoflow:lock:reconcile.kubernetes"), False),
+    (("SADD", "leoflow:_kombu.binding.dispatch", "x"), False),
+    (("RENAME", "leoflow:docker", "leoflow:k8s"), False),
+    (("SCAN", 0), False),
+    (("KEYS", "*"), False),
+    (("RANDOMKEY",), False),
+    (("FLUSHALL",), False),
+    (("ACL", "LIST"), False),
+    (("RPOP", "leoflow:results"), True),
+    (("HGETALL", "leoflow:launched"), True),
+    (("LRANGE", "leoflow:results", 0, -1), True),
+]
+
+
+@pytest.mark.parametrize("redis_server", SERVERS, indirect=True)
+def test_a_launch_worker_that_was_taken_over_touches_nothing_of_another_queue(
+    users: Users, redis_server: RedisServer
+) -> None:
+    told = users.admin.execute_command("HELLO")
+    told = told if isinstance(told, dict) else dict(zip(told[::2], told[1::2], strict=True))
+    is_newer = told[b"version"] >= b"7"
+    if is_newer:
+        rules = documented_rules()["leoflow-docker"]
+        written = ("~leoflow:results*", "~leoflow:launched*")
+        users.change("leoflow-docker", *(f"%W{rule}" if rule in written else rule for rule in rules))
+    with redis.Redis.from_url(users.url("docker")) as worker:
+        for command, needs_newer in ATTACKS:
+            if needs_newer and not is_newer:
+                continue
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                worker.execute_command(*command)
+        worker.lpush("leoflow:results", "x")
+        worker.hset("leoflow:launched", "x", "x")
+
+
+@pytest.mark.parametrize("redis_server", ["valkey"], indirect=True)
+def test_a_launch_worker_works_with_what_newer_servers_take_away(users: Users, system: System) -> None:
+    rules = documented_rules()["leoflow-subprocess"]
+    written = ("~leoflow:results*", "~leoflow:launched*")
+    users.change("leoflow-subprocess", *(f"%W{rule}" if rule in written else rule for rule in rules))
+    system.start_gateway()
+    system.start_worker("workers.subprocess", env=users.env("subprocess"))
+    system.start_worker("workers.control")
+    code = {"operator": "bash", "entrypoint": "echo 7"}
+    handle = system.client.submit({**http_task("http://unused/"), "http_request": None, **code})
+    handle.get(timeout=60)
+    broken = {**code, "operator": "bash", "entrypoint": "kill -9 $PPID"}
+    lost = system.client.submit({**http_task("http://unused/"), "http_request": None, **broken})
+    wait_until(lambda: lost.task_instance().is_terminal or lost.task_instance().launch > 1, 60, "the end to be told")
+    assert users.denied() == []
