@@ -65,6 +65,7 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
             "unacked_restore_throttle": 1,
             "unacked_key": held,
             "unacked_index_key": f"{held}_index",
+            "unacked_mutex_key": f"{held}_mutex",
             "global_keyprefix": broker.key_prefix,
             "socket_connect_timeout": broker.connect_timeout_seconds,
             "socket_timeout": broker.socket_timeout_seconds,

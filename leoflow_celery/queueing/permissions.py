@@ -63,6 +63,7 @@ def _broker_commands(prefix: str, database: str, queues: Iterable[str]) -> Itera
     unacked, index = f"{prefix}{held_key(*queues)}", f"{prefix}{held_key(*queues)}_index"
     yield from (("HSET", unacked, _FIELD, _VALUE), ("HGET", unacked, _FIELD), ("HDEL", unacked, _FIELD))
     yield from (("ZADD", index, 1, _FIELD), ("ZRANGEBYSCORE", index, 0, 0), ("ZREM", index, _FIELD))
+    yield "SET", f"{unacked}_mutex", _VALUE
     yield from (("HSET", f"{prefix}{name}", _FIELD, _VALUE) for name in ("launched", "clocks"))
     yield from (("SET", f"{prefix}lock:reconcile.{one}", _VALUE) for one in RECONCILED if QUEUE_OF[one] in queues)
     yield "EVAL", "return redis.call('LLEN', KEYS[1])", 1, f"{prefix}dead-letters"

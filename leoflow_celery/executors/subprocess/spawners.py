@@ -102,11 +102,16 @@ class ForkSpawner:
         self._server: _Server | None = None
 
     def start(self, start: AgentStart, on_exit: OnExit) -> int:
+        server = self._connected()
         try:
-            return self._connected().start(start, on_exit)
-        except (BrokenPipeError, ConnectionResetError):
-            # It died since the last task; nothing was started.
-            return self._connected().start(start, on_exit)
+            return server.start(start, on_exit)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            if not (server.gone or isinstance(error, BrokenPipeError | ConnectionResetError)):
+                raise
+            # It died since the last task; nothing was started. That it is gone may not be noticed yet.
+            return self._connected(dead=server).start(start, on_exit)
 
     def close(self) -> None:
         with self._lock:
@@ -114,9 +119,9 @@ class ForkSpawner:
                 self._server.close()
                 self._server = None
 
-    def _connected(self) -> _Server:
+    def _connected(self, dead: _Server | None = None) -> _Server:
         with self._lock:
-            if self._server is None or self._server.gone:
+            if self._server is None or self._server.gone or self._server is dead:
                 self._server = _Server(self._reaper, self._environ, self._log)
             return self._server
 

@@ -12,6 +12,7 @@ import pytest
 
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
+from leoflow_celery.executors.subprocess import spawners
 from leoflow_celery.executors.subprocess.directory import live_pid
 from leoflow_celery.protocol import agent_pb2 as pb
 from tests.integration.subprocess.conftest import ENVIRON, attempts
@@ -125,3 +126,28 @@ def test_a_fork_server_that_dies_is_replaced_and_its_agents_are_still_watched(
     wait_until(lambda: sum(r.state == pb.TASK_STATE_SUCCESS for r in plane.reports()) == 2)
     wait_until(lambda: attempts(tmp_path) == [])
     assert reports == []
+
+
+def test_a_fork_server_is_replaced_before_anybody_noticed_that_it_died(
+    plane, make_executor, launch, tmp_path, request, monkeypatch
+):
+    if request.node.callspec.params["make_executor"] is False:
+        pytest.skip("there is no fork server without preload_agent")
+    noticed, lost = set(), spawners._Server._lost
+
+    def notice_late(server):
+        if server not in noticed:
+            noticed.add(server)
+            server._reaper.call_later(1, lambda: lost(server))
+
+    plane.spec = gate(tmp_path)
+    executor = make_executor()
+    agent = psutil.Process(int(executor.execute(launch()).details["pid"]))
+    wait_until(lambda: plane.text("stdout"))
+    monkeypatch.setattr(spawners._Server, "_lost", notice_late)
+    agent.parent().kill()
+    wait_until(lambda: noticed)
+    assert executor.execute(launch("other")).already is False
+    (tmp_path / "go").touch()
+    wait_until(lambda: sum(r.state == pb.TASK_STATE_SUCCESS for r in plane.reports()) == 2)
+    wait_until(lambda: attempts(tmp_path) == [])
