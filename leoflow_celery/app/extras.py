@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import bootsteps
-from celery.signals import after_task_publish, task_revoked, worker_shutdown
+from celery.signals import after_task_publish, task_revoked, worker_process_shutdown, worker_shutdown
 from redis.exceptions import RedisError
 
 from leoflow_celery import metrics
@@ -136,13 +136,15 @@ class CloseServices(bootsteps.Step):
     """Closes the app's services when the worker has ended its tasks and left the broker.
 
     No step is sure to stop after the pool, and what ends in the pool needs them. Celery's signal comes after it all,
-    and not at a cold shutdown, which leaves tasks behind that still run.
+    and not at a cold shutdown, which leaves tasks behind that still run. A process of ``-P processes`` closes its own
+    before it ends, after so many tasks or with its worker: what its threads still had to tell is told then.
     """
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self._app = worker.app
         worker_shutdown.connect(self._close, sender=worker, weak=False)
+        worker_process_shutdown.connect(self._close, weak=False, dispatch_uid=f"leoflow-close-{id(worker)}")
 
     def _close(self, **_: Any) -> None:
         self._app.close_services()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from leoflow_celery.client import Client
 from leoflow_celery.errors import TaskFailed
 from tests.support.http_target import HttpTarget
 from tests.support.monitor import Monitor
+from tests.support.redis_server import RedisServer
 from tests.support.system import System, http_task
 from tests.support.waiting import wait_until
 
@@ -54,3 +56,20 @@ def test_a_dispatch_message_ends_in_the_monitor_when_its_try_ends(
     target.release("a")
     [succeeded] = monitor.wait_for(result.id, "task-succeeded")
     assert succeeded["hostname"].startswith("inline@")
+
+
+def test_a_process_that_ends_with_its_task_has_told_the_end(tmp_path: Path, shared_redis: RedisServer) -> None:
+    """Each completion ends its process; its events would go out a moment later."""
+    with System(tmp_path, shared_redis.url()) as system:
+        system.start_gateway()
+        system.start_worker("workers.subprocess")
+        system.start_worker("workers.control", "-P", "processes", "-c", "1", "--max-tasks-per-child=1")
+        with Monitor(system.client.app) as monitor:
+            tasks = [
+                {**http_task(""), "operator": "bash", "entrypoint": "true", "http_request": None} for _ in range(3)
+            ]
+            handles = [system.client.submit(task) for task in tasks]
+            for handle in handles:
+                handle.get(timeout=60)
+            for handle in handles:
+                assert len(monitor.wait_for(handle.id, "task-succeeded")) == 1
