@@ -42,6 +42,12 @@ def route_task(name: str, *_: object, **__: object) -> dict[str, str]:
     return {"queue": queue_for_task(name) or USER_QUEUE}
 
 
+def held_keys(queues: Sequence[str]) -> dict[str, str]:
+    """Options of kombu's transport: where a worker of these queues holds its messages."""
+    held = held_key(*queues)
+    return {"unacked_key": held, "unacked_index_key": f"{held}_index", "unacked_mutex_key": f"{held}_mutex"}
+
+
 def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration of an app that consumes ``queues`` (none: it only sends).
 
@@ -51,7 +57,6 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
     broker = settings.broker
     address = redis_address(broker.url)
     results = redis_address(broker.result_url, "LEOFLOW_BROKER_RESULT_URL") if broker.result_url else address
-    held = held_key(*queues)
     concurrency = max((_CONCURRENCY.get(queue, _DEFAULT_CONCURRENCY) for queue in queues), default=1)
     return {
         "broker_url": address.url,
@@ -63,9 +68,7 @@ def celery_config(settings: Settings, queues: Sequence[str] = ()) -> dict[str, A
             # Look for messages of dead workers every few seconds, not every hundred.
             "unacked_restore_interval": 3,
             "unacked_restore_throttle": 1,
-            "unacked_key": held,
-            "unacked_index_key": f"{held}_index",
-            "unacked_mutex_key": f"{held}_mutex",
+            **held_keys(queues),
             "global_keyprefix": broker.key_prefix,
             "socket_connect_timeout": broker.connect_timeout_seconds,
             "socket_timeout": broker.socket_timeout_seconds,

@@ -170,17 +170,19 @@ def check_broker(settings: Settings) -> Finding:
     from redis.exceptions import RedisError
 
     from leoflow_celery.app import create_app
+    from leoflow_celery.app.config import held_keys
     from leoflow_celery.queueing.depths import safe_url
     from leoflow_celery.queueing.permissions import refusal, refused_commands
 
     address, variable = safe_url(settings.broker.url), "LEOFLOW_BROKER_URL"
-    app = create_app(settings=settings)
+    queues, app = _queues_here(settings), create_app(settings=settings)
+    app.conf.broker_transport_options = {**app.conf.broker_transport_options, **held_keys(queues)}
     doing = "connecting"
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=_ANSWER_SECONDS)
             with suppress(RedisError, OSError):  # what follows says which server did not answer
-                if refused := refused_commands(settings.broker, _queues_here(settings)):
+                if refused := refused_commands(settings.broker, queues):
                     return Finding("broker", False, refusal(settings.broker, refused))
             doing = "a message through a queue (LPUSH, BRPOP)"
             _hear_message(connection)

@@ -24,7 +24,7 @@ def back_ends(tmp_path: Path, redis_server: RedisServer) -> Iterator[BackEnds]:
 
 
 def unacknowledged(back_ends: BackEnds) -> int:
-    return int(back_ends.redis.hlen("leoflow:unacked"))
+    return int(back_ends.redis.hlen("leoflow:unacked.k8s"))
 
 
 def test_many_launches_are_recorded_without_a_message_each(back_ends: BackEnds) -> None:

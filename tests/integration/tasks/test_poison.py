@@ -224,13 +224,13 @@ def test_garbage_among_the_messages_that_workers_hold_goes_and_what_is_right_com
     assert not any(CANARY in one.output() or "Traceback" in one.output() for one in poisoned.workers.values())
 
 
-@pytest.mark.parametrize("key", ["inline", "inline\x06\x163", "unacked", "unacked_index"])
+@pytest.mark.parametrize("key", ["inline", "inline\x06\x163", "unacked", "unacked_index", "unacked.subprocess"])
 def test_a_key_of_another_kind_is_moved_out_of_the_way(poisoned: Poisoned, key: str) -> None:
     client: redis.Redis[bytes] = poisoned.system.redis
     full = f"leoflow:{key}"
     wait_until(lambda: not client.exists(full), 30, lambda: f"{full} is in use")
     client.set(full, "a string")
-    target = "subprocess" if key == "unacked" else "inline"
+    target = "subprocess" if key.startswith("unacked.") else "inline"
     wait_until(lambda: client.type(full) != b"string", 30, "the key to be moved") if "unacked" not in key else None
     poisoned.serve(target)
     [moved] = client.keys(f"{full}.set-aside.*")
