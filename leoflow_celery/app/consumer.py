@@ -35,7 +35,7 @@ from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import RedisError
 
 from leoflow_celery.queueing.dead_letters import Door
-from leoflow_celery.queueing.holding import Holder
+from leoflow_celery.queueing.holding import NOT_ITS_FAULT, Holder
 
 log = logging.getLogger(__name__)
 #: A monitor may see an event so much later than it happened (which the event itself says exactly). Celery sends at
@@ -172,10 +172,10 @@ class Consumer(CeleryConsumer):
         self._refuse(message, exc)
 
     def _refuse(self, message: Any, error: Exception) -> None:
-        """Celery cannot take a message that came through the door."""
-        self.door.refuse_message(message, error)
+        """Celery cannot take a message that came through the door. It leaves its queue once it is a dead letter."""
+        is_kept = self.door.refuse_message(message, error)
         if not message.acknowledged:
-            message.reject_log_error(log, self.connection_errors)
+            message.reject_log_error(log, self.connection_errors, requeue=False if is_kept else NOT_ITS_FAULT)
 
 
 def _forgiving(call: Callable[..., Any], event: str, errors: type[Exception]) -> Callable[..., Any]:

@@ -299,8 +299,8 @@ class Channel(redis.Channel):
             return
         if now >= self._renew_at:
             self._refused_for_now(self._renew)
-        if self._awaited:
-            return
+        if self._awaited or (channel.active_fanout_queues and not channel.active_queues):
+            return  # broadcasts only: what is done is told by who takes, along with its next question
         has_room = bool(channel._in_poll and channel.active_queues and channel.qos.can_consume())
         if has_room and (self._woken or self.holder.done or now >= self._ask_at):
             self._ask(now)

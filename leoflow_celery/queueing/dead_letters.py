@@ -442,14 +442,20 @@ class Door:
             self._tell(about.answered_id, refused)
         return self.has_kept_all
 
-    def refuse_message(self, message: Any, error: Exception) -> None:
-        """The same for a message that came through, and that Celery cannot take."""
+    def refuse_message(self, message: Any, error: Exception) -> bool:
+        """The same for a message that came through, and that Celery cannot take.
+
+        One that is not kept is forgotten here: it goes back to its queue, and is refused again.
+        """
         raw, delivery = getattr(message, "_raw", None), message.delivery_info or {}
         try:
             data = json.dumps(raw).encode()
         except (ValueError, TypeError, RecursionError):
             data = b""
-        self.refuse(unexpected(error, about_of(raw, len(data))), data, str(delivery.get("routing_key", "")))
+        if self.refuse(unexpected(error, about_of(raw, len(data))), data, str(delivery.get("routing_key", ""))):
+            return True
+        self._unkept.pop()
+        return False
 
     def refuse_key(self, key: str, found: str, moved_to: str) -> None:
         """A key of the broker held another kind of value than a worker can read, and was moved."""

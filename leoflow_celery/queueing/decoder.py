@@ -28,7 +28,7 @@ from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain import fields
 from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.domain.routing import OUR_PREFIX, TaskName, queue_for_task
-from leoflow_celery.domain.strict_json import MAX_DEPTH, is_deeper
+from leoflow_celery.domain.strict_json import MAX_DEPTH, DuplicateKey, is_deeper, unique_keys
 from leoflow_celery.errors import InvalidRequest
 
 MAX_NAME_CHARACTERS = 255
@@ -172,6 +172,8 @@ def parse_json(data: bytes, kind: Kind, name: str, *, with_types: bool = False) 
         value = (_TYPED if with_types else _PLAIN).decode(text)
     except RecursionError:
         raise Refused(kind, name, f"{name}: lists and objects are nested too deep; flatten them") from None
+    except DuplicateKey as error:
+        raise Refused(kind, name, f"{name}: {error}") from None
     except Exception:  # noqa: BLE001 - a type's own reader may raise anything
         raise Refused(kind, name, f"{name}: is not valid JSON in UTF-8; send what a JSON encoder writes") from None
     # An escaped half of a surrogate pair is no character; it is rare enough to look for only where one begins.
@@ -197,8 +199,10 @@ def _finite(text: str) -> float:
 
 
 #: Made once: that costs as much as reading a message.
-_PLAIN = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
-_TYPED = json.JSONDecoder(object_hook=object_hook, parse_constant=_no_number, parse_float=_finite)
+_PLAIN = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_no_number, parse_float=_finite)
+_TYPED = json.JSONDecoder(
+    object_pairs_hook=lambda pairs: object_hook(unique_keys(pairs)), parse_constant=_no_number, parse_float=_finite
+)
 
 
 def _is_whole(value: Any) -> bool:

@@ -162,6 +162,23 @@ def test_a_right_that_is_taken_away_is_waited_for(users: Users, system: System, 
     assert worker.returncode is None
 
 
+def test_a_password_is_changed_while_workers_work(users: Users, system: System, target: HttpTarget) -> None:
+    """A user has both passwords for as long as it takes; a process that still has the old one then waits for the new."""
+    worker = system.start_worker("workers.inline")
+    fresh = secrets.token_hex(12)
+    users.change("leoflow-control", f">{fresh}")
+    users.change("leoflow-control", f"<{PASSWORD}")
+    users.admin.execute_command("CLIENT", "KILL", "USER", "leoflow-control")
+    worker.wait_for_line("(?i)(invalid username-password|wrongpass)", 60)
+    url = users.url("control").replace(PASSWORD, fresh)
+    system.start_worker("workers.inline", name="fresh", env={"LEOFLOW_BROKER_URL": url})
+    assert worker.returncode is None
+    users.change("leoflow-control", f">{PASSWORD}")
+    system.client.submit(http_task(target.url("call"))).get(timeout=120)
+    wait_until(lambda: len(system.client.app.control.ping(timeout=1)) == 2, 120, "both workers to hear")
+    assert PASSWORD not in worker.output()
+
+
 #: What a launch worker of docker that was taken over tries, and whether only newer servers can refuse it.
 ATTACKS: list[tuple[tuple[Any, ...], bool]] = [
     (("RPOP", "leoflow:k8s"), False),

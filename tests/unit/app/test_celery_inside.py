@@ -22,6 +22,7 @@ from kombu.transport.virtual import Message
 from leoflow_celery.app import create_app
 from leoflow_celery.app.consumer import Consumer, ResultBackend
 from leoflow_celery.app.transport import AMQP
+from leoflow_celery.queueing.holding import NOT_ITS_FAULT
 from leoflow_celery.settings import Settings
 from tests.support.poison import CANARY, encoded, envelope
 
@@ -89,9 +90,11 @@ def test_an_event_is_sent_of_every_task() -> None:
 class Door:
     def __init__(self) -> None:
         self.refused: list[tuple[str, str]] = []
+        self.keeps = True
 
-    def refuse_message(self, message: Any, error: Exception) -> None:
+    def refuse_message(self, message: Any, error: Exception) -> bool:
         self.refused.append((message.headers["id"], type(error).__name__))
+        return self.keeps
 
 
 @pytest.fixture
@@ -110,6 +113,15 @@ def test_ours_are_refused_at_the_door_and_print_nothing(
     assert [celery_id for celery_id, _ in consumer.door.refused] == [message.headers["id"]]
     assert message.acknowledged
     assert CANARY not in caplog.text
+
+
+@pytest.mark.parametrize(("keeps", "requeue"), [(True, False), (False, NOT_ITS_FAULT)])
+def test_a_message_leaves_its_queue_once_it_is_a_dead_letter(consumer: Any, keeps: bool, requeue: Any) -> None:
+    consumer.door.keeps = keeps
+    message, told = message_of([CANARY]), []
+    message.reject_log_error = lambda *_, **options: told.append(options)
+    consumer.on_invalid_task(None, message, ValueError())
+    assert told == [{"requeue": requeue}]
 
 
 @pytest.mark.parametrize("error", [KeyError("id"), TypeError(), ValueError(), RecursionError(), OverflowError()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from datetime import datetime
@@ -96,12 +97,6 @@ def test_a_body_need_not_be_base64(rules: TaskRules) -> None:
     assert decoded(raw(message), rules).content[0] == [{"ü": 1}]
     del message["properties"]["body_encoding"]
     assert decoded(raw(message), rules).content[0] == [{"ü": 1}]
-
-
-def test_of_two_keys_the_last_one_counts_for_everybody(rules: TaskRules) -> None:
-    """The decoder, Celery and what goes back to the broker read one message, not two."""
-    data = raw(envelope(TASK)).replace(b'"task": "unit.dispatch"', b'"task": "x", "task": "unit.dispatch"')
-    assert json.loads(dumps(decoded(data, rules)))["headers"]["task"] == TASK
 
 
 def test_too_large_a_message_is_not_parsed_but_its_id_is_found(rules: TaskRules) -> None:
@@ -290,3 +285,29 @@ def test_when_a_message_of_ours_is_due_goes_by_the_brokers_clock(
     assert moments["leoflow.results.advance"] == pytest.approx(broker + seconds_off + 30, abs=2)
     assert moments["leoflow.dispatch"] == pytest.approx(broker + 30, abs=2)
     assert decoder._with_own_eta({"task": "leoflow.results.advance", "eta": "soon"})["eta"] == "soon"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        (b'"headers": {', b'"headers": {"id": "another", ', Kind.ENVELOPE),
+        (b'{"body": ', b'{"body": "", "body": ', Kind.ENVELOPE),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_wherever_it_is(
+    rules: TaskRules, before: bytes, after: bytes, kind: Kind
+) -> None:
+    """One reader of the message, in whatever language, takes the first value and the next one the last."""
+    sent = json.dumps(envelope(TASK)).encode()
+    assert sent.count(before) == 1, sent
+    with pytest.raises(Refused) as refused:
+        decoded(sent.replace(before, after), rules)
+    assert (refused.value.kind, "the same key twice" in refused.value.sentence) == (kind, True)
+
+
+def test_a_key_that_is_there_twice_in_the_arguments_is_refused(rules: TaskRules) -> None:
+    body = b'[[], {"request": {"a": 1, "a": 2}}, {}]'
+    message = {**envelope(TASK), "body": base64.b64encode(body).decode()}
+    with pytest.raises(Refused, match="the same key twice") as refused:
+        decoded(json.dumps(message).encode(), rules)
+    assert refused.value.kind is Kind.BODY
