@@ -163,7 +163,7 @@ def test_a_right_that_is_taken_away_is_waited_for(users: Users, system: System, 
 
 
 def test_a_password_is_changed_while_workers_work(users: Users, system: System, target: HttpTarget) -> None:
-    """A user has both passwords for as long as it takes; a process that still has the old one then waits for the new."""
+    """A user has both for as long as it takes; a process that still has the old one after that waits."""
     worker = system.start_worker("workers.inline")
     fresh = secrets.token_hex(12)
     users.change("leoflow-control", f">{fresh}")
