@@ -141,6 +141,11 @@ class HttpRequest(Frozen):
         """Whether making the call twice is the same as making it once (RFC 9110, 9.2.2)."""
         return self.method not in ("POST", "PATCH")
 
+    @property
+    def may_be_made_again(self) -> bool:
+        """Whether one try may make the call again when nobody knows whether it was made."""
+        return self.may_be_repeated or (self.attempts or 1) > 1
+
     def filled(self, values: Values) -> HttpRequest:
         """The call with its values, as it is sent.
 
@@ -270,7 +275,7 @@ class TaskRequest(Frozen):
     entrypoint: Text = ""
     env: Environment = Field(default_factory=dict)
     resources: Resources = Resources()
-    execution: Execution = Execution()
+    execution: Execution = Field(default_factory=Execution)  # a default that is unhashable is copied deeply each time
     #: 0 means no limit.
     timeout_seconds: Annotated[int, Field(ge=0, le=30 * 24 * 3600)] = 0
     source: Text = ""
@@ -312,7 +317,7 @@ class TaskRequest(Frozen):
     #: Part of a Pod object, merged over the pod of this request (strategic merge); for the kubernetes executor.
     pod_override: PodPart = Field(default_factory=dict)
     #: GPUs, /dev/shm, ulimits, names and mounts of this container; for the docker executor.
-    docker_override: DockerOverride = DockerOverride()
+    docker_override: DockerOverride = Field(default_factory=DockerOverride)
     #: Start again with so many times the memory limit after an OOM kill; None is the system's setting, 1 is off.
     oom_memory_factor: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] | None = None
     #: Celery priority on Redis: 0 is served first, 9 last.
