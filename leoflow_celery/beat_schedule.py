@@ -6,7 +6,7 @@ takes for minutes expires.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from celery.schedules import schedule
@@ -35,6 +35,8 @@ def start_extras(**_: object) -> None:
 
 class Every(schedule):
     """Celery's schedule, which waits until its last time comes again when the host's clock was set back."""
+
+    run_every: timedelta
 
     def is_due(self, last_run_at: datetime) -> Any:
         now = datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""One worker for one machine: subprocess, inline and the control plane, ``celery -A leoflow_celery.workers.lite worker``."""
+"""Subprocess, inline and the control plane for one machine: ``celery -A leoflow_celery.workers.lite worker``."""
 
 from leoflow_celery.app import create_app
 
