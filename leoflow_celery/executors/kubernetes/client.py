@@ -128,6 +128,15 @@ class KubernetesApi:
         answer = self.ask(_RIGHTS_PATH, body, operation="create_selfsubjectaccessreview")
         return (answer.get("status") or {}).get("allowed") is True
 
+    def may_release_pods(self) -> bool:
+        """Whether ``release_pod`` may do what it does; no as well where nobody may ask."""
+        try:
+            return self.may({"verb": "patch", "resource": "pods", "namespace": self.namespace})
+        except ApiError as error:
+            if error.status == 403:
+                return False
+            raise
+
     def release_pod(self, name: str, uid: str) -> None:
         """Take our finalizer off this very pod, and touch no other; nothing to do when there is none, or no such pod.
 
