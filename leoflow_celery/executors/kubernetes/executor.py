@@ -84,7 +84,8 @@ class KubernetesExecutor:
                 found, already = self._create(launch, pod)
                 if awaited := _awaited_secret(found):
                     self._create_secret(launch, awaited, found["metadata"]["uid"])
-        return Launched(launch.name, already, details={"uid": found["metadata"]["uid"]})
+        uid = found["metadata"]["uid"]
+        return Launched(launch.name, already, place=self._api.namespace, details={"uid": uid})
 
     def cancel(self, name: str, grace_seconds: float) -> None:
         """Delete the pod when it is ours: SIGTERM now, SIGKILL after the grace, which is a second at least.

@@ -214,6 +214,7 @@ def test_a_strangers_pod_under_our_name_with_our_seal_copied_is_replaced(world: 
     launch, first = world.start()
     seal = world.pod(launch.name)["metadata"]["annotations"][SEAL]
     world.namespace.delete("pods", launch.name, 0)
+    world.namespace.drop_finalizers("pods", launch.name)  # it is held
     world.namespace.wait_for_no_pod(launch.name)
     stranger = _made_without_voucher(world, launch, **{SEAL: seal})
     assert stranger["metadata"]["uid"] != first["metadata"]["uid"]
@@ -270,6 +271,7 @@ def test_tokens_that_are_for_others_or_of_no_pod_are_not_believed(world: World) 
     elsewhere.close()
     proof = world.token_of(launch.name)
     world.namespace.delete("pods", launch.name, 0)
+    world.namespace.drop_finalizers("pods", launch.name)  # it is held
     world.namespace.wait_for_no_pod(launch.name)
     with pytest.raises(InvalidToken):
         world.reviews.pod_of(proof)
@@ -280,6 +282,7 @@ def test_the_word_for_a_pod_is_never_given_to_another_that_took_its_name(world: 
     launch = world.launch()
     first = _made_without_voucher(world, launch)["metadata"]["uid"]
     world.namespace.delete("pods", launch.name, 0)
+    world.namespace.drop_finalizers("pods", launch.name)
     world.namespace.wait_for_no_pod(launch.name)
     _made_without_voucher(world, launch)
     with pytest.raises(TransientLaunchError, match="another one has its name"):
