@@ -41,7 +41,7 @@ class UserProcess:
             env=env,
             start_new_session=True,
         )
-        linux.volunteer_for_oom_kill(self._popen.pid)
+        linux.offer_children_to_oom_kill()
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # it may have ended before the handler was there
 

@@ -107,7 +107,8 @@ ANY = FinishCondition()
 
 
 def _back_end_parameters(back_end: str) -> dict[str, object]:
-    return {"p_back_end": back_end, "p_back_end_queue": BackEnd.parse(back_end).queue}
+    named = BackEnd.parse(back_end)
+    return {"p_back_end": back_end, "p_back_end_places": f"{named}/%", "p_back_end_queue": named.queue}
 
 
 @dataclass(frozen=True, slots=True)

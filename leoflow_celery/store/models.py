@@ -186,7 +186,7 @@ class TaskInstance(Base):
     hostname: Mapped[str] = mapped_column(_NAME, default="")
     external_name: Mapped[str] = mapped_column(_NAME, default="")
 
-    #: Which server runs the current launch, as ``domain.backend.BackEnd`` writes it: kubernetes, docker:host-1.
+    #: Which server runs the current launch, as ``domain.backend.BackEnd.address``: kubernetes/namespace, docker:host-1.
     back_end: Mapped[str] = mapped_column(_NAME, default="", server_default="")
     #: Where the message of the current launch goes; empty: the executor's own queue.
     queue_name: Mapped[str] = mapped_column(_NAME, default="", server_default="")

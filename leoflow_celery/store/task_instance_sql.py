@@ -85,10 +85,11 @@ def _from_states(to_state: TaskState) -> Condition:
 def _runs_at() -> Condition:
     """The attempt was given to ``p_back_end``: it runs there, or nobody told yet and its queue leads there.
 
-    ``p_back_end_queue`` is the queue of that back end alone.
+    ``p_back_end_queue`` is the queue of that back end alone, ``p_back_end_places`` is like all of its places.
     """
+    is_there = sa.or_(_T.back_end == sa.bindparam("p_back_end"), _T.back_end.like(sa.bindparam("p_back_end_places")))
     is_own_queue = sa.or_(_T.queue_name == "", _T.queue_name == sa.bindparam("p_back_end_queue"))
-    return sa.or_(_T.back_end == sa.bindparam("p_back_end"), sa.and_(_T.back_end == "", is_own_queue))
+    return sa.or_(is_there, sa.and_(_T.back_end == "", is_own_queue))
 
 
 def ended_try(task_instance_id: sa.ColumnElement[str], try_number: sa.ColumnElement[int]) -> Condition:
