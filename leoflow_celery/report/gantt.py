@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
 
+from leoflow_celery.domain.fields import printable
 from leoflow_celery.report.data import RunReport, TaskReport, TryReport
 from leoflow_celery.store.timeline import Phase, Span
 
@@ -75,7 +76,8 @@ def _window(report: RunReport) -> tuple[float, float]:
 
 
 def _name(task: TaskReport, one: TryReport | None) -> str:
-    return task.task_id if one is None or len(task.tries) == 1 else f"{task.task_id}#{one.try_number}"
+    name = printable(task.task_id)
+    return name if one is None or len(task.tries) == 1 else f"{name}#{one.try_number}"
 
 
 def _rest(one: TryReport | None) -> str:

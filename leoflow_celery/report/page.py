@@ -1,7 +1,7 @@
 """A run as one HTML file: no network, no cookie, and no script but its own, which its policy names by its hash.
 
-Everything that users chose (ids, reasons, logs) travels as data and is shown as text: control, bidirectional and invisible
-characters as their escapes, as in the terminal.
+Everything that users chose (ids, reasons, logs) travels as data and is shown as text: control, bidirectional and
+invisible characters as their escapes, as in the terminal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _template() -> str:
 
 @cache
 def _policy() -> str:
-    """The content security policy: nothing from anywhere, and of what is in the page its one style and its one script."""
+    """The content security policy: nothing from anywhere, and of the page's own its one style and its one script."""
     style, script = (_hash_of(rf"<{tag}>(.*?)</{tag}>") for tag in ("style", "script"))
     return f"default-src 'none'; style-src '{style}'; script-src '{script}'; base-uri 'none'; form-action 'none'"
 
