@@ -505,6 +505,20 @@ def of_run(tenant_id: str, dag_id: str, run_id: str) -> Rows:
     return sa.select(*_ROW).where(is_run).order_by(_T.try_number)
 
 
+def ids_of_run(tenant_id: str, dag_id: str, run_id: str) -> sa.Select[tuple[str]]:
+    """The task instances of a run."""
+    is_run = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id, _T.run_id == run_id)
+    return sa.select(_T.task_instance_id).where(is_run).distinct()
+
+
+def times_of_runs(tenant_id: str, dag_id: str, run_ids: Collection[str]) -> Rows:
+    """(run, task, try, start, end) of what succeeded in these runs of a DAG, a younger try after an older one."""
+    is_one = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id, _T.run_id.in_(run_ids))
+    has_run = sa.and_(_T.state == TaskState.SUCCESS.value, _T.started_at.is_not(None))
+    columns = sa.select(_T.run_id, _T.task_id, _T.started_at, _T.ended_at)
+    return columns.where(is_one, has_run).order_by(_T.try_number)
+
+
 def latest_run(tenant_id: str, dag_id: str) -> sa.Select[tuple[str]]:
     """The run that the newest task instance of a DAG names."""
     of_dag = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id)
