@@ -31,6 +31,7 @@ from leoflow_celery.queueing.messages import open_dag, open_request, seal_dag, s
 from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
+from leoflow_celery.store.ends import Ends
 from leoflow_celery.store.events import EventView
 from leoflow_celery.store.logs import LogKey, LogReader
 from leoflow_celery.store.submissions import NewTry
@@ -237,6 +238,28 @@ class Client:
     def task_instances(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[TaskInstanceView]:
         """The newest try of each task of a run."""
         return self.services.store.runs.task_instances(tenant_id, dag_id, run_id)
+
+    def ended(self, task_instance_ids: Collection[str]) -> list[TaskInstanceView]:
+        """Those tries of these task instances that are over. An id that nobody knows is left out."""
+        return self.services.store.ends.ended(task_instance_ids)
+
+    def ends(self, after: int | None = None, owner: str | None = None, limit: int = 500) -> Ends:
+        """A page of the feed of ends: each end once, in the order in which they were recorded.
+
+        Give the ``cursor`` of one page as ``after`` of the next. It may be kept over a restart: no end is missed and
+        none comes twice. 0 begins with the first end that is kept, None with what ends from now on. Ends that history
+        retention removed are left out.
+
+        >>> from leoflow_celery.client import Client
+        >>> with Client.from_environment() as client:                          # doctest: +SKIP
+        ...     page = client.ends(after=0, owner="my-scheduler")
+        ...     for view in page.tries:
+        ...         print(view.task_instance_id, view.state, view.reason)
+
+        Args:
+            owner: of requests with this ``owner`` only; None: of all.
+        """
+        return self.services.store.ends.read(after, owner, limit)
 
     def events(self, task_instance_id: str) -> list[EventView]:
         """The history of a task instance, oldest first."""

@@ -7,9 +7,26 @@ retries. After an OOM kill it only makes sense with more memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from leoflow_celery.domain.quantity import format_bytes
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason
+
+
+class RelaunchMode(StrEnum):
+    """When the system starts a try again after an infrastructure failure or an OOM kill.
+
+    ``before_start``: while none of its user code has begun. A scheduler that must be told of every second start of the
+    user's code wants that.
+    """
+
+    ALWAYS = "always"
+    BEFORE_START = "before_start"
+    NEVER = "never"
+
+    def permits(self, has_started: bool) -> bool:
+        """Whether a launch may follow one whose user code has begun, or has not."""
+        return self is RelaunchMode.ALWAYS or (self is RelaunchMode.BEFORE_START and not has_started)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ from leoflow_celery.domain.fields import (
 )
 from leoflow_celery.domain.http_call import Headers, TemplateError, Url, Values, check_call, fill
 from leoflow_celery.domain.outcome import storable
+from leoflow_celery.domain.relaunch import RelaunchMode
 from leoflow_celery.errors import InvalidRequest, RequestTooLarge
 
 #: 1 MiB: a request travels through the broker; anything bigger belongs in the image or in /staging.
@@ -305,6 +306,10 @@ class TaskRequest(Frozen):
     oom_memory_factor: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] | None = None
     #: Celery priority on Redis: 0 is served first, 9 last.
     priority: Annotated[int, Field(ge=0, le=9)] = 3
+    #: Whose task it is: a scheduler that shares this system with others reads the ends of its own (``Client.ends``).
+    owner: Name = ""
+    #: When the system itself may start the try again; the scheduler's retries are its own.
+    relaunch: RelaunchMode = RelaunchMode.ALWAYS
 
     @model_validator(mode="after")
     def _operator_fields(self) -> TaskRequest:

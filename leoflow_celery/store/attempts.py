@@ -16,7 +16,7 @@ from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome, storable
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.relaunch import Relaunch, RelaunchPolicy, relaunch_decision
+from leoflow_celery.domain.relaunch import Relaunch, RelaunchMode, RelaunchPolicy, relaunch_decision
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
@@ -307,7 +307,8 @@ class AttemptStore:
             return outcome.evolve(reason=FailureReason.CANCELLED, message=_cancelled_message(outcome)), None
         reason = outcome.reason or FailureReason.NON_ZERO_EXIT
         relaunch = relaunch_decision(reason, end.attempt.launch, self._policy, view.memory)
-        return outcome.evolve(reason=reason), relaunch if end.may_relaunch else None
+        may_relaunch = end.may_relaunch and RelaunchMode(view.relaunch).permits(view.started_at is not None)
+        return outcome.evolve(reason=reason), relaunch if may_relaunch else None
 
     @staticmethod
     def _write(
@@ -315,6 +316,7 @@ class AttemptStore:
     ) -> Finished | None:
         conditions = end.condition.names() | ({"uncancelled"} if uncancelled else set())
         if relaunch:
+            conditions |= {"startable"}
             statement = task_instance_sql.next_launch(conditions)
             growths = int(relaunch.growth is not None)
             values: dict[str, object] = {"p_delay": relaunch.delay_seconds, "p_growths": growths}

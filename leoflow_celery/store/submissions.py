@@ -233,6 +233,8 @@ def _row(item: NewTry, state: TaskState) -> dict[str, Any]:
         "staging_claim": item.staging_claim,
         "memory_limit": item.memory_limit,
         "oom_memory_factor": item.oom_memory_factor,
+        "owner": request.owner,
+        "relaunch": request.relaunch.value,
     }
 
 
