@@ -209,6 +209,21 @@ def set_queue() -> sa.Executable:
     return sa.update(TABLE).where(of_try(TABLE)).values(queue_name=sa.bindparam("p_queue"))
 
 
+@cache
+def replace_request() -> sa.Executable:
+    """The live try has the request ``p_after``, if it still has ``p_before``."""
+    is_same = _T.sealed_request == sa.bindparam("p_before")
+    return sa.update(TABLE).where(of_try(TABLE), is_live(), is_same).values(sealed_request=sa.bindparam("p_after"))
+
+
+@cache
+def count_live() -> Rows:
+    """How many live tries of ``p_executor`` were not started yet, and how many were."""
+    is_started = sa.or_(_T.holder.is_not(None), _T.launched_at.is_not(None))
+    started = sa.func.count(sa.case((is_started, 1)))
+    return sa.select(sa.func.count() - started, started).where(is_live(), _T.executor == sa.bindparam("p_executor"))
+
+
 def unsend(since: float, until: float | None = None) -> sa.Update:
     """Messages that the broker took since then are to be sent again, unless their launch is known to have begun."""
     is_waiting = sa.and_(_T.holder.is_(None), _T.launched_at.is_(None), _T.sent_at >= since)
