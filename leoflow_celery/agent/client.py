@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from leoflow_celery.agent.config import AgentConfig
-from leoflow_celery.agent.patience import Patience
+from leoflow_celery.agent.deadline import Patience
 from leoflow_celery.errors import (
     ClaimRefused,
     ConfigurationError,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from leoflow_celery.agent.client import CallRefused, ControlPlane, retried
-from leoflow_celery.agent.patience import Patience
+from leoflow_celery.agent.deadline import Patience
 from leoflow_celery.errors import ClaimRefused, LeoflowError, NotFound
 from leoflow_celery.protocol import agent_pb2 as pb
 

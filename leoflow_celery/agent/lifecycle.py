@@ -22,12 +22,12 @@ from leoflow_celery.agent.config import AgentConfig
 from leoflow_celery.agent.heartbeat import FENCED, Heartbeat
 from leoflow_celery.agent.inputs import InputRefused, fetch_inputs
 from leoflow_celery.agent.logs import LogShipper
-from leoflow_celery.agent.patience import Patience
+from leoflow_celery.agent.deadline import Patience
 from leoflow_celery.agent.report import TerminationLog, push_return_value, report_end, report_state
 from leoflow_celery.agent.result import outcome_of_defect
 from leoflow_celery.agent.run import TaskRun
-from leoflow_celery.agent.spool import Spool
-from leoflow_celery.agent.stopping import StopRequest
+from leoflow_celery.agent.logs import Spool
+from leoflow_celery.agent.deadline import StopRequest
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState

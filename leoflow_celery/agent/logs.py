@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 from leoflow_celery.agent.client import CallRefused, ControlPlane, LogStream
-from leoflow_celery.agent.patience import Patience
-from leoflow_celery.agent.spool import Spool
+from leoflow_celery.agent.deadline import Patience
+from leoflow_celery.agent.logs import Spool
 from leoflow_celery.errors import ClaimRefused, GatewayUnavailable, InvalidToken, LeoflowError
 from leoflow_celery.protocol import agent_pb2 as pb
 

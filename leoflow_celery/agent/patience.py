@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from leoflow_celery.agent.stopping import StopRequest
+from leoflow_celery.agent.deadline import StopRequest
 
 #: After somebody asked us to go, lines and reports are offered for so long, in case only the task was cancelled.
 URGED_SECONDS = 3.0

@@ -6,7 +6,7 @@ import logging
 import os
 
 from leoflow_celery.agent.client import ControlPlane, retried
-from leoflow_celery.agent.patience import Patience
+from leoflow_celery.agent.deadline import Patience
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.states import TaskState

@@ -11,12 +11,12 @@ from typing import Any
 from leoflow_celery.agent import linux
 from leoflow_celery.agent.command import Command
 from leoflow_celery.agent.config import AgentConfig
-from leoflow_celery.agent.echo import EchoPair
+from leoflow_celery.agent.stdout_mirror import EchoPair
 from leoflow_celery.agent.heartbeat import Heartbeat
 from leoflow_celery.agent.logs import AGENT_STREAM, LogShipper
 from leoflow_celery.agent.process import UserProcess
 from leoflow_celery.agent.result import OomWatch, outcome_of_exit, read_reason, read_return_value, shell_exit_code
-from leoflow_celery.agent.stopping import StopRequest
+from leoflow_celery.agent.deadline import StopRequest
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.protocol import agent_pb2 as pb

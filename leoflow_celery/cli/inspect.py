@@ -295,7 +295,7 @@ def watch(
     Ctrl-C ends the watching only. --json prints every change as a line of JSON.
     """
     from leoflow_celery.cli.progress import json_lines, progress
-    from leoflow_celery.driver import watch_run
+    from leoflow_celery.lite.driver import watch_run
 
     with open_client() as client:
         named = Target.named(client, [dag_id, run_id], tenant)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from leoflow_celery.cli.progress import Progress
     from leoflow_celery.client import Client, Handle
     from leoflow_celery.domain.clear import ClearedTask
-    from leoflow_celery.domain.dag import Dag
-    from leoflow_celery.driver import RunDriver
+    from leoflow_celery.lite.dag import Dag
+    from leoflow_celery.lite.driver import RunDriver
 
 DagArgument = Annotated[Path, typer.Argument(metavar="DAG.json", help="The compiled DAG.")]
 RunIdOption = Annotated[
@@ -49,7 +49,7 @@ def run(
     Ctrl-C stops only this driver: what runs goes on, and the same --run-id picks the run up again. On an embedded
     system Ctrl-C cancels the run, as 'leoflow lite run' does.
     """
-    from leoflow_celery.domain.dag import load_dag
+    from leoflow_celery.lite.dag import load_dag
 
     dag = load_dag(dag_file)
     name = checked_run_id(dag, run_id, tenant)
@@ -79,7 +79,7 @@ def retry(
     Exits 0 when the run succeeded, 1 when it failed.
     """
     from leoflow_celery.cli.inspect import open_client
-    from leoflow_celery.domain.dag import load_dag
+    from leoflow_celery.lite.dag import load_dag
 
     given = load_dag(dag_file) if dag_file else None
 
@@ -153,7 +153,7 @@ def checked_run_id(dag: Dag, run_id: str | None, tenant_id: str) -> str:
     Raises:
         InvalidRequest: no run can have this id, or none of this tenant.
     """
-    from leoflow_celery.domain.dag import task_request
+    from leoflow_celery.lite.dag import task_request
     from leoflow_celery.domain.request import new_run
 
     name = new_run_id() if run_id is None else run_id
@@ -210,7 +210,7 @@ def drive(
     """Drive a run with progress on stderr, and print its XCom values on stdout; as JSON, the run whole."""
     from leoflow_celery.cli.inspect import run_json
     from leoflow_celery.cli.progress import progress
-    from leoflow_celery.driver import RunDriver
+    from leoflow_celery.lite.driver import RunDriver
 
     check_tasks(client, dag, run_id)
     with progress(dag.order) as shown:
@@ -240,7 +240,7 @@ def check_tasks(client: Client, dag: Dag, run_id: str) -> None:
         InvalidRequest: names the task, what is wrong with it and the fix.
     """
     from leoflow_celery.client.client import policy_of
-    from leoflow_celery.domain.dag import task_request
+    from leoflow_celery.lite.dag import task_request
     from leoflow_celery.domain.routing import check_task
 
     policy = policy_of(client.settings)

@@ -66,7 +66,7 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a task request."""
     if dag:
-        from leoflow_celery.domain.dag import Dag
+        from leoflow_celery.lite.dag import Dag
 
         echo_json(Dag.model_json_schema())
     else:

@@ -11,13 +11,13 @@ from itertools import islice
 from typing import Any, Literal, cast
 
 from leoflow_celery.app import LeoflowCelery, create_app
-from leoflow_celery.client.callbacks import signatures
+from leoflow_celery.client.client import signatures
 from leoflow_celery.client.handle import Handle
-from leoflow_celery.client.measuring import count_submitted, refusals_counted
+from leoflow_celery.client.client import count_submitted, refusals_counted
 from leoflow_celery.client.waiting import Sender, Within
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.clear import ClearedTask, Selection
-from leoflow_celery.domain.dag import Dag
+from leoflow_celery.lite.dag import Dag
 from leoflow_celery.domain.request import TaskRequest, parse_request
 from leoflow_celery.domain.routing import (
     QUEUE_OF,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from leoflow_celery.domain.attempt import staging_claim_name
-from leoflow_celery.domain.dag_text import parse_dag_text
+from leoflow_celery.lite.dag import parse_dag_text
 from leoflow_celery.domain.fields import (
     Environment,
     JsonObject,
@@ -27,7 +27,7 @@ from leoflow_celery.domain.fields import (
     OptionalQuantity,
     Parameters,
 )
-from leoflow_celery.domain.plan import Retries, TriggerRule
+from leoflow_celery.lite.plan import Retries, TriggerRule
 from leoflow_celery.domain.request import (
     Execution,
     Frozen,

@@ -1,6 +1,6 @@
 """The run driver: a small reference scheduler for one run of one DAG, over the public client alone."""
 
-from leoflow_celery.driver.events import (
+from leoflow_celery.lite.driver import (
     RetryPlanned,
     RunEvent,
     RunFinished,
@@ -8,9 +8,9 @@ from leoflow_celery.driver.events import (
     TaskChanged,
     Waiting,
 )
-from leoflow_celery.driver.ports import RunClient
-from leoflow_celery.driver.run import Pace, RunDriver
-from leoflow_celery.driver.watch import watch_run
+from leoflow_celery.lite.driver import RunClient
+from leoflow_celery.lite.driver import Pace, RunDriver
+from leoflow_celery.lite.driver import watch_run
 
 __all__ = [
     "Pace",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from leoflow_celery.domain.dag import Dag
+from leoflow_celery.lite.dag import Dag
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.states import RunState, TaskState
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from leoflow_celery.domain.dag import Dag, task_request
-from leoflow_celery.domain.plan import Plan, TaskStatus, effective_state, plan_run
+from leoflow_celery.lite.dag import Dag, task_request
+from leoflow_celery.lite.plan import Plan, TaskStatus, effective_state, plan_run
 from leoflow_celery.domain.reasons import parse_reason
 from leoflow_celery.domain.request import TaskRequest, check_size
 from leoflow_celery.domain.states import TERMINAL_RUN, RunState, TaskState
-from leoflow_celery.driver.events import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
-from leoflow_celery.driver.ports import RunClient, TryRecord
+from leoflow_celery.lite.driver import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
+from leoflow_celery.lite.driver import RunClient, TryRecord
 from leoflow_celery.errors import AtCapacity, InvalidRequest, NotFound, Unavailable
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from leoflow_celery.domain.dag import Dag
+from leoflow_celery.lite.dag import Dag
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
-from leoflow_celery.driver.run import Pace
+from leoflow_celery.lite.driver import Pace
 from leoflow_celery.errors import NotFound
 
 

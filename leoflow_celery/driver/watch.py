@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from leoflow_celery.domain.dag import Dag
-from leoflow_celery.domain.plan import TaskStatus, effective_state
+from leoflow_celery.lite.dag import Dag
+from leoflow_celery.lite.plan import TaskStatus, effective_state
 from leoflow_celery.domain.reasons import parse_reason
 from leoflow_celery.domain.states import TERMINAL, TERMINAL_RUN, RunState, TaskState
-from leoflow_celery.driver.events import RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
-from leoflow_celery.driver.ports import RunRecord, TryRecord
-from leoflow_celery.driver.run import Pace
+from leoflow_celery.lite.driver import RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
+from leoflow_celery.lite.driver import RunRecord, TryRecord
+from leoflow_celery.lite.driver import Pace
 from leoflow_celery.errors import NotFound, Unavailable
 
 

@@ -7,7 +7,7 @@ only truth: a gateway that is killed at any moment loses nothing that it acknowl
 
 from __future__ import annotations
 
-from leoflow_celery.gateway.process import run
+from leoflow_celery.gateway.server import run
 from leoflow_celery.gateway.server import GatewayServer
 
 __all__ = ["GatewayServer", "run"]

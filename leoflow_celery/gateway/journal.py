@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.gateway.log_lines import Replay, record_of
+from leoflow_celery.gateway.log_writer import Replay, record_of
 from leoflow_celery.gateway.sessions import Recent
 from leoflow_celery.gateway.threads import LOG_THREADS
 from leoflow_celery.protocol import agent_pb2 as pb

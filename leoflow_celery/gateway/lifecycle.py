@@ -9,8 +9,8 @@ from leoflow_celery.domain.outcome import MAX_MESSAGE_CHARACTERS, Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, Fenced
-from leoflow_celery.gateway.journal import Journal
-from leoflow_celery.gateway.notify import Notifier
+from leoflow_celery.gateway.log_writer import Journal
+from leoflow_celery.gateway.lifecycle import Notifier
 from leoflow_celery.gateway.rpc import Answer, InvalidArgument
 from leoflow_celery.gateway.sessions import Caller, Claims, ForeignHolders, HolderRegistry, Standing, Stop
 from leoflow_celery.gateway.threads import Threads

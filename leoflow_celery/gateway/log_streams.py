@@ -15,7 +15,7 @@ import grpc.aio
 from leoflow_celery import metrics
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.errors import Fenced, GatewayUnavailable, Unavailable
-from leoflow_celery.gateway.journal import HolderLog, Journal
+from leoflow_celery.gateway.log_writer import HolderLog, Journal
 from leoflow_celery.gateway.rpc import InvalidArgument, decoded
 from leoflow_celery.gateway.sessions import (
     FOREIGN_PREFIX,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from leoflow_celery.errors import ConfigurationError
-from leoflow_celery.gateway.values import BackendFailed, Kind, Query
+from leoflow_celery.gateway.secret_backends import BackendFailed, Kind, Query
 from leoflow_celery.settings import GatewaySettings, environment_for_commands
 
 log = logging.getLogger(__name__)

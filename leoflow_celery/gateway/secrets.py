@@ -22,9 +22,9 @@ from leoflow_celery import metrics
 from leoflow_celery.domain.fields import is_storable, is_variable_name
 from leoflow_celery.errors import ConfigurationError, Unavailable
 from leoflow_celery.gateway.rpc import NotPossible
-from leoflow_celery.gateway.secret_command import CommandBackend
+from leoflow_celery.gateway.secret_backends import CommandBackend
 from leoflow_celery.gateway.sessions import Caller, Claims
-from leoflow_celery.gateway.values import (
+from leoflow_celery.gateway.secret_backends import (
     BackendFailed,
     EnvironmentBackend,
     FileBackend,

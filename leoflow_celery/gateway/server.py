@@ -12,19 +12,19 @@ import grpc.aio
 from leoflow_celery.app.clocks import reading
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.gateway.exchange import Exchange, open_reviewer
-from leoflow_celery.gateway.health import Health
+from leoflow_celery.gateway.server import Health
 from leoflow_celery.gateway.heartbeats import Heartbeats
-from leoflow_celery.gateway.journal import Journal
+from leoflow_celery.gateway.log_writer import Journal
 from leoflow_celery.gateway.lifecycle import Lifecycle
-from leoflow_celery.gateway.log_streams import LogStreams
-from leoflow_celery.gateway.notify import Notifier, OnFinished, nudge_results
+from leoflow_celery.gateway.logs import LogStreams
+from leoflow_celery.gateway.lifecycle import Notifier, OnFinished, nudge_results
 from leoflow_celery.gateway.rpc import Unary, agent_service
 from leoflow_celery.gateway.secrets import ChannelPolicy, SecretMethods, SecretReader
 from leoflow_celery.gateway.sessions import Authenticator, Caller, Claims, ForeignHolders, HolderRegistry
-from leoflow_celery.gateway.specs import Specs
+from leoflow_celery.gateway.task_data import Specs
 from leoflow_celery.gateway.threads import Threads
-from leoflow_celery.gateway.tls import Certificate
-from leoflow_celery.gateway.xcoms import XComMethods
+from leoflow_celery.gateway.server import Certificate
+from leoflow_celery.gateway.task_data import XComMethods
 from leoflow_celery.services import Services
 from leoflow_celery.settings import Settings
 

@@ -13,12 +13,12 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import Fenced, LeoflowError, StoredRequestInvalid
-from leoflow_celery.gateway.notify import Notifier
+from leoflow_celery.gateway.lifecycle import Notifier
 from leoflow_celery.gateway.rpc import NotPossible
 from leoflow_celery.gateway.secrets import ChannelPolicy, SecretReader, query_of
 from leoflow_celery.gateway.sessions import Caller, Recent
 from leoflow_celery.gateway.threads import Threads
-from leoflow_celery.gateway.values import Kind
+from leoflow_celery.gateway.secret_backends import Kind
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.queueing.messages import open_request
 from leoflow_celery.security import KeyRing

@@ -9,7 +9,7 @@ from leoflow_celery.domain.xcom import JSON_CONTENT_TYPE, RETURN_VALUE, XComKey,
 from leoflow_celery.errors import Fenced, NotFound, XComRejected
 from leoflow_celery.gateway.rpc import InvalidArgument, NotPermitted
 from leoflow_celery.gateway.sessions import Caller, Claims
-from leoflow_celery.gateway.specs import Specs
+from leoflow_celery.gateway.task_data import Specs
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.settings import XComSettings

@@ -34,8 +34,8 @@ from pydantic import ValidationError
 from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport, text_in
 from leoflow_celery.domain.backend import BackEnd
-from leoflow_celery.domain.dag import Dag
-from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.lite.dag import Dag
+from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.fields import SEALED
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import TaskRequest, check_size, invalid_request

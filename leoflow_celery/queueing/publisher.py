@@ -19,7 +19,7 @@ from leoflow_celery.background import patiently
 from leoflow_celery.clock import due_in
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.backend import BackEnd
-from leoflow_celery.domain.memory import with_memory_limit
+from leoflow_celery.domain.relaunch import with_memory_limit
 from leoflow_celery.domain.quantity import format_bytes
 from leoflow_celery.domain.relaunch import RelaunchPolicy
 from leoflow_celery.domain.request import TaskRequest

@@ -15,7 +15,7 @@ from leoflow_celery.errors import NotFound
 from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database
 from leoflow_celery.store.models import DagRun, DatabaseTime, StagingVolume, table_of
-from leoflow_celery.store.volume_placement import insert_volume
+from leoflow_celery.store.staging import insert_volume
 
 _TABLE = table_of(StagingVolume)
 _RUN = table_of(DagRun)

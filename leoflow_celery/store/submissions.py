@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId, celery_task_id
-from leoflow_celery.domain.memory import memory_limit
+from leoflow_celery.domain.relaunch import memory_limit
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
@@ -26,7 +26,7 @@ from leoflow_celery.store.models import DatabaseTime, TaskCompletion, table_of
 from leoflow_celery.store.presence import PresenceStore
 from leoflow_celery.store.task_instance_sql import attempt_parameters
 from leoflow_celery.store.views import Submitted, TaskInstanceView, needs_host
-from leoflow_celery.store.volume_placement import (
+from leoflow_celery.store.staging import (
     Use,
     check_owners,
     claim_of,

@@ -31,11 +31,11 @@ from leoflow_celery.services import Services
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.logs import LogRecord
 from leoflow_celery.store.views import Finished, TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_view
+from leoflow_celery.tasks.completion import advance_view
 from leoflow_celery.tasks.completion import LEASE_SECONDS, Ended
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.monitoring import summary
-from leoflow_celery.tasks.started import StartedMark
+from leoflow_celery.tasks.inline import StartedMark
 
 log = logging.getLogger(__name__)
 #: How long a finished call waits for the database, as an agent's report waits for the gateway.

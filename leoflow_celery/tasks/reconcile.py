@@ -16,7 +16,7 @@ from leoflow_celery.domain.routing import RECONCILED, ExecutorType, TaskName, ex
 from leoflow_celery.errors import BrokerUnavailable, TransientLaunchError
 from leoflow_celery.executors.base import ReconcilableExecutor
 from leoflow_celery.queueing.messages import SCOPE_OF, CollectStaging, Reconcile, StagingDeleted, Stop
-from leoflow_celery.tasks import executors
+from leoflow_celery.tasks import context as executors
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 
 log = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ def run(
 
     Exits 0 when the run succeeded, 1 when it failed. Ctrl-C cancels the run.
     """
-    from leoflow_celery.domain.dag import load_dag
+    from leoflow_celery.lite.dag import load_dag
 
     choose("lite", True, state_dir)
     dag = load_dag(dag_file)
@@ -43,8 +43,8 @@ def run(
 @app.command()
 def up(state_dir: StateDirOption = None) -> None:
     """Start the system and keep it running until Ctrl-C."""
-    from leoflow_celery.cli.lite.state import StateDirectory
-    from leoflow_celery.cli.lite.system import running
+    from leoflow_celery.lite.state import StateDirectory
+    from leoflow_celery.lite.system import running
 
     state = StateDirectory.at(state_dir)
     option = "" if state_dir is None else f" --state-dir {state_dir}"
@@ -73,7 +73,7 @@ def env(state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """Print the settings of the system as export lines, with its keys."""
     import shlex
 
-    from leoflow_celery.cli.lite.state import StateDirectory
+    from leoflow_celery.lite.state import StateDirectory
 
     settings = StateDirectory.at(state_dir).environment()
     if as_json:

@@ -117,7 +117,7 @@ class StateDirectory:
         Raises:
             ConfigurationError: there is no such system yet, or its keys cannot be read.
         """
-        from leoflow_celery.runtime.embedded.redis_server import EmbeddedRedis
+        from leoflow_celery.lite.redis_server import EmbeddedRedis
 
         address = f"unix:{self.gateway_socket}"
         return {

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from leoflow_celery.cli.lite.lock import Command, exclusive
-from leoflow_celery.cli.lite.state import StateDirectory
+from leoflow_celery.lite.state import Command, exclusive
+from leoflow_celery.lite.state import StateDirectory
 from leoflow_celery.cli.output import note
 from leoflow_celery.errors import ConfigurationError
-from leoflow_celery.runtime.embedded.child import Child
-from leoflow_celery.runtime.embedded.redis_server import EmbeddedRedis
-from leoflow_celery.runtime.embedded.supervisor import ChildFailed, Supervisor
+from leoflow_celery.lite.supervisor import Child
+from leoflow_celery.lite.redis_server import EmbeddedRedis
+from leoflow_celery.lite.supervisor import ChildFailed, Supervisor
 
 
 @contextmanager

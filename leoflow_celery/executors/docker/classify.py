@@ -13,7 +13,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord
 from leoflow_celery.executors.docker.errors import refused_program
-from leoflow_celery.executors.docker.observe import End
+from leoflow_celery.executors.docker.parse_container import End
 
 _SIGNAL_BASE = 128
 _KILLED, _TERMINATED, _INTERRUPTED = 137, 143, 130

@@ -13,7 +13,7 @@ from typing import Any
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.executors.docker.labels import SYSTEM, deadline_of
-from leoflow_celery.executors.identity import attempt_in
+from leoflow_celery.executors.core import attempt_in
 
 Json = dict[str, Any]
 _RUNNING = frozenset({"running", "paused", "restarting"})

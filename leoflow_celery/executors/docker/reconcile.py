@@ -13,16 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import MAX_BYTES, TerminationRecord, decode
 from leoflow_celery.executors.base import FailureReporter, Reconciled
 from leoflow_celery.executors.docker.archive import TERMINATION_LOG
-from leoflow_celery.executors.docker.classify import classify, vanished
+from leoflow_celery.executors.docker.decisions import classify, vanished
 from leoflow_celery.executors.docker.engine import Engine
 from leoflow_celery.executors.docker.errors import Conflict, EngineError, NotFound
 from leoflow_celery.executors.docker.labels import MANAGED
-from leoflow_celery.executors.docker.observe import (
+from leoflow_celery.executors.docker.parse_container import (
     End,
     Listed,
     ended_for_memory,

@@ -18,8 +18,8 @@ from leoflow_celery.executors.docker.labels import (
     system_in,
     volume_labels,
 )
-from leoflow_celery.executors.docker.observe import observe_listed, seconds
-from leoflow_celery.executors.identity import check_run
+from leoflow_celery.executors.docker.parse_container import observe_listed, seconds
+from leoflow_celery.executors.core import check_run
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import signal
 
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason as Reason
-from leoflow_celery.executors.kubernetes.observe import ContainerState, PodState
+from leoflow_celery.executors.kubernetes.parse_pod import ContainerState, PodState
 
 #: ``status.reason`` of a pod that something ended from outside.
 _POD_REASONS = {

@@ -8,7 +8,7 @@ from leoflow_celery.domain.staging import claims_named
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import AlreadyExists, ApiError, NotFound
-from leoflow_celery.executors.kubernetes.identity import check_claim, claim_metadata
+from leoflow_celery.executors.kubernetes.labels import check_claim, claim_metadata
 from leoflow_celery.executors.kubernetes.merge import Json
 
 _CLASSES = "/apis/storage.k8s.io/v1/storageclasses"

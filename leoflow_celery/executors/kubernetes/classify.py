@@ -11,12 +11,12 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from leoflow_celery.domain.expectation import ExpectedAttempt
+from leoflow_celery.domain.desired_state import ExpectedAttempt
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord, decode
-from leoflow_celery.executors.kubernetes.causes import (
+from leoflow_celery.executors.kubernetes.failure_reasons import (
     cause_of_agent_death,
     cause_of_end,
     cause_of_pending,
@@ -27,7 +27,7 @@ from leoflow_celery.executors.kubernetes.causes import (
     waits_for_registry,
     waits_for_room,
 )
-from leoflow_celery.executors.kubernetes.observe import PodState
+from leoflow_celery.executors.kubernetes.parse_pod import PodState
 from leoflow_celery.settings import KubernetesSettings
 
 

@@ -28,8 +28,8 @@ from leoflow_celery.executors.kubernetes.errors import (
     api_error,
     to_launch_error,
 )
-from leoflow_celery.executors.kubernetes.identity import FINALIZER
-from leoflow_celery.executors.words import Confidential
+from leoflow_celery.executors.kubernetes.labels import FINALIZER
+from leoflow_celery.executors.core import Confidential
 from leoflow_celery.settings import KubernetesSettings
 
 log = logging.getLogger(__name__)

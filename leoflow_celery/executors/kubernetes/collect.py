@@ -15,8 +15,8 @@ from typing import Self
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
-from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, STAGING_SELECTOR, of_system
-from leoflow_celery.executors.kubernetes.observe import Json, PodState, claims_of, observe, seconds
+from leoflow_celery.executors.kubernetes.labels import MANAGED_SELECTOR, STAGING_SELECTOR, of_system
+from leoflow_celery.executors.kubernetes.parse_pod import Json, PodState, claims_of, observe, seconds
 from leoflow_celery.settings import KubernetesSettings
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.words import Confidential
+from leoflow_celery.executors.core import Confidential
 
 TERMINATION_LOG = "/dev/termination-log"
 STAGING_DIR = "/staging"

@@ -13,7 +13,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.identity import PREFIX, attempt_in, check_run, raw_ids, run_ids
+from leoflow_celery.executors.core import PREFIX, attempt_in, check_run, raw_ids, run_ids
 
 #: Every pod and Secret of an attempt has this label, and nothing else has.
 MANAGED_SELECTOR = f"{PREFIX}run-id"

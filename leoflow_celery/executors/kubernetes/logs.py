@@ -8,7 +8,7 @@ from functools import partial
 
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError
-from leoflow_celery.executors.kubernetes.observe import PodState
+from leoflow_celery.executors.kubernetes.parse_pod import PodState
 
 log = logging.getLogger(__name__)
 #: Lines may be of any length; an outcome travels through the broker.

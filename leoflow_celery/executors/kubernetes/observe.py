@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from leoflow_celery.domain.attempt import TASK_CONTAINER, AttemptId
-from leoflow_celery.executors.kubernetes.identity import attempt_of, is_held, system_of, timeout_of
+from leoflow_celery.executors.kubernetes.labels import attempt_of, is_held, system_of, timeout_of
 
 Json = dict[str, Any]
 _ENDED_PHASES = frozenset({"Succeeded", "Failed"})

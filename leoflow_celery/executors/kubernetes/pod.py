@@ -13,8 +13,8 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import Resources, TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.identity import AUDIENCE, SEAL
-from leoflow_celery.executors.kubernetes.environment import (
+from leoflow_celery.executors.core import AUDIENCE, SEAL
+from leoflow_celery.executors.kubernetes.pod import (
     ATTEMPT_DIR,
     CA_DIR,
     IDENTITY_DIR,
@@ -25,7 +25,7 @@ from leoflow_celery.executors.kubernetes.environment import (
     agent_entries,
     request_entries,
 )
-from leoflow_celery.executors.kubernetes.identity import (
+from leoflow_celery.executors.kubernetes.labels import (
     SYSTEM_LABEL,
     attempt_annotations,
     attempt_labels,

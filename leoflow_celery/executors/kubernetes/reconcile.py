@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.executors.base import FailureReporter, Observer, Reconciled
-from leoflow_celery.executors.kubernetes.classify import (
+from leoflow_celery.executors.kubernetes.decisions import (
     KEEP,
     NEVER_STARTED,
     PodDecision,
@@ -37,9 +37,9 @@ from leoflow_celery.executors.kubernetes.events import (
     fetch_events,
     pull_words,
 )
-from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
-from leoflow_celery.executors.kubernetes.logs import fetch_log_tail
-from leoflow_celery.executors.kubernetes.observe import PodState, observe
+from leoflow_celery.executors.kubernetes.labels import MANAGED_SELECTOR, of_system
+from leoflow_celery.executors.kubernetes.reconcile import fetch_log_tail
+from leoflow_celery.executors.kubernetes.parse_pod import PodState, observe
 from leoflow_celery.settings import KubernetesSettings
 
 log = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.kubernetes.environment import secret_variables
-from leoflow_celery.executors.kubernetes.identity import attempt_labels
+from leoflow_celery.executors.kubernetes.pod import secret_variables
+from leoflow_celery.executors.kubernetes.labels import attempt_labels
 from leoflow_celery.executors.kubernetes.merge import Json
 
 

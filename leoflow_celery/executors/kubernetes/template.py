@@ -15,7 +15,7 @@ from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import ConfigurationError, LaunchError
 from leoflow_celery.executors.base import LaunchSpec
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
-from leoflow_celery.executors.kubernetes.environment import confidential
+from leoflow_celery.executors.kubernetes.pod import confidential
 from leoflow_celery.executors.kubernetes.errors import AlreadyExists, ApiError
 from leoflow_celery.executors.kubernetes.merge import Json, MergeError, merge
 from leoflow_celery.executors.kubernetes.pod import build_pod, pod_base, request_layer, shape_problem

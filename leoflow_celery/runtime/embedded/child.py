@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from leoflow_celery.runtime.embedded import guard
+from leoflow_celery.lite import guard
 
 _TAIL_BYTES = 8_192
 

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from leoflow_celery.errors import LeoflowError
-from leoflow_celery.runtime.embedded.child import Child, ChildProcess
+from leoflow_celery.lite.supervisor import Child, ChildProcess
 
 logger = logging.getLogger(__name__)
 

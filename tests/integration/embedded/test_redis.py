@@ -13,7 +13,7 @@ import redis
 from celery import Celery
 
 from leoflow_celery.errors import BrokerUnavailable, ConfigurationError
-from leoflow_celery.runtime.embedded.redis_server import EmbeddedRedis, find_redis_server
+from leoflow_celery.lite.redis_server import EmbeddedRedis, find_redis_server
 from tests.support.process import ManagedProcess
 from tests.support.waiting import wait_until
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from leoflow_celery.runtime.embedded.child import Child, tail
-from leoflow_celery.runtime.embedded.supervisor import ChildFailed, RestartPolicy, Supervisor
+from leoflow_celery.lite.supervisor import Child, tail
+from leoflow_celery.lite.supervisor import ChildFailed, RestartPolicy, Supervisor
 from tests.support.process import ManagedProcess, process_ended
 from tests.support.waiting import wait_until
 
@@ -179,8 +179,8 @@ def test_a_childs_environment_and_directory_are_what_was_asked_for(tmp_path: Pat
 SUPERVISE = """
 import signal, sys, time
 from pathlib import Path
-from leoflow_celery.runtime.embedded.child import Child
-from leoflow_celery.runtime.embedded.supervisor import Supervisor
+from leoflow_celery.lite.supervisor import Child
+from leoflow_celery.lite.supervisor import Supervisor
 
 sleep = (sys.executable, "-S", "-c", "import time; time.sleep(60)")
 saving = (sys.executable, "-S", "-u", "-c", sys.argv[2])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from leoflow_celery.agent.echo import Echo
+from leoflow_celery.agent.stdout_mirror import Echo
 
 _PIPE_BYTES = 4_096
 

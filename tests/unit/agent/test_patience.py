@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from leoflow_celery.agent.patience import URGED_SECONDS, Patience, seconds_left
-from leoflow_celery.agent.stopping import StopRequest
+from leoflow_celery.agent.deadline import URGED_SECONDS, Patience, seconds_left
+from leoflow_celery.agent.deadline import StopRequest
 from leoflow_celery.domain.reasons import FailureReason
 
 

@@ -14,8 +14,8 @@ from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.subprocess.directory import as_utf8, system_id
 from leoflow_celery.executors.subprocess.environment import inherited, staging_dir
 from leoflow_celery.executors.subprocess.processes import Processes, earlier_names
-from leoflow_celery.executors.subprocess.settlement import settle
-from leoflow_celery.executors.subprocess.slots import standard_max_running
+from leoflow_celery.executors.subprocess.exit_handler import settle
+from leoflow_celery.executors.subprocess.directory import standard_max_running
 
 
 def record(state, **more):

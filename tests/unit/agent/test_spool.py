@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leoflow_celery.agent import spool as spool_module
-from leoflow_celery.agent.spool import Spool
+from leoflow_celery.agent import logs as spool_module
+from leoflow_celery.agent.logs import Spool
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_an_unknown_command_or_option_exits_2(cli: Cli) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = ("celery", "sqlalchemy", "pydantic", "grpc", "redis", "rich.console", "requests", "leoflow_celery.driver")
+    heavy = ("celery", "sqlalchemy", "pydantic", "grpc", "redis", "rich.console", "requests", "leoflow_celery.lite.driver")
     code = f"import sys, leoflow_celery.cli; print([name for name in {heavy!r} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from leoflow_celery.domain.dag import Dag, load_dag, task_instance_id, task_request
-from leoflow_celery.domain.plan import Retries, TriggerRule
+from leoflow_celery.lite.dag import Dag, load_dag, task_instance_id, task_request
+from leoflow_celery.lite.plan import Retries, TriggerRule
 from leoflow_celery.domain.request import Operator
 from leoflow_celery.errors import InvalidDag, InvalidRequest
 

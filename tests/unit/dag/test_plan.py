@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from leoflow_celery.domain.dag import Dag
-from leoflow_celery.domain.plan import Plan, TaskStatus, TriggerRule, plan_run, trigger
+from leoflow_celery.lite.dag import Dag
+from leoflow_celery.lite.plan import Plan, TaskStatus, TriggerRule, plan_run, trigger
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import RunState, TaskState
 

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leoflow_celery.domain.dag import Dag
-from leoflow_celery.domain.plan import Plan, TaskStatus, TriggerRule, plan_run
+from leoflow_celery.lite.dag import Dag
+from leoflow_celery.lite.plan import Plan, TaskStatus, TriggerRule, plan_run
 from leoflow_celery.domain.states import TERMINAL, RunState, TaskState
 
 S = TaskState

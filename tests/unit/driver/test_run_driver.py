@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from leoflow_celery.domain.dag import Dag
+from leoflow_celery.lite.dag import Dag
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import RunState, TaskState
-from leoflow_celery.driver import (
+from leoflow_celery.lite.driver import (
     RetryPlanned,
     RunDriver,
     RunEvent,
@@ -20,7 +20,7 @@ from leoflow_celery.driver import (
     TaskChanged,
     Waiting,
 )
-from leoflow_celery.driver.scripted import End, ScriptedClient
+from leoflow_celery.testing.scripted import End, ScriptedClient
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, DatabaseUnavailable, InvalidRequest, RequestTooLarge
 
 

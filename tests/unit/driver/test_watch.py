@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from leoflow_celery.domain.dag import Dag
+from leoflow_celery.lite.dag import Dag
 from leoflow_celery.domain.states import RunState, TaskState
-from leoflow_celery.driver import Pace, RunDriver, RunEvent, RunFinished, TaskChanged, Waiting, watch_run
-from leoflow_celery.driver.scripted import End, ScriptedClient, ScriptedTry
+from leoflow_celery.lite.driver import Pace, RunDriver, RunEvent, RunFinished, TaskChanged, Waiting, watch_run
+from leoflow_celery.testing.scripted import End, ScriptedClient, ScriptedTry
 from leoflow_celery.errors import DatabaseUnavailable
 
 

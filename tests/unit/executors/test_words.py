@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leoflow_celery.executors.words import HIDDEN, MAX_CHARACTERS, Confidential
+from leoflow_celery.executors.core import HIDDEN, MAX_CHARACTERS, Confidential
 
 SECRET = 'p<ä>"ss\\w$rd\nline two'
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from leoflow_celery.gateway.log_lines import Replay, record_of
+from leoflow_celery.gateway.log_writer import Replay, record_of
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.store.logs import LogLimits, LogRecord
 

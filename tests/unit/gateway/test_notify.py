@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.gateway.notify import Notifier
+from leoflow_celery.gateway.lifecycle import Notifier
 
 
 class Deferred(Executor):

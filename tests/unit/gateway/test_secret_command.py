@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from leoflow_celery.errors import ConfigurationError
-from leoflow_celery.gateway import secret_command
-from leoflow_celery.gateway.secret_command import MAX_OUTPUT_BYTES, MAX_TTL_SECONDS, CommandBackend, read_answer
-from leoflow_celery.gateway.values import BackendFailed, Kind, Query
+from leoflow_celery.gateway import secret_backends as secret_command
+from leoflow_celery.gateway.secret_backends import MAX_OUTPUT_BYTES, MAX_TTL_SECONDS, CommandBackend, read_answer
+from leoflow_celery.gateway.secret_backends import BackendFailed, Kind, Query
 from leoflow_celery.settings import GatewaySettings
 from tests.support.waiting import wait_until
 

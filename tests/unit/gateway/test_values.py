@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leoflow_celery.errors import ConfigurationError
-from leoflow_celery.gateway import values
-from leoflow_celery.gateway.values import (
+from leoflow_celery.gateway import secret_backends as values
+from leoflow_celery.gateway.secret_backends import (
     BackendFailed,
     EnvironmentBackend,
     FileBackend,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from leoflow_celery.tasks import started
-from leoflow_celery.tasks.started import StartedMark
+from leoflow_celery.tasks import inline as started
+from leoflow_celery.tasks.inline import StartedMark
 from tests.support.waiting import wait_until
 
 

@@ -7,8 +7,8 @@ import pytest
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord
-from leoflow_celery.executors.docker.classify import classify
-from leoflow_celery.executors.docker.observe import End, ended_for_memory
+from leoflow_celery.executors.docker.decisions import classify
+from leoflow_celery.executors.docker.parse_container import End, ended_for_memory
 
 
 def end(exit_code: int = 0, *, oom: bool = False, error: str = "", ran: float = 10, limit: int = 0) -> End:

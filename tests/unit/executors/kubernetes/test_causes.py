@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from leoflow_celery.domain.reasons import FailureReason as Reason
-from leoflow_celery.executors.kubernetes.causes import (
+from leoflow_celery.executors.kubernetes.failure_reasons import (
     cause_of_agent_death,
     cause_of_end,
     cause_of_pending,

@@ -8,14 +8,14 @@ import pytest
 
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
-from leoflow_celery.executors.kubernetes.claims import (
+from leoflow_celery.executors.kubernetes.staging_pvc import (
     SINGLE_WRITER_PROVISIONERS,
     StagingClaims,
     build_claim,
     storage_class_problem,
 )
 from leoflow_celery.executors.kubernetes.errors import NotFound
-from leoflow_celery.executors.kubernetes.identity import check_claim
+from leoflow_celery.executors.kubernetes.labels import check_claim
 
 
 def request(**fields: Any) -> TaskRequest:

@@ -10,7 +10,7 @@ import pytest
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.reasons import FailureReason as Reason
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.executors.kubernetes.classify import (
+from leoflow_celery.executors.kubernetes.decisions import (
     KEEP,
     PodDecision,
     ReconcilePolicy,

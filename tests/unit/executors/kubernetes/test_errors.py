@@ -18,7 +18,7 @@ from leoflow_celery.executors.kubernetes.errors import (
     api_error,
     to_launch_error,
 )
-from leoflow_celery.executors.words import Confidential
+from leoflow_celery.executors.core import Confidential
 
 
 def answer(status: int, reason: str, message: str = "no", **details: object) -> ApiError:

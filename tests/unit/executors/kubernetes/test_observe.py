@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leoflow_celery.executors.kubernetes.observe import observe
+from leoflow_celery.executors.kubernetes.parse_pod import observe
 from tests.unit.executors.kubernetes.pods import AGE, ATTEMPT, NOW, observed, pod, running, stamp, terminated, waiting
 
 
