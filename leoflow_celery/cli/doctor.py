@@ -109,8 +109,8 @@ def check_secrets(settings: Settings) -> Finding:
     """Every back end of variables, connections and secrets answers for the standard tenant. Only numbers are shown."""
     import asyncio
 
-    from leoflow_celery.gateway.secrets import Backends, SecretReader, open_backends
     from leoflow_celery.gateway.secret_backends import STANDARD_TENANT, FileBackend, Kind, Query
+    from leoflow_celery.gateway.secrets import Backends, SecretReader, open_backends
 
     gateway = settings.gateway
     backends = open_backends(gateway)

@@ -127,7 +127,7 @@ def own_or_running(state: StateDirectory) -> Iterator[None]:
 
     with ExitStack() as stack:
         try:
-            stack.enter_context(running(state, "run"))
+            stack.enter_context(running(state, "run", note))
         except InUse as error:
             if error.holder is None or error.holder.command != "up":
                 raise

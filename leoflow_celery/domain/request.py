@@ -41,7 +41,6 @@ from leoflow_celery.domain.fields import (
 )
 from leoflow_celery.domain.http_call import Headers, TemplateError, Url, Values, check_call, fill
 from leoflow_celery.domain.outcome import storable
-from leoflow_celery.domain.relaunch import RelaunchMode
 from leoflow_celery.errors import InvalidRequest, RequestTooLarge
 
 #: 1 MiB: a request travels through the broker; anything bigger belongs in the image or in /staging.
@@ -55,6 +54,22 @@ class Operator(StrEnum):
     BASH = "bash"
     HTTP_API = "http_api"
     EXEC = "exec"
+
+
+class RelaunchMode(StrEnum):
+    """When the system starts a try again after an infrastructure failure or an OOM kill.
+
+    ``before_start``: while none of its user code has begun. A scheduler that must be told of every second start of the
+    user's code wants that.
+    """
+
+    ALWAYS = "always"
+    BEFORE_START = "before_start"
+    NEVER = "never"
+
+    def permits(self, has_started: bool) -> bool:
+        """Whether a launch may follow one whose user code has begun, or has not."""
+        return self is RelaunchMode.ALWAYS or (self is RelaunchMode.BEFORE_START and not has_started)
 
 
 def _wrong(field: str, text: str) -> PydanticCustomError:

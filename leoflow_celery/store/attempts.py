@@ -16,7 +16,8 @@ from leoflow_celery.domain.attempt import AttemptId, LaunchReport
 from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome, storable
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.relaunch import Relaunch, RelaunchMode, RelaunchPolicy, relaunch_decision
+from leoflow_celery.domain.relaunch import Relaunch, RelaunchPolicy, relaunch_decision
+from leoflow_celery.domain.request import RelaunchMode
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue

@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.relaunch import RelaunchMode
+from leoflow_celery.domain.request import RelaunchMode
 from leoflow_celery.domain.states import TERMINAL, TaskState, sources_of
 from leoflow_celery.store.models import (
     LIVE,

@@ -31,8 +31,7 @@ from leoflow_celery.domain.routing import DISPATCH_QUEUE, TaskName
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, DecryptionFailed, InvalidRequest, Unavailable
 from leoflow_celery.queueing.decoder import Kind
 from leoflow_celery.security import Scope
-from leoflow_celery.tasks.completion import advance_try
-from leoflow_celery.tasks.completion import CONTEXT_KEYS, saved_context, store_result
+from leoflow_celery.tasks.completion import CONTEXT_KEYS, advance_try, saved_context, store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, our_app
 
 log = logging.getLogger(__name__)

@@ -23,10 +23,7 @@ from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Observer, Reconciled, Sealing
 from leoflow_celery.executors.core import SEAL, Voucher
-from leoflow_celery.executors.kubernetes.staging_pvc import StagingClaims
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
-from leoflow_celery.executors.kubernetes.staging_pvc import StagingCollector
-from leoflow_celery.executors.kubernetes.pod import confidential, secret_of, secret_variables
 from leoflow_celery.executors.kubernetes.errors import (
     AlreadyExists,
     ApiError,
@@ -36,10 +33,10 @@ from leoflow_celery.executors.kubernetes.errors import (
 )
 from leoflow_celery.executors.kubernetes.labels import FINALIZER, another_system, attempt_of, is_held, system_of
 from leoflow_celery.executors.kubernetes.merge import Json
-from leoflow_celery.executors.kubernetes.pod import build_pod
+from leoflow_celery.executors.kubernetes.pod import build_pod, build_secret, confidential, secret_of, secret_variables
 from leoflow_celery.executors.kubernetes.policy import PodPolicy
 from leoflow_celery.executors.kubernetes.reconcile import Reconciler
-from leoflow_celery.executors.kubernetes.pod import build_secret
+from leoflow_celery.executors.kubernetes.staging_pvc import StagingClaims, StagingCollector
 from leoflow_celery.executors.kubernetes.template import load_base
 from leoflow_celery.settings import Settings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.relaunch import RelaunchMode
+from leoflow_celery.domain.request import RelaunchMode
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.store import Store
 from tests.contract.store.rows import EVICTED, claim, submit

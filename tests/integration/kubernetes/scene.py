@@ -17,8 +17,8 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord, encode
 from leoflow_celery.executors.base import FailureReporter, LaunchSpec, Observer, Reconciled
 from leoflow_celery.executors.core import raw_ids
-from leoflow_celery.executors.kubernetes.decisions import ReconcilePolicy
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
+from leoflow_celery.executors.kubernetes.decisions import ReconcilePolicy
 from leoflow_celery.executors.kubernetes.labels import attempt_labels
 from leoflow_celery.executors.kubernetes.reconcile import Reconciler
 from leoflow_celery.settings import KubernetesSettings

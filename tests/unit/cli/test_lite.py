@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from leoflow_celery.lite.state import Holder, InUse, exclusive
-from leoflow_celery.lite.state import _FOREIGN, _PATHS, StateDirectory
 from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.lite.state import _FOREIGN, _PATHS, Holder, InUse, StateDirectory, exclusive
 from leoflow_celery.settings import Settings
 from tests.unit.cli.conftest import Cli
 

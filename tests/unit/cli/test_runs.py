@@ -15,8 +15,8 @@ import pytest
 from leoflow_celery.cli import runs
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import RunState
-from leoflow_celery.testing.scripted import End, ScriptedClient
 from leoflow_celery.settings import Settings
+from leoflow_celery.testing.scripted import End, ScriptedClient
 from tests.unit.cli.conftest import Cli
 
 TASK = {"task_id": "a", "type": "bash", "entrypoint": "true"}
