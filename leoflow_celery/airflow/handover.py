@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -27,6 +28,7 @@ PERMITTED = frozenset(
     }
 )
 _MESSAGE_LINES = 10
+_KILLED_EXIT_CODE = 128 + signal.SIGKILL
 _EXECUTORS = frozenset(one.value for one in ExecutorType)
 
 
@@ -119,6 +121,9 @@ def verdict(view: TaskInstanceView) -> Verdict:
     reason = parse_reason(view.reason)
     if reason is FailureReason.SUPERSEDED:
         return Verdict.NOTHING
+    if reason is FailureReason.NON_ZERO_EXIT and view.exit_code == _KILLED_EXIT_CODE:
+        # Airflow's supervisor, which would have reported the end of a task that was killed, was killed itself.
+        return Verdict.GIVE_BACK
     return Verdict.GIVE_BACK if CLASS_OF[reason] is FailureClass.INFRASTRUCTURE else Verdict.FAILED
 
 

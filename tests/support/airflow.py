@@ -1,11 +1,12 @@
-"""A real Airflow in its own environment (``make`` installs it into .venv-airflow), over PostgreSQL, with a system of ours."""
+"""A real Airflow in its own environment (``make`` installs it into .venv-airflow), over PostgreSQL."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
-from collections.abc import Mapping
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,10 @@ class Airflow:
             "API__SECRET_KEY": secrets.token_hex(16),
             "API__WORKERS": 1,
             "LOGGING__LOGGING_CONFIG_CLASS": "leoflow_celery.airflow.logs.LOGGING_CONFIG",
+            # A scheduler that was killed is found dead, and its tasks are adopted, within seconds.
             "SCHEDULER__SCHEDULER_HEARTBEAT_SEC": 1,
+            "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": 6,
+            "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": 3,
             "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": 0.2,
             "DAG_PROCESSOR__REFRESH_INTERVAL": 5,
             "USAGE_DATA_COLLECTION__ENABLED": "False",
@@ -98,8 +102,8 @@ class Airflow:
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
 
-    def start(self, name: str, *words: str, as_name: str = "", env: Mapping[str, str] | None = None) -> ManagedProcess:
-        return self.system.start(as_name or name, PYTHON, "-m", "airflow", name, *words, env={**self.env, **(env or {})})
+    def start(self, name: str, *words: str, as_name: str = "") -> ManagedProcess:
+        return self.system.start(as_name or name, PYTHON, "-m", "airflow", name, *words, env=self.env)
 
     def start_api_server(self) -> ManagedProcess:
         server = self.start("api-server", "--port", str(self.port), "--host", "127.0.0.1")
@@ -151,6 +155,21 @@ class Airflow:
         rows = self.query(query, dag_id, run_id)
         return {task if index < 0 else f"{task}[{index}]": str(state) for task, index, state in rows}
 
+    def log(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1) -> list[str]:
+        """The lines of a task's log as the API server gives them to the UI; their texts."""
+        path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{try_number}"
+        answer = json.loads(self._get(path, self._token()))
+        return [one["event"] if isinstance(one, dict) else one for one in answer["content"]]
+
+    def _token(self) -> str:
+        return str(json.loads(self._get("/auth/token"))["access_token"])
+
+    def _get(self, path: str, token: str = "") -> bytes:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - our own server
+            return bytes(answer.read())
+
     def wait_for_run(self, dag_id: str, run_id: str, timeout: float = 120) -> str:
         return wait_until(
             lambda: state if (state := self.run_state(dag_id, run_id)) in ("success", "failed") else None,
@@ -166,4 +185,3 @@ def start_ours(system: System) -> None:
     for module in ("workers.control", "workers.subprocess"):
         system.start_worker(module, env=env)
     system.start_beat()
-

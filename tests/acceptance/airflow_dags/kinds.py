@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import sys
+import time
 from datetime import timedelta
+from pathlib import Path
 
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.providers.standard.operators.empty import EmptyOperator
@@ -18,7 +22,7 @@ def values():
 
     @task
     def numbers():
-        print("three numbers are made")
+        print("three numbers are made")  # noqa: T201 - the log that the test reads
         return [1, 2, 3]
 
     @task
@@ -70,6 +74,58 @@ def _second_look(run_id):
     return False
 
 
+@dag(schedule=None)
+def shows():
+    """What the user's code can see; it goes on when it is told to."""
+
+    @task
+    def look(run_id=None):
+        folder = Path(os.environ["AIRFLOW_HOME"])
+        print("the task has begun")  # noqa: T201 - the log that the test reads
+        seen = [f"{name}={value}" for name, value in os.environ.items()]
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                target = os.readlink(f"/proc/self/fd/{number}")
+                if not target.startswith(("socket:", "anon_inode:", "pipe:", "/dev/")):
+                    seen.append(Path(f"/proc/self/fd/{number}").read_text(errors="replace"))
+            except OSError:
+                pass
+        seen.append(sys.stdin.read())
+        (folder / f"seen-{run_id}.part").write_text("\n".join(seen))
+        os.rename(folder / f"seen-{run_id}.part", folder / f"seen-{run_id}.txt")
+        while not (folder / f"go-{run_id}").exists():
+            time.sleep(0.1)
+        print("the task is over")  # noqa: T201 - the log that the test reads
+
+    look()
+
+
+@dag(schedule=None)
+def counted():
+    """Each task holds a lock while it works and appends a line; what finds its lock held says so. No retries."""
+
+    @task
+    def numbers():
+        return list(range(int(os.environ.get("AIRFLOW_VAR_TASKS", "12"))))
+
+    @task(retries=0)
+    def work(number, run_id=None):
+        folder = Path(os.environ["AIRFLOW_HOME"]) / f"counted-{run_id}"
+        folder.mkdir(exist_ok=True)
+        with (folder / f"{number}.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                (folder / "overlaps").open("a").write(f"{number}\n")
+            (folder / "starts").open("a").write(f"{number}\n")
+            time.sleep(1 + number % 3)
+            (folder / "ends").open("a").write(f"{number}\n")
+
+    work.expand(number=numbers())
+
+
 values()
 ends()
 waits()
+shows()
+counted()
