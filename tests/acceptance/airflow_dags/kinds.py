@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -90,7 +89,6 @@ def shows():
                     seen.append(Path(f"/proc/self/fd/{number}").read_text(errors="replace"))
             except OSError:
                 pass
-        seen.append(sys.stdin.read())
         (folder / f"seen-{run_id}.part").write_text("\n".join(seen))
         os.rename(folder / f"seen-{run_id}.part", folder / f"seen-{run_id}.txt")
         while not (folder / f"go-{run_id}").exists():
