@@ -41,7 +41,7 @@ for dag_id in dag_ids:
 def require_airflow() -> None:
     """Skip the running test where Airflow is not installed."""
     if not (VENV / "bin" / "airflow").exists():
-        require("airflow", f"no Airflow in {VENV}; 'make {VENV.name}/.airflow' installs it")
+        require("airflow-scheduler", f"no Airflow in {VENV}; 'make test-airflow' installs it")
 
 
 class Airflow:
