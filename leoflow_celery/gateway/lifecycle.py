@@ -148,6 +148,8 @@ class Lifecycle:
         if request.state == pb.TASK_STATE_RUNNING:
             return await self._start(caller)
         outcome = outcome_of(request, caller.reason)
+        if self._foreign.is_one(caller.holder):
+            outcome = self._better_known(caller, outcome)
         await self._holder_logs.settle(caller.attempt, caller.holder)
         finished = await self._threads.store(self._finish, caller, outcome)
         if not finished.recorded:
@@ -157,6 +159,18 @@ class Lifecycle:
         self._count(finished, outcome)
         self._nudge.finished(caller.attempt)
         return pb.ReportStateResponse(acknowledged=True)
+
+    def _better_known(self, caller: Caller, outcome: Outcome) -> Outcome:
+        """An agent without our metadata has no word for some ends; what it did before says them."""
+        skipped = self._foreign.skipped.get(caller.holder)
+        if outcome.state is TaskState.SUCCESS and skipped is not None:
+            return Outcome(
+                TaskState.SKIPPED, message=clean(skipped, MAX_MESSAGE_CHARACTERS), exit_code=outcome.exit_code
+            )
+        refused = self._foreign.refused_values.get(caller.holder)
+        if outcome.state is TaskState.FAILED and not outcome.exit_code and refused is not None:
+            return Outcome.failed(FailureReason(refused), outcome.message, 0)
+        return outcome
 
     async def _may_report(self, caller: Caller) -> bool:
         """Whether a report is the holder's, as far as is known: the write itself decides.

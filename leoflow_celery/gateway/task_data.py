@@ -10,7 +10,7 @@ from typing import Any
 from leoflow_celery import metrics
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.request import TaskRequest
+from leoflow_celery.domain.request import Operator, TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.xcom import JSON_CONTENT_TYPE, RETURN_VALUE, XComKey, XComValue, check_value, is_json
 from leoflow_celery.errors import Fenced, LeoflowError, NotFound, StoredRequestInvalid, XComRejected
@@ -18,7 +18,7 @@ from leoflow_celery.gateway.lifecycle import CompletionNudge
 from leoflow_celery.gateway.rpc import InvalidArgument, NotPermitted, NotPossible
 from leoflow_celery.gateway.secret_backends import Kind
 from leoflow_celery.gateway.secrets import ChannelPolicy, SecretReader, query_of
-from leoflow_celery.gateway.sessions import Caller, Claims, Recent
+from leoflow_celery.gateway.sessions import Caller, Claims, ForeignHolders, Recent
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.queueing.messages import open_request
@@ -32,6 +32,12 @@ from leoflow_celery.store.views import TaskInstanceView
 STAGING_DIR = "/staging"
 _MOUNTS_STAGING = (ExecutorType.KUBERNETES, ExecutorType.DOCKER)
 _RESOLVED_SOURCE = "env"
+
+
+_NEEDS_OUR_AGENT = (
+    "operator: an http_api task that runs in a container needs leoflow_celery's agent, and the agent of this image is "
+    "another; let it run inline (executor inline, in a DAG execution_mode inline), or use an image with our agent"
+)
 
 
 class UnknownSecret(LeoflowError):
@@ -123,6 +129,8 @@ class Specs:
         if view.attempt != caller.attempt or not caller.holder or view.holder != caller.holder or view.is_terminal:
             metrics.record_fenced("read")
             raise Fenced(f"attempt {caller.attempt} is not held by the caller (any more)")
+        if request.operator is Operator.HTTP_API and ForeignHolders.is_one(caller.holder):
+            return await self._give_up(caller, FailureReason.INVALID_SPEC, LeoflowError(_NEEDS_OUR_AGENT))
         try:
             return task_spec(request, view.executor, await self._resolved(caller, request))
         except UnknownSecret as error:
@@ -164,11 +172,25 @@ _MAX_KEY_BYTES = 512
 _MAX_CONTENT_TYPE_CHARACTERS = 255
 
 
+#: The one key of the object that ``leoflow_runtime`` leaves as the return value of a task that skipped itself, when its
+#: agent gives it no other place to say so.
+_SKIP_NOTE = b"leoflow_skipped"
+_MAX_SKIP_NOTE_BYTES = 16 * 1024
+
+
 class XComMethods:
     """Values in and out, for the holder of an attempt."""
 
-    def __init__(self, store: Store, specs: Specs, claims: Claims, threads: Threads, settings: XComSettings) -> None:
-        self._store, self._specs, self._claims = store, specs, claims
+    def __init__(
+        self,
+        store: Store,
+        specs: Specs,
+        claims: Claims,
+        foreign: ForeignHolders,
+        threads: Threads,
+        settings: XComSettings,
+    ) -> None:
+        self._store, self._specs, self._claims, self._foreign = store, specs, claims, foreign
         self._threads, self._settings = threads, settings
 
     async def fetch(self, caller: Caller, request: pb.FetchXComRequest) -> pb.FetchXComResponse:
@@ -192,6 +214,11 @@ class XComMethods:
         content_type = request.content_type or JSON_CONTENT_TYPE
         if len(content_type) > _MAX_CONTENT_TYPE_CHARACTERS or "\x00" in content_type:
             raise InvalidArgument(f"content_type must have at most {_MAX_CONTENT_TYPE_CHARACTERS} characters, no NUL")
+        says_its_end = key.key == RETURN_VALUE and self._foreign.is_one(caller.holder)
+        if says_its_end and (why := skip_note(request.value)) is not None:
+            await self._claims.require(caller)
+            self._foreign.skipped.set(caller.holder, why)
+            return pb.PushXComResponse(accepted=True, ttl_seconds=self._settings.ttl_seconds)
         schema = (await self._specs.wiring(caller)).schema if key.key == RETURN_VALUE else None
         try:
             # What waits for its turn is in memory.
@@ -203,6 +230,8 @@ class XComMethods:
         except XComRejected as rejected:
             await self._claims.require(caller)
             metrics.record_xcom_rejected(rejected.reason)
+            if says_its_end:
+                self._foreign.refused_values.set(caller.holder, rejected.reason)
             return pb.PushXComResponse(accepted=False, rejection_reason=rejected.reason)
         except Fenced:
             metrics.record_fenced("xcom")
@@ -218,6 +247,18 @@ class XComMethods:
     def _put(self, caller: Caller, key: XComKey, value: bytes, content_type: str) -> None:
         item = (key, XComValue(value, content_type))
         self._store.claims.put_xcoms(caller.attempt, caller.holder, [item])
+
+
+def skip_note(value: bytes) -> str | None:
+    """Why a task skipped itself, where the value is the note that ``leoflow_runtime`` leaves for agents of others."""
+    if len(value) > _MAX_SKIP_NOTE_BYTES or _SKIP_NOTE not in value:
+        return None
+    try:
+        note = json.loads(value)
+    except ValueError:
+        return None
+    why = note.get(_SKIP_NOTE.decode()) if isinstance(note, dict) and len(note) == 1 else None
+    return why if isinstance(why, str) else None
 
 
 def _key(caller: Caller, key: str, task_id: str = "") -> XComKey:
