@@ -17,6 +17,7 @@ from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome, storable
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.relaunch import Relaunch, RelaunchPolicy, relaunch_decision
+from leoflow_celery.domain.request import RelaunchMode
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
@@ -327,8 +328,10 @@ class AttemptStore:
         if view.cancel_requested_at is not None:
             return outcome.evolve(reason=FailureReason.CANCELLED, message=_cancelled_message(outcome)), None
         reason = outcome.reason or FailureReason.NON_ZERO_EXIT
-        relaunch = relaunch_decision(reason, end.attempt.launch - view.reschedules, self._policy, view.memory)
-        return outcome.evolve(reason=reason), relaunch if end.may_relaunch else None
+        spent = end.attempt.launch - view.reschedules
+        relaunch = relaunch_decision(reason, spent, self._policy, view.memory)
+        may_relaunch = end.may_relaunch and RelaunchMode(view.relaunch).permits(view.started_at is not None)
+        return outcome.evolve(reason=reason), relaunch if may_relaunch else None
 
     @staticmethod
     def _write(
@@ -336,6 +339,7 @@ class AttemptStore:
     ) -> Finished | None:
         conditions = end.condition.names() | ({"uncancelled"} if uncancelled else set())
         if relaunch:
+            conditions |= {"startable"}
             statement = task_instance_sql.next_launch(conditions)
             growths = int(relaunch.growth is not None)
             values: dict[str, object] = {"p_delay": relaunch.delay_seconds, "p_growths": growths, "p_reschedules": 0}
