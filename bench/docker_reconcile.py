@@ -13,7 +13,7 @@ from typing import Any
 from bench.cluster import in_threads
 from bench.system import report
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.executors.base import LaunchSpec

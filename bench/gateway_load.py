@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc.aio
 
-from leoflow_celery.gateway.process import raise_open_files_limit
+from leoflow_celery.gateway.server import raise_open_files_limit
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.protocol.service import AUTHORIZATION_KEY, METHODS, SESSION_KEY, serialize
 

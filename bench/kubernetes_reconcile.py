@@ -25,7 +25,7 @@ from bench.cluster import blank, delete_all, in_threads, namespace, official_cli
 from bench.system import ROOT, System, report
 from leoflow_celery.client import Client
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport
-from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.executors.base import LaunchSpec

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from cryptography.fernet import Fernet
 
-from leoflow_celery.runtime.embedded.redis_server import find_redis_server
+from leoflow_celery.lite.redis_server import find_redis_server
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ It starts once per task, so it imports neither pydantic, SQLAlchemy, requests, C
 ``command``           what is executed, and the environment it sees
 ``process``           the user process: its session, its end, its descendants
 ``output``            bytes of any kind → lines
-``echo``              the same lines on the agent's own output
+``stdout_mirror``     the same lines on the agent's own output
 ``spool``, ``logs``   lines on disk until the control plane has them
 ``result``            return value and reason that the process left behind
 ``report``            termination log, return value, final state

@@ -13,10 +13,9 @@ from typing import NoReturn
 
 from leoflow_celery.agent import linux
 from leoflow_celery.agent.client import ControlPlane, open_channel
-from leoflow_celery.agent.config import AgentConfig
-from leoflow_celery.agent.environment_file import absorb_environment_file
+from leoflow_celery.agent.config import AgentConfig, absorb_environment_file
+from leoflow_celery.agent.deadline import StopRequest
 from leoflow_celery.agent.lifecycle import Agent
-from leoflow_celery.agent.stopping import StopRequest
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import ConfigurationError
 

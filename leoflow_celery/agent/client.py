@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from leoflow_celery.agent.config import AgentConfig
-from leoflow_celery.agent.patience import Patience
+from leoflow_celery.agent.deadline import Deadline
 from leoflow_celery.errors import (
     ClaimRefused,
     ConfigurationError,
@@ -275,7 +275,7 @@ class LogStream:
         self._call.cancel()
 
 
-async def retried(operation: Callable[[], Awaitable[T]], patience: Patience) -> T:
+async def retried(operation: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
     """The result of an operation, tried with jittered backoff while the control plane is away.
 
     Raises what the operation raised last.
@@ -285,7 +285,7 @@ async def retried(operation: Callable[[], Awaitable[T]], patience: Patience) -> 
         try:
             return await operation()
         except GatewayUnavailable:
-            if patience.left() <= 0:
+            if deadline.left() <= 0:
                 raise
         await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311 - jitter
         backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)

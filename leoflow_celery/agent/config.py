@@ -1,12 +1,17 @@
-"""What an agent is told by whatever starts it: its environment, read once."""
+"""What an agent is told by whatever starts it: its environment, read once.
+
+A part of it may travel by file: what nobody who inspects a container may see.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from leoflow_celery.errors import ConfigurationError
 
@@ -103,3 +108,27 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
 def _termination_log(environ: Mapping[str, str]) -> str:
     path = environ.get("LEOFLOW_TERMINATION_LOG", "")
     return path or (_KUBERNETES_TERMINATION_LOG if os.path.exists(_KUBERNETES_TERMINATION_LOG) else "")
+
+
+VARIABLE = "LEOFLOW_AGENT_ENV_FILE"
+
+
+def absorb_environment_file(environ: MutableMapping[str, str]) -> None:
+    """Add the variables of the file, a JSON object, and remove the file: the user's process finds neither.
+
+    Raises:
+        ConfigurationError: the file cannot be read or removed; it is there for the first start only.
+    """
+    path = environ.pop(VARIABLE, "")
+    if not path:
+        return
+    try:
+        variables = json.loads(Path(path).read_bytes())
+        os.unlink(path)
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{VARIABLE}={path}: there is none; it was read and removed at the first start"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{VARIABLE}={path}: {error}") from error
+    environ.update(variables)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 
 from leoflow_celery.agent.client import ControlPlane
-from leoflow_celery.agent.stopping import StopRequest
+from leoflow_celery.agent.deadline import StopRequest
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import ClaimRefused, Fenced, GatewayUnavailable, LeoflowError
 from leoflow_celery.protocol import agent_pb2 as pb

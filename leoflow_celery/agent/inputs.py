@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from leoflow_celery.agent.client import CallRefused, ControlPlane, retried
-from leoflow_celery.agent.patience import Patience
+from leoflow_celery.agent.deadline import Deadline
 from leoflow_celery.errors import ClaimRefused, LeoflowError, NotFound
 from leoflow_celery.protocol import agent_pb2 as pb
 
@@ -27,7 +27,7 @@ class Inputs:
     warnings: tuple[str, ...] = ()
 
 
-async def fetch_inputs(plane: ControlPlane, mapping: Mapping[str, str], patience: Patience) -> Inputs:
+async def fetch_inputs(plane: ControlPlane, mapping: Mapping[str, str], deadline: Deadline) -> Inputs:
     """Fetch all inputs at once; ``mapping`` is parameter → upstream task id.
 
     Raises:
@@ -35,9 +35,9 @@ async def fetch_inputs(plane: ControlPlane, mapping: Mapping[str, str], patience
         GatewayUnavailable: the control plane stayed away for too long.
     """
     variables, connections, values = await asyncio.gather(
-        _optional(plane, "GetVariables", pb.GetVariablesRequest(), patience),
-        _optional(plane, "GetConnections", pb.GetConnectionsRequest(), patience),
-        asyncio.gather(*(_xcom(plane, parameter, task_id, patience) for parameter, task_id in mapping.items())),
+        _optional(plane, "GetVariables", pb.GetVariablesRequest(), deadline),
+        _optional(plane, "GetConnections", pb.GetConnectionsRequest(), deadline),
+        asyncio.gather(*(_xcom(plane, parameter, task_id, deadline) for parameter, task_id in mapping.items())),
     )
     refused = dict.fromkeys(answer for answer in (variables, connections) if isinstance(answer, str))
     return Inputs(
@@ -48,10 +48,10 @@ async def fetch_inputs(plane: ControlPlane, mapping: Mapping[str, str], patience
     )
 
 
-async def _xcom(plane: ControlPlane, parameter: str, task_id: str, patience: Patience) -> bytes | None:
+async def _xcom(plane: ControlPlane, parameter: str, task_id: str, deadline: Deadline) -> bytes | None:
     request = pb.FetchXComRequest(upstream_task_id=task_id)
     try:
-        answer = await retried(lambda: plane.call("FetchXCom", request), patience)
+        answer = await retried(lambda: plane.call("FetchXCom", request), deadline)
     except NotFound:
         return None
     except (CallRefused, ClaimRefused) as error:
@@ -59,9 +59,9 @@ async def _xcom(plane: ControlPlane, parameter: str, task_id: str, patience: Pat
     return bytes(answer.value)
 
 
-async def _optional(plane: ControlPlane, method: str, request: Any, patience: Patience) -> Any:
+async def _optional(plane: ControlPlane, method: str, request: Any, deadline: Deadline) -> Any:
     """The answer, or why it was refused (a text): these two a task can do without."""
     try:
-        return await retried(lambda: plane.call(method, request), patience)
+        return await retried(lambda: plane.call(method, request), deadline)
     except (CallRefused, ClaimRefused, NotFound) as error:
         return str(error)

@@ -19,15 +19,13 @@ from leoflow_celery.agent import linux
 from leoflow_celery.agent.client import CallRefused, ControlPlane, retried
 from leoflow_celery.agent.command import Command, build_command
 from leoflow_celery.agent.config import AgentConfig
+from leoflow_celery.agent.deadline import Deadline, StopRequest
 from leoflow_celery.agent.heartbeat import FENCED, Heartbeat
 from leoflow_celery.agent.inputs import InputRefused, fetch_inputs
-from leoflow_celery.agent.logs import LogShipper
-from leoflow_celery.agent.patience import Patience
+from leoflow_celery.agent.logs import LogShipper, Spool
 from leoflow_celery.agent.report import TerminationLog, push_return_value, report_end, report_state
 from leoflow_celery.agent.result import outcome_of_defect
 from leoflow_celery.agent.run import TaskRun
-from leoflow_celery.agent.spool import Spool
-from leoflow_celery.agent.stopping import StopRequest
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState
@@ -206,8 +204,8 @@ class Agent:
             word = "succeeded" if outcome.state is TaskState.SUCCESS else outcome.state.value
             shipper.add("agent", f"task {word} in {seconds:.2f}s")
 
-    def _patience(self, share: float = 1.0) -> Patience:
-        return Patience(self._stop, self._config.report_deadline_seconds * share)
+    def _patience(self, share: float = 1.0) -> Deadline:
+        return Deadline(self._stop, self._config.report_deadline_seconds * share)
 
     def _leaves(self, outcome: Outcome) -> bool:
         """Whether the outcome stays unreported in the termination log, for an executor that finds out the reason."""

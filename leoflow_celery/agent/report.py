@@ -6,7 +6,7 @@ import logging
 import os
 
 from leoflow_celery.agent.client import ControlPlane, retried
-from leoflow_celery.agent.patience import Patience
+from leoflow_celery.agent.deadline import Deadline
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.states import TaskState
@@ -84,14 +84,14 @@ class TerminationLog:
         self._written = len(padded)
 
 
-async def push_return_value(plane: ControlPlane, value: bytes, patience: Patience) -> Outcome | None:
+async def push_return_value(plane: ControlPlane, value: bytes, deadline: Deadline) -> Outcome | None:
     """Push the return value; a failed outcome when it was refused, None when it was taken.
 
     Raises:
         LeoflowError: the control plane stayed away for too long, or the attempt is no longer ours.
     """
     request = pb.PushXComRequest(key=RETURN_VALUE, value=value, content_type=JSON_CONTENT_TYPE)
-    answer = await retried(lambda: plane.call("PushXCom", request), patience)
+    answer = await retried(lambda: plane.call("PushXCom", request), deadline)
     if answer.accepted:
         return None
     reason = parse_reason(answer.rejection_reason, FailureReason.INVALID_XCOM)
@@ -100,8 +100,8 @@ async def push_return_value(plane: ControlPlane, value: bytes, patience: Patienc
     )
 
 
-async def report_state(plane: ControlPlane, outcome: Outcome, patience: Patience) -> pb.ReportStateResponse:
-    """Report a state, retried while there is patience.
+async def report_state(plane: ControlPlane, outcome: Outcome, deadline: Deadline) -> pb.ReportStateResponse:
+    """Report a state, retried while there is deadline.
 
     Raises:
         LeoflowError: the control plane stayed away for too long, or refuses the report.
@@ -111,14 +111,14 @@ async def report_state(plane: ControlPlane, outcome: Outcome, patience: Patience
     )
     request.occurred_at.GetCurrentTime()
     metadata = [(REASON_KEY, outcome.reason.value)] if outcome.reason else []
-    answer: pb.ReportStateResponse = await retried(lambda: plane.call("ReportState", request, metadata), patience)
+    answer: pb.ReportStateResponse = await retried(lambda: plane.call("ReportState", request, metadata), deadline)
     return answer
 
 
-async def report_end(plane: ControlPlane, outcome: Outcome, patience: Patience) -> bool:
+async def report_end(plane: ControlPlane, outcome: Outcome, deadline: Deadline) -> bool:
     """Report the final state; True when the control plane knows it, or knows better."""
     try:
-        answer = await report_state(plane, outcome, patience)
+        answer = await report_state(plane, outcome, deadline)
     except (Fenced, ClaimRefused) as error:
         log.info("the report was refused, the attempt is no longer ours: %s", error)
         return True

@@ -11,12 +11,12 @@ from typing import Any
 from leoflow_celery.agent import linux
 from leoflow_celery.agent.command import Command
 from leoflow_celery.agent.config import AgentConfig
-from leoflow_celery.agent.echo import EchoPair
+from leoflow_celery.agent.deadline import StopRequest
 from leoflow_celery.agent.heartbeat import Heartbeat
 from leoflow_celery.agent.logs import AGENT_STREAM, LogShipper
 from leoflow_celery.agent.process import UserProcess
 from leoflow_celery.agent.result import OomWatch, outcome_of_exit, read_reason, read_return_value, shell_exit_code
-from leoflow_celery.agent.stopping import StopRequest
+from leoflow_celery.agent.stdout_mirror import StdoutMirrors
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.protocol import agent_pb2 as pb
@@ -30,7 +30,7 @@ class TaskRun:
     def __init__(self, config: AgentConfig, stop: StopRequest, heartbeat: Heartbeat, shipper: LogShipper) -> None:
         self._config, self._stop, self._heartbeat, self._shipper = config, stop, heartbeat, shipper
         self._process: UserProcess | None = None
-        self._echo = EchoPair(config.echo)
+        self._mirrors = StdoutMirrors(config.echo)
         self.seconds = 0.0
         #: Why there are no variables or connections; said in the task's log once the task speaks of them.
         self.withheld: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class TaskRun:
             watching.cancel()
         await self._process.finish()
         self.seconds = time.monotonic() - started
-        await self._echo.close()
+        await self._mirrors.close()
         exit_code = self._process.exit_code
         if stopped:
             return await self._stopped_outcome(exit_code)
@@ -97,12 +97,12 @@ class TaskRun:
     def _stdout(self, line: str) -> None:
         self._shipper.add("stdout", line, pb.LOG_LEVEL_INFO)
         self.mention(line)
-        self._echo.stdout.line(line)
+        self._mirrors.stdout.line(line)
 
     def _stderr(self, line: str) -> None:
         self._shipper.add("stderr", line, pb.LOG_LEVEL_ERROR)
         self.mention(line)
-        self._echo.stderr.line(line)
+        self._mirrors.stderr.line(line)
 
 
 def _cannot_execute(program: str, error: OSError) -> Outcome:

@@ -109,8 +109,8 @@ def check_secrets(settings: Settings) -> Finding:
     """Every back end of variables, connections and secrets answers for the standard tenant. Only numbers are shown."""
     import asyncio
 
+    from leoflow_celery.gateway.secret_backends import STANDARD_TENANT, FileBackend, Kind, Query
     from leoflow_celery.gateway.secrets import Backends, SecretReader, open_backends
-    from leoflow_celery.gateway.values import STANDARD_TENANT, FileBackend, Kind, Query
 
     gateway = settings.gateway
     backends = open_backends(gateway)
@@ -464,8 +464,8 @@ def check_exchange(settings: Settings) -> Finding:
 def check_held_pods(settings: Settings) -> Finding:
     """No deleted pod is kept by our finalizer because no reconcile lets it go."""
     from leoflow_celery.executors.kubernetes.client import KubernetesApi
-    from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
-    from leoflow_celery.executors.kubernetes.observe import observe
+    from leoflow_celery.executors.kubernetes.labels import MANAGED_SELECTOR, of_system
+    from leoflow_celery.executors.kubernetes.parse_pod import observe
 
     try:
         api = KubernetesApi.from_settings(settings.kubernetes)

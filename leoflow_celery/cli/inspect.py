@@ -295,12 +295,13 @@ def watch(
     Ctrl-C ends the watching only. --json prints every change as a line of JSON.
     """
     from leoflow_celery.cli.progress import json_lines, progress
-    from leoflow_celery.driver import watch_run
+    from leoflow_celery.lite.dag import kept_dag
+    from leoflow_celery.lite.driver import watch_run
 
     with open_client() as client:
         named = Target.named(client, [dag_id, run_id], tenant)
         try:
-            dag = client.dag_of(named.dag_id, named.run_id, tenant)
+            dag = kept_dag(client.dag_of(named.dag_id, named.run_id, tenant))
         except (NotFound, DecryptionFailed):
             dag = None
         known = dag.order if dag else [view.task_id for view in named.task_instances(client)]

@@ -14,7 +14,7 @@ import typer
 
 from leoflow_celery.cli.output import STATE_STYLE, json_text, note, seconds_text, visible
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.driver import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
+from leoflow_celery.lite.driver import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
 
 if TYPE_CHECKING:
     from rich.console import Console, Group

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from leoflow_celery.cli.progress import Progress
     from leoflow_celery.client import Client, Handle
     from leoflow_celery.domain.clear import ClearedTask
-    from leoflow_celery.domain.dag import Dag
-    from leoflow_celery.driver import RunDriver
+    from leoflow_celery.lite.dag import Dag
+    from leoflow_celery.lite.driver import RunDriver
 
 DagArgument = Annotated[Path, typer.Argument(metavar="DAG.json", help="The compiled DAG.")]
 RunIdOption = Annotated[
@@ -49,7 +49,7 @@ def run(
     Ctrl-C stops only this driver: what runs goes on, and the same --run-id picks the run up again. On an embedded
     system Ctrl-C cancels the run, as 'leoflow lite run' does.
     """
-    from leoflow_celery.domain.dag import load_dag
+    from leoflow_celery.lite.dag import load_dag
 
     dag = load_dag(dag_file)
     name = checked_run_id(dag, run_id, tenant)
@@ -79,7 +79,7 @@ def retry(
     Exits 0 when the run succeeded, 1 when it failed.
     """
     from leoflow_celery.cli.inspect import open_client
-    from leoflow_celery.domain.dag import load_dag
+    from leoflow_celery.lite.dag import kept_dag, load_dag
 
     given = load_dag(dag_file) if dag_file else None
 
@@ -103,7 +103,7 @@ def retry(
 
     with open_client() as client:
         name = str(Target.named(client, [dag_id, run_id], tenant).run_id)
-        dag = given or client.dag_of(dag_id, name, tenant)
+        dag = given or kept_dag(client.dag_of(dag_id, name, tenant))
         _check_same_dag(dag, dag_id)
         check_tasks(client, dag, name)
         if not clear(client, dry_run=True) and client.run(dag_id, name, tenant).state in TERMINAL_RUN:
@@ -129,10 +129,11 @@ def rerun(
     Exits 0 when the new run succeeded, 1 when it failed.
     """
     from leoflow_celery.cli.inspect import open_client
+    from leoflow_celery.lite.dag import kept_dag
 
     with open_client() as client:
         named = Target.named(client, [dag_id, run_id], tenant)
-        dag = client.dag_of(dag_id, named.run_id, tenant)
+        dag = kept_dag(client.dag_of(dag_id, named.run_id, tenant))
         name = checked_run_id(dag, new_id, tenant)
         if new_id is not None and _exists(client, dag_id, name, tenant):
             raise InvalidRequest(f"--run-id: run {name!r} of dag {dag_id!r} exists; choose another id", "run_id")
@@ -153,8 +154,8 @@ def checked_run_id(dag: Dag, run_id: str | None, tenant_id: str) -> str:
     Raises:
         InvalidRequest: no run can have this id, or none of this tenant.
     """
-    from leoflow_celery.domain.dag import task_request
     from leoflow_celery.domain.request import new_run
+    from leoflow_celery.lite.dag import task_request
 
     name = new_run_id() if run_id is None else run_id
     if name == LATEST:
@@ -210,7 +211,7 @@ def drive(
     """Drive a run with progress on stderr, and print its XCom values on stdout; as JSON, the run whole."""
     from leoflow_celery.cli.inspect import run_json
     from leoflow_celery.cli.progress import progress
-    from leoflow_celery.driver import RunDriver
+    from leoflow_celery.lite.driver import RunDriver
 
     check_tasks(client, dag, run_id)
     with progress(dag.order) as shown:
@@ -240,8 +241,8 @@ def check_tasks(client: Client, dag: Dag, run_id: str) -> None:
         InvalidRequest: names the task, what is wrong with it and the fix.
     """
     from leoflow_celery.client.client import policy_of
-    from leoflow_celery.domain.dag import task_request
     from leoflow_celery.domain.routing import check_task
+    from leoflow_celery.lite.dag import task_request
 
     policy = policy_of(client.settings)
     for task_id in dag.order:

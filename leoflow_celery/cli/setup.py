@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +12,6 @@ from leoflow_celery.cli.target import JsonOption
 
 #: What ``leoflow doctor`` looks at, in this order.
 CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange", "pods")
-
-
-def fresh_keys() -> dict[str, str]:
-    """A new pair of keys under the names of their settings."""
-    from cryptography.fernet import Fernet
-
-    return {"LEOFLOW_JWT_SECRET": secrets.token_urlsafe(48), "LEOFLOW_SEAL_KEYS": Fernet.generate_key().decode("ascii")}
 
 
 def keys(
@@ -38,6 +30,8 @@ def keys(
 
     With --for, print what one launch worker may hold instead: it opens and says nothing of another queue.
     """
+    from leoflow_celery.security.sealing import fresh_keys
+
     found = fresh_keys() if scope is None else keys_for(scope)
     if as_json:
         echo_json(found)
@@ -66,7 +60,7 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a task request."""
     if dag:
-        from leoflow_celery.domain.dag import Dag
+        from leoflow_celery.lite.dag import Dag
 
         echo_json(Dag.model_json_schema())
     else:

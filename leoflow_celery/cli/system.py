@@ -18,7 +18,7 @@ from leoflow_celery.cli.output import note
 from leoflow_celery.errors import BrokerUnavailable, ConfigurationError, DatabaseUnavailable, LeoflowError, NotFound
 
 if TYPE_CHECKING:
-    from leoflow_celery.cli.lite.state import StateDirectory
+    from leoflow_celery.lite.state import StateDirectory
 
 #: Whoever sets one of these means a deployed system.
 _DEPLOYED = ("LEOFLOW_DATABASE_URL", "LEOFLOW_BROKER_URL", "LEOFLOW_JWT_SECRET", "LEOFLOW_SEAL_KEYS")
@@ -52,7 +52,7 @@ _used: Embedded | None = None
 
 def find(command: str | None, lite: bool, state_dir: Path | None) -> StateDirectory | None:
     """The directory of the embedded system that a command uses, or None for the one that the environment names."""
-    from leoflow_celery.cli.lite.state import StateDirectory
+    from leoflow_celery.lite.state import StateDirectory
 
     if lite or state_dir is not None:
         return StateDirectory.at(state_dir)
@@ -122,12 +122,12 @@ def own_or_running(state: StateDirectory) -> Iterator[None]:
     Raises:
         InUse: another command runs it, and will stop it when it is done.
     """
-    from leoflow_celery.cli.lite.lock import InUse
-    from leoflow_celery.cli.lite.system import running
+    from leoflow_celery.lite.state import InUse
+    from leoflow_celery.lite.system import running
 
     with ExitStack() as stack:
         try:
-            stack.enter_context(running(state, "run"))
+            stack.enter_context(running(state, "run", note))
         except InUse as error:
             if error.holder is None or error.holder.command != "up":
                 raise

@@ -1,20 +1,21 @@
-"""The client: what a scheduler, a CLI or a notebook uses."""
+"""``Client``: what a scheduler, a CLI or a notebook uses, and what submitting tells the metrics."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery, create_app
-from leoflow_celery.client.callbacks import signatures
 from leoflow_celery.client.handle import Handle
-from leoflow_celery.client.measuring import count_submitted, refusals_counted
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.clear import ClearedTask, Selection
-from leoflow_celery.domain.dag import Dag
+from leoflow_celery.domain.canvas import check_signatures
+from leoflow_celery.domain.clear import ClearedTask, KeptDag, RunGraph, Selection
 from leoflow_celery.domain.request import TaskRequest, parse_request
 from leoflow_celery.domain.routing import (
     QUEUE_OF,
@@ -26,7 +27,15 @@ from leoflow_celery.domain.routing import (
 )
 from leoflow_celery.domain.states import TERMINAL_RUN, RunState, TaskState
 from leoflow_celery.domain.xcom import RETURN_VALUE, XComKey, shown_value
-from leoflow_celery.errors import AtCapacity, BrokerUnavailable, DecryptionFailed, NotFound
+from leoflow_celery.errors import (
+    AtCapacity,
+    BrokerUnavailable,
+    DecryptionFailed,
+    InvalidDag,
+    InvalidRequest,
+    NotFound,
+    RequestTooLarge,
+)
 from leoflow_celery.queueing.messages import open_dag, open_request, seal_dag, seal_request
 from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.settings import Settings
@@ -35,6 +44,61 @@ from leoflow_celery.store.events import EventView
 from leoflow_celery.store.logs import LogKey, LogReader
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.store.views import RunView, Submitted, TaskInstanceView
+
+
+def signatures(field: str, given: Any) -> list[dict[str, Any]]:
+    """One signature or a list of them (None: none) as plain JSON.
+
+    Raises:
+        InvalidRequest: names ``field``; something is no signature, names what is not the user's, or is no JSON.
+    """
+    if given is None:
+        return []
+    items = list(given) if isinstance(given, list | tuple) else [given]
+    plain: list[dict[str, Any]] = [_plain(field, item) for item in items]
+    check_signatures(field, plain)
+    return plain
+
+
+def _plain(field: str, item: Any) -> Any:
+    try:
+        return json.loads(json.dumps(item))
+    except (TypeError, ValueError, RecursionError) as error:
+        # A Celery signature is a dict.
+        what = f"the signature of {item.get('task')!r}" if isinstance(item, dict) else type(item).__name__
+        raise InvalidRequest(f"{field}: {what} is no JSON: {error}", field) from error
+
+
+#: Labels of what can never be sent.
+_WHY: dict[type[Exception], str] = {
+    InvalidRequest: "invalid_request",
+    InvalidDag: "invalid_request",
+    RequestTooLarge: "too_large",
+    DecryptionFailed: "unsealable",
+}
+
+
+@contextmanager
+def refusals_counted() -> Iterator[None]:
+    """Count why a request was refused; the error goes on."""
+    try:
+        yield
+    except AtCapacity:
+        metrics.record_at_capacity()
+        raise
+    except tuple(_WHY) as error:
+        metrics.record_undispatchable(_WHY[type(error)])
+        raise
+
+
+def count_submitted(tries: Sequence[NewTry], submitted: Sequence[Submitted], started: float) -> None:
+    """Count what is recorded as queued since ``started`` (``time.monotonic()``); a repeated submit counts nothing."""
+    seconds_each = (time.monotonic() - started) / max(len(tries), 1)
+    for item, done in zip(tries, submitted, strict=True):
+        if done.created:
+            metrics.record_dispatch(seconds_each)
+            metrics.record_transition(TaskState.NONE, TaskState.QUEUED, item.request.dag_id)
+
 
 log = logging.getLogger(__name__)
 _STANDARD_TENANT = "default"
@@ -248,7 +312,7 @@ class Client:
         run_id: str,
         tenant_id: str = _STANDARD_TENANT,
         dag_version: str = "",
-        dag: Dag | None = None,
+        dag: RunGraph | None = None,
     ) -> RunView:
         """The run, created as running unless it exists; one that ended is opened again.
 
@@ -257,7 +321,7 @@ class Client:
         sealed = seal_dag(self.services.keys, dag) if dag is not None else ""
         return self.services.store.runs.create(tenant_id, dag_id, run_id, dag_version, sealed)
 
-    def dag_of(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> Dag:
+    def dag_of(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> KeptDag:
         """The DAG that was kept with a run.
 
         Raises:
@@ -268,7 +332,7 @@ class Client:
             raise NotFound(f"no DAG is kept with run {run_id!r} of dag {dag_id!r}; give its dag.json")
         return dag
 
-    def _kept_dag(self, dag_id: str, run_id: str, tenant_id: str) -> Dag | None:
+    def _kept_dag(self, dag_id: str, run_id: str, tenant_id: str) -> KeptDag | None:
         sealed = self.services.store.runs.sealed_dag(tenant_id, dag_id, run_id)
         return open_dag(self.services.keys, sealed) if sealed else None
 
@@ -308,7 +372,7 @@ class Client:
         failed: bool = False,
         downstream: bool = False,
         tenant_id: str = _STANDARD_TENANT,
-        dag: Dag | None = None,
+        dag: RunGraph | None = None,
         dry_run: bool = False,
     ) -> list[ClearedTask]:
         """Let tasks of a run run again: what failed and what depends on it, or the tasks named.
@@ -337,7 +401,7 @@ class Client:
                 with the run (``create_run``).
         """
         selection = Selection(tuple(task_ids), failed, downstream)
-        known = dag or self._kept_dag(dag_id, run_id, tenant_id)
+        known: RunGraph | KeptDag | None = dag or self._kept_dag(dag_id, run_id, tenant_id)
 
         def choose(states: Mapping[str, TaskState]) -> tuple[str, ...]:
             kept = states if dag is None else {name: one for name, one in states.items() if name in dag.by_id}

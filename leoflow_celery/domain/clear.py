@@ -1,14 +1,54 @@
-"""What is cleared of a run, to run again: pure."""
+"""What is cleared of a run, to run again, and what of its DAG that needs: pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.errors import InvalidRequest
 
 _FAILED = frozenset({TaskState.FAILED, TaskState.UPSTREAM_FAILED})
+
+
+class RunGraph(Protocol):
+    """What a run's DAG says to whoever keeps it: ``lite.dag.Dag``, or a scheduler's own."""
+
+    @property
+    def by_id(self) -> Mapping[str, object]:
+        """Its tasks."""
+
+    def downstream(self, task_id: str) -> Collection[str]:
+        """Every task that may start only after this one; none for a task that the DAG does not have."""
+
+    def model_dump_json(self, *, exclude_unset: bool) -> str:
+        """A JSON object with ``tasks``: objects with ``task_id`` and ``depends_on``, and whatever else it has."""
+
+
+class KeptDag:
+    """A DAG as it was stored with its run.
+
+    Raises:
+        ValueError: ``content`` does not have the form of ``RunGraph.model_dump_json``.
+    """
+
+    def __init__(self, content: Any) -> None:
+        try:
+            self.by_id: Mapping[str, Any] = {task["task_id"]: task for task in content["tasks"]}
+            self._upstream = {one: frozenset(task.get("depends_on", ())) for one, task in self.by_id.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError("has no list of tasks with task_id and depends_on") from error
+        self.content: Mapping[str, Any] = content
+
+    def downstream(self, task_id: str) -> set[str]:
+        """Every task that may start only after this one; none for a task that the DAG does not have."""
+        found: set[str] = set()
+        new = {task_id}
+        while new:
+            new = {one for one, upstream in self._upstream.items() if upstream & new} - found
+            found |= new
+        return found
 
 
 @dataclass(frozen=True, slots=True)

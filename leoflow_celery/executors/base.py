@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
-from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.staging import StagingPlan

@@ -25,7 +25,7 @@ from leoflow_celery.errors import (
     NotFound,
 )
 from leoflow_celery.executors.base import Observer, Sealing
-from leoflow_celery.executors.identity import AUDIENCE, SEAL, PodReviewer, PresentedPod, Voucher, attempt_in
+from leoflow_celery.executors.core import AUDIENCE, SEAL, PodReviewer, PresentedPod, Voucher, attempt_in
 from leoflow_celery.gateway.rpc import REFUSED_EXCHANGES, NotPermitted, NotPossible
 from leoflow_celery.gateway.threads import REVIEW_THREADS, Threads
 from leoflow_celery.protocol import agent_pb2 as pb

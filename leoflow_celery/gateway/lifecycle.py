@@ -1,25 +1,69 @@
-"""Register and ReportState: the claim of an attempt, its start and its end."""
+"""Register and ReportState: the claim of an attempt, its start, its end, and the nudge that tells the system of it."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import Executor
 
 from leoflow_celery import metrics
+from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.outcome import MAX_MESSAGE_CHARACTERS, Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, Fenced
-from leoflow_celery.gateway.journal import Journal
-from leoflow_celery.gateway.notify import Notifier
+from leoflow_celery.gateway.log_writer import HolderLogs
 from leoflow_celery.gateway.rpc import Answer, InvalidArgument
 from leoflow_celery.gateway.sessions import Caller, Claims, ForeignHolders, HolderRegistry, Standing, Stop
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.protocol.service import TOKEN_KEY
 from leoflow_celery.security import TokenIssuer
+from leoflow_celery.services import Services
 from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.views import Finished, TaskInstanceView
+
+log = logging.getLogger(__name__)
+
+#: (task_instance_id, try_number) → None; called in a thread.
+OnFinished = Callable[[str, int], None]
+#: More than this waiting means that the broker is away; the sweep does the rest.
+_MAX_WAITING = 1_000
+
+
+def nudge_results(services: Services) -> OnFinished:
+    """The standard notification: a results worker completes the try, or sends its next launch."""
+    from leoflow_celery.app import create_app  # Celery costs 200 ms, and embedders may bring their own
+    from leoflow_celery.queueing.publisher import Publisher
+
+    return Publisher(create_app(settings=services.settings), services).advance_try
+
+
+class CompletionNudge:
+    """Calls ``on_finished`` in a pool of its own; its failures are logged and reach nobody."""
+
+    def __init__(self, on_finished: OnFinished, pool: Executor) -> None:
+        self._on_finished, self._pool = on_finished, pool
+        self._waiting = 0
+
+    def finished(self, attempt: AttemptId) -> None:
+        """An end, or a relaunch, was recorded. Returns at once."""
+        if self._waiting >= _MAX_WAITING:
+            log.warning("attempt %s: nobody was told of its end, %d wait already", attempt, self._waiting)
+            return
+        self._waiting += 1
+        self._pool.submit(self._call, attempt)
+
+    def _call(self, attempt: AttemptId) -> None:
+        try:
+            self._on_finished(attempt.task_instance_id, attempt.try_number)
+        except Exception as error:  # noqa: BLE001 - a foreign callable
+            log.warning("attempt %s: nobody could be told of its end, the sweep will: %s", attempt, error)
+        finally:
+            self._waiting -= 1
+
 
 _MAX_HOSTNAME_CHARACTERS = 255
 _ENDS = {
@@ -60,13 +104,13 @@ class Lifecycle:
         registry: HolderRegistry,
         foreign: ForeignHolders,
         claims: Claims,
-        journal: Journal,
-        notifier: Notifier,
+        holder_logs: HolderLogs,
+        nudge: CompletionNudge,
         threads: Threads,
         lease_seconds: float,
     ) -> None:
         self._store, self._tokens, self._registry, self._foreign = store, tokens, registry, foreign
-        self._claims, self._journal, self._notifier = claims, journal, notifier
+        self._claims, self._holder_logs, self._nudge = claims, holder_logs, nudge
         self._threads, self._lease_seconds = threads, lease_seconds
 
     async def register(self, caller: Caller, request: pb.RegisterRequest) -> Answer:
@@ -84,7 +128,7 @@ class Lifecycle:
             raise
         metrics.record_claim("granted")
         self._registry.grant(holder, caller.attempt)
-        await self._journal.fence(caller.attempt, holder)
+        await self._holder_logs.fence(caller.attempt, holder)
         response = pb.RegisterResponse(session_id=caller.session or holder)
         response.server_time.FromNanoseconds(time.time_ns())
         self._measure_start(view)
@@ -104,15 +148,29 @@ class Lifecycle:
         if request.state == pb.TASK_STATE_RUNNING:
             return await self._start(caller)
         outcome = outcome_of(request, caller.reason)
-        await self._journal.settle(caller.attempt, caller.holder)
+        if self._foreign.is_one(caller.holder):
+            outcome = self._better_known(caller, outcome)
+        await self._holder_logs.settle(caller.attempt, caller.holder)
         finished = await self._threads.store(self._finish, caller, outcome)
         if not finished.recorded:
             return await self._refuse(caller)
         # The next launch writes the same log.
         self._registry.stop(caller.holder, Stop.ENDED if finished.relaunch is None else Stop.FENCED)
         self._count(finished, outcome)
-        self._notifier.finished(caller.attempt)
+        self._nudge.finished(caller.attempt)
         return pb.ReportStateResponse(acknowledged=True)
+
+    def _better_known(self, caller: Caller, outcome: Outcome) -> Outcome:
+        """An agent without our metadata has no word for some ends; what it did before says them."""
+        skipped = self._foreign.skipped.get(caller.holder)
+        if outcome.state is TaskState.SUCCESS and skipped is not None:
+            return Outcome(
+                TaskState.SKIPPED, message=clean(skipped, MAX_MESSAGE_CHARACTERS), exit_code=outcome.exit_code
+            )
+        refused = self._foreign.refused_values.get(caller.holder)
+        if outcome.state is TaskState.FAILED and not outcome.exit_code and refused is not None:
+            return Outcome.failed(FailureReason(refused), outcome.message, 0)
+        return outcome
 
     async def _may_report(self, caller: Caller) -> bool:
         """Whether a report is the holder's, as far as is known: the write itself decides.

@@ -1,34 +1,144 @@
-"""``GatewayServer``: the parts put together, started and stopped."""
+"""``GatewayServer``: the parts put together; and the process around it, with signals, limits and an exit code.
+
+The health service is gRPC's standard one. ``""`` is the process (liveness): it serves until shutdown. The
+AgentService's own name is readiness: it serves while SQL answers, so that a load balancer may send agents elsewhere
+without anybody restarting this process. It asks for no token, so its requests are decoded here: grpc writes a traceback
+for each one that cannot be. Certificates are read again when their files changed: they are renewed without a restart.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from typing import Any
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
+import grpc
 import grpc.aio
+import uvloop
+from grpc_health.v1 import health, health_pb2  # type: ignore[import-untyped]
 
+from leoflow_celery import metrics
 from leoflow_celery.app.clocks import reading
+from leoflow_celery.app.logging import log_to_stderr
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.gateway.exchange import Exchange, open_reviewer
-from leoflow_celery.gateway.health import Health
 from leoflow_celery.gateway.heartbeats import Heartbeats
-from leoflow_celery.gateway.journal import Journal
-from leoflow_celery.gateway.lifecycle import Lifecycle
-from leoflow_celery.gateway.log_streams import LogStreams
-from leoflow_celery.gateway.notify import Notifier, OnFinished, nudge_results
-from leoflow_celery.gateway.rpc import Unary, agent_service
+from leoflow_celery.gateway.lifecycle import CompletionNudge, Lifecycle, OnFinished, nudge_results
+from leoflow_celery.gateway.log_writer import HolderLogs
+from leoflow_celery.gateway.logs import LogStreams
+from leoflow_celery.gateway.rpc import InvalidArgument, Unary, agent_service, bound_logs, decoded
 from leoflow_celery.gateway.secrets import ChannelPolicy, SecretMethods, SecretReader
 from leoflow_celery.gateway.sessions import Authenticator, Caller, Claims, ForeignHolders, HolderRegistry
-from leoflow_celery.gateway.specs import Specs
+from leoflow_celery.gateway.task_data import Specs, XComMethods
 from leoflow_celery.gateway.threads import Threads
-from leoflow_celery.gateway.tls import Certificate
-from leoflow_celery.gateway.xcoms import XComMethods
+from leoflow_celery.protocol.service import SERVICE, serialize
 from leoflow_celery.services import Services
 from leoflow_celery.settings import Settings
 
 log = logging.getLogger(__name__)
+
+
+class Certificate:
+    """A certificate chain and its key, on disk."""
+
+    def __init__(self, cert: Path, key: Path) -> None:
+        self._cert, self._key = cert, key
+        self._served: tuple[bytes, bytes] = (b"", b"")
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Credentials that follow the files.
+
+        Raises:
+            ConfigurationError: a file cannot be read, or holds no PEM.
+        """
+        self._served = self._read()
+        # The stubs do not know that None keeps what is served.
+        fetcher = cast("Callable[[], grpc.ServerCertificateConfiguration]", self._changed)
+        return grpc.dynamic_ssl_server_credentials(_configuration(self._served), fetcher)
+
+    def _read(self) -> tuple[bytes, bytes]:
+        pairs = (("LEOFLOW_GATEWAY_TLS_CERT", self._cert), ("LEOFLOW_GATEWAY_TLS_KEY", self._key))
+        found = []
+        for setting, path in pairs:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise ConfigurationError(f"{setting}={path}: {error.strerror}") from error
+            if b"-----BEGIN " not in content:
+                raise ConfigurationError(f"{setting}={path} holds no PEM block")
+            found.append(content)
+        return found[0], found[1]
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        # Called by grpc for every new connection; None keeps what is served.
+        try:
+            now = self._read()
+        except ConfigurationError as error:
+            log.warning("the TLS files cannot be read, the certificate read before is served: %s", error)
+            return None
+        if now == self._served:
+            return None
+        self._served = now
+        return _configuration(now)
+
+
+def _configuration(pair: tuple[bytes, bytes]) -> grpc.ServerCertificateConfiguration:
+    cert, key = pair
+    return grpc.ssl_server_certificate_configuration([(key, cert)])
+
+
+_HEALTH_SERVICE = "grpc.health.v1.Health"
+_STATUS = health_pb2.HealthCheckResponse
+
+
+class Health:
+    """Keeps the two statuses."""
+
+    def __init__(self) -> None:
+        self.servicer = health.aio.HealthServicer()
+        handlers: dict[str, Any] = {
+            "Check": grpc.unary_unary_rpc_method_handler(self._decoding(self.servicer.Check), None, serialize),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._decoding(self.servicer.Watch), None, serialize),
+        }
+        self.service = grpc.method_handlers_generic_handler(_HEALTH_SERVICE, handlers)
+        self._ready: bool | None = None
+        self._changes: set[asyncio.Task[None]] = set()
+
+    @staticmethod
+    def _decoding(function: Any) -> Any:
+        async def call(raw: bytes, context: Any) -> Any:
+            try:
+                request = decoded(health_pb2.HealthCheckRequest, raw)
+            except InvalidArgument as error:
+                return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            return await function(request, context)
+
+        return call
+
+    async def begin(self) -> None:
+        """Not ready before SQL has answered once."""
+        await self.servicer.set(SERVICE, _STATUS.NOT_SERVING)
+
+    def database(self, answered: bool) -> None:
+        """SQL answered, or did not."""
+        if answered == self._ready:
+            return
+        self._ready = answered
+        log.info("the database answers" if answered else "not ready: the database does not answer")
+        change = asyncio.create_task(self.servicer.set(SERVICE, _STATUS.SERVING if answered else _STATUS.NOT_SERVING))
+        self._changes.add(change)
+        change.add_done_callback(self._changes.discard)
+
+    async def end(self) -> None:
+        """NOT_SERVING from now on, whatever happens."""
+        await self.servicer.enter_graceful_shutdown()
+
 
 #: How often grpc is asked whether its server still serves.
 _LOOK_SECONDS = 0.25
@@ -68,7 +178,7 @@ class GatewayServer:
         self._secrets = SecretReader.of(settings.gateway)
         authenticate = Authenticator(self._services.tokens)
         self._threads = threads = Threads(settings.gateway.store_threads)
-        self._notifier = Notifier(on_finished or nudge_results(self._services), threads.notify)
+        self._nudge = CompletionNudge(on_finished or nudge_results(self._services), threads.notify)
         self._registry, self._foreign = HolderRegistry(), ForeignHolders()
         store = self._services.store
         gateway = settings.gateway
@@ -81,8 +191,8 @@ class GatewayServer:
             ended_access_seconds=gateway.ended_access_seconds,
         )
         self._health = Health()
-        self._journal = Journal(store.logs, threads.logs)
-        self._streams = LogStreams(self._claims, self._registry, self._foreign, self._journal)
+        self._holder_logs = HolderLogs(store.logs, threads.logs)
+        self._streams = LogStreams(self._claims, self._registry, self._foreign, self._holder_logs)
         self._heartbeats = Heartbeats(
             store,
             self._services.tokens,
@@ -110,8 +220,8 @@ class GatewayServer:
 
     def _unary(self, settings: Settings, policy: ChannelPolicy) -> dict[str, Unary]:
         store, threads, gateway = self._services.store, self._threads, settings.gateway
-        specs = Specs(store.attempts, self._services.keys, policy, self._secrets, self._notifier, threads)
-        xcoms = XComMethods(store, specs, self._claims, threads, settings.xcom)
+        specs = Specs(store.attempts, self._services.keys, policy, self._secrets, self._nudge, threads)
+        xcoms = XComMethods(store, specs, self._claims, self._foreign, threads, settings.xcom)
         secrets = SecretMethods(policy, self._claims, self._secrets)
         lifecycle = Lifecycle(
             store,
@@ -119,8 +229,8 @@ class GatewayServer:
             self._registry,
             self._foreign,
             self._claims,
-            self._journal,
-            self._notifier,
+            self._holder_logs,
+            self._nudge,
             threads,
             gateway.lease_seconds,
         )
@@ -163,7 +273,7 @@ class GatewayServer:
         self._watch = asyncio.create_task(self._serve_again())
         self._checking_rights = asyncio.create_task(self._exchange.warn_of_missing_rights())
         self._clocks.start()
-        self._loops = [asyncio.create_task(loop) for loop in (self._heartbeats.run(), self._journal.run())]
+        self._loops = [asyncio.create_task(loop) for loop in (self._heartbeats.run(), self._holder_logs.run())]
         log.info("gateway.listening", extra={"address": self.address})
         return self.port
 
@@ -217,7 +327,7 @@ class GatewayServer:
             self._streams.close()
             await stopping
         await self._stop_loops()
-        self._journal.close()
+        self._holder_logs.close()
         await self._secrets.close()
         await asyncio.to_thread(self._threads.close)
         self._exchange.close()
@@ -232,10 +342,65 @@ class GatewayServer:
     async def _stop_loops(self) -> None:
         if not self._loops:
             return
-        beats, journal = self._loops
+        beats, holder_logs = self._loops
         self._heartbeats.stop()
         await asyncio.gather(beats, return_exceptions=True)
-        await self._journal.drain(self._settings.shutdown_grace_seconds)
-        journal.cancel()
+        await self._holder_logs.drain(self._settings.shutdown_grace_seconds)
+        holder_logs.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await journal
+            await holder_logs
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, then shut down cleanly; the exit code. A second signal ends the grace.
+
+    Raises:
+        ConfigurationError: a setting is missing or cannot work, or the address cannot be listened on.
+    """
+    log_to_stderr()
+    bound_logs()
+    raise_open_files_limit()
+    end_metrics = metrics.serve(settings.gateway.metrics_port)
+    try:
+        # grpc.aio goes through the loop six times for each call: a seventh more calls per core with this one.
+        return uvloop.run(_serve(settings))
+    finally:
+        end_metrics()
+
+
+async def _serve(settings: Settings) -> int:
+    server = GatewayServer(settings)
+    signals: asyncio.Queue[str] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_unhandled)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, signal.Signals(number).name)
+    await server.start()
+    # Whoever started this process on port 0 reads the port here.
+    sys.stdout.write(f"gateway listening on {server.address}\n")
+    sys.stdout.flush()
+    log.info("%s: shutting down", await signals.get())
+    stopping = asyncio.create_task(server.stop())
+    impatient = asyncio.create_task(signals.get())
+    await asyncio.wait({stopping, impatient}, return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        await server.abort()
+    impatient.cancel()
+    await stopping
+    return 0
+
+
+def _unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a task of nobody raised. What grpc could not decode holds a stranger's bytes, and has had its line."""
+    if not isinstance(context.get("exception"), UnicodeDecodeError):
+        loop.default_exception_handler(context)
+
+
+def raise_open_files_limit() -> None:
+    """Allow as many open files as the system lets us: each agent costs a socket and a log file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            log.warning("the limit of open files stays %d; more agents than about half of it will be refused", soft)

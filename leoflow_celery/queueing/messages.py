@@ -34,8 +34,8 @@ from pydantic import ValidationError
 from leoflow_celery.clock import broker_clock
 from leoflow_celery.domain.attempt import AttemptId, LaunchReport, text_in
 from leoflow_celery.domain.backend import BackEnd
-from leoflow_celery.domain.dag import Dag
-from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.clear import KeptDag, RunGraph
+from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.fields import SEALED
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import TaskRequest, check_size, invalid_request
@@ -371,19 +371,19 @@ def open_request(keys: KeyRing, sealed: str) -> TaskRequest:
         raise DecryptionFailed("a sealed request is not of this version; upgrade the process that reads it") from error
 
 
-def seal_dag(keys: KeyRing, dag: Dag) -> str:
+def seal_dag(keys: KeyRing, dag: RunGraph) -> str:
     """A DAG as it rests in SQL beside its run: its tasks' environment and headers may hold secrets."""
     content = b'{"dag":%b}' % dag.model_dump_json(exclude_unset=True).encode(errors="surrogatepass")
     return keys.sealer(Scope.REQUEST).seal_json(content)
 
 
-def open_dag(keys: KeyRing, sealed: str) -> Dag:
+def open_dag(keys: KeyRing, sealed: str) -> KeptDag:
     """The DAG again.
 
     Raises:
         DecryptionFailed: sealed with a key this process does not have, or by a version whose DAGs it does not know.
     """
     try:
-        return Dag.model_validate(keys.sealer(Scope.REQUEST).open(sealed)["dag"])
+        return KeptDag(keys.sealer(Scope.REQUEST).open(sealed)["dag"])
     except (KeyError, ValueError) as error:
         raise DecryptionFailed("a sealed DAG is not of this version; give its dag.json again") from error

@@ -19,9 +19,8 @@ from leoflow_celery.background import patiently
 from leoflow_celery.clock import due_in
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.backend import BackEnd
-from leoflow_celery.domain.memory import with_memory_limit
 from leoflow_celery.domain.quantity import format_bytes
-from leoflow_celery.domain.relaunch import RelaunchPolicy
+from leoflow_celery.domain.relaunch import RelaunchPolicy, with_memory_limit
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import EXPIRY_SECONDS, QUEUE_OF, RECONCILED, ExecutorType, TaskName
 from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import secrets
 import zlib
 from collections.abc import Sequence
 from enum import StrEnum
@@ -28,6 +29,11 @@ _COMPRESS_FROM_BYTES = 4096
 _COMPRESSED = b"z"
 #: What a sealed object may unpack to: a reconcile of 100,000 attempts has a fifth of it.
 _MAX_OBJECT_BYTES = 64 * 1024 * 1024
+
+
+def fresh_keys() -> dict[str, str]:
+    """A new pair of keys under the names of their settings."""
+    return {"LEOFLOW_JWT_SECRET": secrets.token_urlsafe(48), "LEOFLOW_SEAL_KEYS": Fernet.generate_key().decode("ascii")}
 
 
 class Scope(StrEnum):

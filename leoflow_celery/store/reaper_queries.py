@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.backend import BackEnd
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType
 from leoflow_celery.store import task_instance_sql
 from leoflow_celery.store.database import Database

@@ -12,9 +12,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId, celery_task_id
-from leoflow_celery.domain.memory import memory_limit
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.relaunch import memory_limit
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType, TaskName
 from leoflow_celery.domain.states import TERMINAL, TaskState
@@ -24,9 +24,7 @@ from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.events import append_events, event_row
 from leoflow_celery.store.models import DatabaseTime, TaskCompletion, table_of
 from leoflow_celery.store.presence import PresenceStore
-from leoflow_celery.store.task_instance_sql import attempt_parameters
-from leoflow_celery.store.views import Submitted, TaskInstanceView, needs_host
-from leoflow_celery.store.volume_placement import (
+from leoflow_celery.store.staging import (
     Use,
     check_owners,
     claim_of,
@@ -35,6 +33,8 @@ from leoflow_celery.store.volume_placement import (
     queues_of,
     record_volumes,
 )
+from leoflow_celery.store.task_instance_sql import attempt_parameters
+from leoflow_celery.store.views import Submitted, TaskInstanceView, needs_host
 from leoflow_celery.store.xcom.base import XComStore
 
 

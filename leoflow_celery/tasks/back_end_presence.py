@@ -16,8 +16,7 @@ from leoflow_celery.domain.routing import QUEUE_OF, RECONCILED, ExecutorType
 from leoflow_celery.executors.base import ReconcilableExecutor
 from leoflow_celery.queueing.messages import Present
 from leoflow_celery.queueing.publisher import Publisher
-from leoflow_celery.tasks.context import services_of
-from leoflow_celery.tasks.executors import executor_of
+from leoflow_celery.tasks.context import executor_of, services_of
 
 _EVERY_SECONDS = 15.0
 #: Two announcements: a slow control worker need not forget one that the next is only about to replace.

@@ -4,6 +4,8 @@ A try that ended has rows in ``task_completion``; each is completed as if the Ce
 result is stored, a chord advances, callbacks, errbacks and the rest of a chain go out, and the monitor sees the end.
 All of it is repeatable: messages carry ids derived from the completed one, so a crash in between repeats no work that
 looks at ids, and the row is marked done only afterwards. Callbacks are sent at least once, always under the same id.
+
+``advance_try`` looks at one try: it completes it when it has ended, and sends its next launch when that is due.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from redis import exceptions as redis_errors
 from leoflow_celery import metrics
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.canvas import permitted_context
-from leoflow_celery.domain.outcome import FinalEvent
-from leoflow_celery.domain.routing import callback_problems
+from leoflow_celery.domain.outcome import FinalEvent, Outcome
+from leoflow_celery.domain.reasons import NOT_LAUNCHED
+from leoflow_celery.domain.routing import ExecutorType, TaskName, callback_problems
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.errors import Unavailable, XComRejected
+from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed, Unavailable, XComRejected
+from leoflow_celery.queueing.dead_letters import DeadLetters, given_up_letter
 from leoflow_celery.services import Services
 from leoflow_celery.store.completions import GROUP, Waiting
 from leoflow_celery.store.views import TaskInstanceView, failure_of, unreadable
+from leoflow_celery.tasks.context import LeoflowTask
 from leoflow_celery.tasks.monitoring import send_failed, send_succeeded
 
 log = logging.getLogger(__name__)
@@ -252,3 +257,43 @@ def _send_result_callback(app: Celery, item: Waiting, view: TaskInstanceView) ->
 
 def _derived_id(celery_task_id: str, kind: str, index: int) -> str:
     return str(uuid.uuid5(uuid.UUID(int=0), f"{celery_task_id}/{kind}/{index}"))
+
+
+def keep_given_up(task: LeoflowTask, view: TaskInstanceView, outcome: Outcome) -> None:
+    """A dead letter for a try that ended without having been launched, which an operator can send again."""
+    if outcome.reason not in NOT_LAUNCHED:
+        return
+    name, cause = TaskName.of("execute", ExecutorType(view.executor)), f"{outcome.reason}: {outcome.message}"
+    letter = given_up_letter(view.attempt, view.queue, name, view.celery_task_id, cause)
+    try:
+        DeadLetters(task.services.settings, task.services.queues.client).keep(letter)
+    except BrokerUnavailable as error:  # the try says what became of it
+        log.warning("dead_letter.not_kept", extra={"attempt": str(view.attempt), "error": str(error)})
+
+
+def advance_try(task: LeoflowTask, task_instance_id: str, try_number: int) -> None:
+    """Do for a try what its state asks for now; safe to do any number of times."""
+    advance_view(task, task.services.store.attempts.get(task_instance_id, try_number))
+
+
+def advance_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None = None) -> None:
+    """The same for a try that was just read; ``ended`` spares reading its value again."""
+    if view.is_terminal:
+        complete_try(task.app, task.services, view, ended)
+    elif view.state is TaskState.QUEUED and view.sent_at is None and not view.needs_host:
+        _send_launch(task, view)
+
+
+def _send_launch(task: LeoflowTask, view: TaskInstanceView) -> None:
+    delay = view.send_after - view.read_at
+    # Unless it was written before the database's clock was set back: a delay begins when the try was queued.
+    if delay > 0 and view.queued_at <= view.read_at + 1:
+        task.publisher.advance_try(view.task_instance_id, view.try_number, countdown_seconds=delay)
+        return
+    try:
+        task.publisher.launch_again(view, task.services.store.relaunch_policy)
+    except DecryptionFailed as error:
+        # Whoever sends what was left unsent gives it up, see maintenance.
+        log.warning("launch.unsealable", extra={"attempt": str(view.attempt), "error": str(error)})
+        return
+    task.services.store.submissions.mark_sent([view.attempt])

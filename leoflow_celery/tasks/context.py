@@ -1,22 +1,33 @@
-"""From a running Celery task to the services of its app."""
+"""What a running Celery task stands on: its app's services, its process's executor, the lease of a maintenance task.
+
+What an executor reports goes to the control plane, what it notices to the metrics. Of the tasks that beat sends, one
+worker at a time does each, whoever sent it how often.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from celery import Celery, Task, shared_task
 from celery.exceptions import Ignore, Reject
 
+from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery
 from leoflow_celery.app.extras import record_expired
+from leoflow_celery.background import RenewedLease
 from leoflow_celery.clock import due_in
-from leoflow_celery.domain.routing import ExecutorType, TaskName, is_monitored
-from leoflow_celery.errors import ConfigurationError, DecryptionFailed, MessageExpired
+from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.routing import RECONCILED, ExecutorType, TaskName, is_monitored
+from leoflow_celery.errors import ConfigurationError, DecryptionFailed, LeaseLost, LeoflowError, MessageExpired
+from leoflow_celery.executors.base import Executor, FailureReporter, Observer
 from leoflow_celery.queueing.dead_letters import DeadLetters, envelope_of, keep_refused
 from leoflow_celery.queueing.decoder import Kind
 from leoflow_celery.queueing.holding import NOT_ITS_FAULT
-from leoflow_celery.queueing.messages import EXECUTOR_OF, M, open_message
+from leoflow_celery.queueing.messages import EXECUTOR_OF, AttemptEnded, M, open_message
 from leoflow_celery.queueing.publisher import Publisher
 from leoflow_celery.services import Services
 
@@ -132,4 +143,80 @@ def leoflow_task(name: str, base: type[LeoflowTask] = LeoflowTask, **options: An
     """``shared_task`` for a bound function of ours; ``autoretry_for`` and other options are Celery's."""
     options = {"send_events": is_monitored(name), **options}
     register: Callable[[Any], Any] = shared_task(name=name, bind=True, base=base, **options)
+    return register
+
+
+class ClusterMetrics(Observer):
+    """What is noticed of the Kubernetes API; of other servers there is no metric."""
+
+    def api_call(self, operation: str, result: str) -> None:
+        metrics.record_kubernetes_call(operation, result)
+
+    def pending(self, seconds: float) -> None:
+        metrics.record_pod_pending(seconds)
+
+    def running(self, count: int) -> None:
+        metrics.set_pods_running(count)
+
+
+def executor_of(app: Celery, executor_type: ExecutorType) -> Executor:
+    """The one executor of a type in this process.
+
+    Raises:
+        ConfigurationError: this version has no such back end, or what it needs is not installed.
+    """
+    observer = ClusterMetrics if executor_type is ExecutorType.KUBERNETES else Observer
+    return services_of(app).executor(executor_type, lambda: reporter(app, executor_type), observer)
+
+
+def host_of(app: Celery, executor_type: ExecutorType) -> str:
+    """The host whose back end this process holds; empty where an executor has one back end, or nobody knows yet."""
+    if executor_type not in RECONCILED:
+        return ""
+    try:
+        return str(getattr(executor_of(app, executor_type), "host", ""))
+    except LeoflowError:
+        return ""
+
+
+def reporter(app: Celery, executor_type: ExecutorType) -> FailureReporter:
+    """The FailureReporter of an executor: safe to call from any thread, any number of times."""
+
+    def report(attempt: AttemptId, outcome: Outcome, return_value: str | None = None) -> None:
+        ended = AttemptEnded(attempt, outcome, return_value=return_value, host=host_of(app, executor_type))
+        Publisher(app, services_of(app)).attempt_ended(executor_type, ended)
+
+    return report
+
+
+log = logging.getLogger(__name__)
+#: A worker that died in one of these tasks is replaced after it. A living one renews its lease.
+_LEASE_SECONDS = 10
+
+Body = Callable[[LeoflowTask, RenewedLease], int]
+
+
+def maintenance_task(task: TaskName) -> Callable[[Body], Any]:
+    """Register a body as a task of beat's, run by one worker at a time; it returns what it did.
+
+    The body asks its lease again and again whether it may go on.
+    """
+    name = task.rpartition(".")[2]
+
+    def register(body: Body) -> Any:
+        @wraps(body)
+        def single_flight(self: LeoflowTask) -> None:
+            with self.services.store.leases.single_flight(f"maintenance.{name}", _LEASE_SECONDS) as lease:
+                if not lease:
+                    return
+                try:
+                    count = body(self, lease)
+                except LeaseLost as error:
+                    log.warning("maintenance.stopped", extra={"task": name, "error": str(error)})
+                    return
+                if count:
+                    log.info("maintenance.acted", extra={"task": name, "count": count})
+
+        return leoflow_task(task)(single_flight)
+
     return register

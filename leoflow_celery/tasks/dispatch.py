@@ -18,7 +18,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from leoflow_celery.client import Client, Handle
-from leoflow_celery.client.measuring import refusals_counted
+from leoflow_celery.client.client import refusals_counted
 from leoflow_celery.domain.attempt import AttemptId, is_try_id
 from leoflow_celery.domain.canvas import (
     SIGNATURE_FIELDS,
@@ -31,8 +31,7 @@ from leoflow_celery.domain.routing import DISPATCH_QUEUE, TaskName
 from leoflow_celery.errors import AtCapacity, BrokerUnavailable, DecryptionFailed, InvalidRequest, Unavailable
 from leoflow_celery.queueing.decoder import Kind
 from leoflow_celery.security import Scope
-from leoflow_celery.tasks.advance_try import advance_try
-from leoflow_celery.tasks.completion import CONTEXT_KEYS, saved_context, store_result
+from leoflow_celery.tasks.completion import CONTEXT_KEYS, advance_try, saved_context, store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, our_app
 
 log = logging.getLogger(__name__)

@@ -2,18 +2,24 @@
 
 The worker sits in the control plane, so one process does what agent, gateway and results worker do for other tasks.
 How many run at once is this worker's concurrency.
+
+A call that takes its time gets Celery's state STARTED, written beside it; a short one is not worth a write. It is
+marked from a thread of its own, so that a backend that is away cannot eat the call's deadline; ``settled`` waits for
+that thread, so that STARTED never comes after the result.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import Ignore
+from celery.states import STARTED
 
 from leoflow_celery import metrics
 from leoflow_celery.background import patiently
@@ -31,13 +37,47 @@ from leoflow_celery.services import Services
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.logs import LogRecord
 from leoflow_celery.store.views import Finished, TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_view
-from leoflow_celery.tasks.completion import LEASE_SECONDS, Ended
+from leoflow_celery.tasks.completion import LEASE_SECONDS, Ended, advance_view
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
 from leoflow_celery.tasks.monitoring import summary
-from leoflow_celery.tasks.started import StartedMark
+
+if TYPE_CHECKING:
+    from leoflow_celery.tasks.context import LeoflowTask
 
 log = logging.getLogger(__name__)
+#: Nobody looks at the state of a call that is over sooner.
+SHORT_CALL_SECONDS = 0.3
+
+
+class StartedMark:
+    """Asked again and again while a call waits; marks it STARTED once it is no short one."""
+
+    def __init__(self, task: LeoflowTask, must_stop: Callable[[], bool]) -> None:
+        self._task_id, self._backend = str(task.request.id), task.backend
+        self._hostname = task.services.hostname
+        self._must_stop = must_stop
+        self._due = time.monotonic() + SHORT_CALL_SECONDS
+        self._thread: threading.Thread | None = None
+
+    def __call__(self) -> bool:
+        """Whether the call must stop."""
+        if self._thread is None and time.monotonic() >= self._due:
+            self._thread = threading.Thread(target=self._mark, name="leoflow-started", daemon=True)
+            self._thread.start()
+        return self._must_stop()
+
+    def _mark(self) -> None:
+        try:
+            self._backend.store_result(self._task_id, {"hostname": self._hostname}, STARTED)
+        except Exception as error:  # noqa: BLE001 - a state for onlookers; the task goes on without it
+            log.warning("started.not_marked", extra={"celery_task_id": self._task_id, "error": repr(error)})
+
+    def settled(self) -> None:
+        """Wait until nothing more is written."""
+        if self._thread is not None:
+            self._thread.join()
+
+
 #: How long a finished call waits for the database, as an agent's report waits for the gateway.
 _RECORD_SECONDS = 600
 

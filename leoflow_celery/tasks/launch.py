@@ -30,8 +30,7 @@ from leoflow_celery.errors import HostFull, LeoflowError, PermanentLaunchError, 
 from leoflow_celery.executors.base import Launched, LaunchSpec
 from leoflow_celery.queueing.holding import NO_ROOM, NOT_ITS_FAULT
 from leoflow_celery.queueing.messages import SCOPE_OF, AttemptEnded, Launch, seal_message
-from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
-from leoflow_celery.tasks.executors import executor_of, host_of
+from leoflow_celery.tasks.context import LeoflowTask, executor_of, host_of, leoflow_task
 
 log = logging.getLogger(__name__)
 #: For so long a server may be away; then the launch counts as failed, and spends a relaunch.

@@ -30,10 +30,8 @@ from leoflow_celery.queueing.publisher import requested_grace
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_view, keep_given_up
-from leoflow_celery.tasks.completion import complete_due
-from leoflow_celery.tasks.context import LeoflowTask
-from leoflow_celery.tasks.single_flight import maintenance_task
+from leoflow_celery.tasks.completion import advance_view, complete_due, keep_given_up
+from leoflow_celery.tasks.context import LeoflowTask, maintenance_task
 
 log = logging.getLogger(__name__)
 #: A submit that is under way sends its own message; only what is older was left behind.

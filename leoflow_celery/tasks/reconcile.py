@@ -16,8 +16,7 @@ from leoflow_celery.domain.routing import RECONCILED, ExecutorType, TaskName, ex
 from leoflow_celery.errors import BrokerUnavailable, TransientLaunchError
 from leoflow_celery.executors.base import ReconcilableExecutor
 from leoflow_celery.queueing.messages import SCOPE_OF, CollectStaging, Reconcile, StagingDeleted, Stop
-from leoflow_celery.tasks import executors
-from leoflow_celery.tasks.context import LeoflowTask, leoflow_task
+from leoflow_celery.tasks.context import LeoflowTask, executor_of, leoflow_task
 
 log = logging.getLogger(__name__)
 #: A worker that died in a reconcile is replaced by the next message. A live one renews its lock.
@@ -26,9 +25,9 @@ _LOCK_SECONDS = 10
 _STOP_RETRIES = 3
 
 
-def executor_of(task: LeoflowTask) -> ReconcilableExecutor:
+def _back_end_of(task: LeoflowTask) -> ReconcilableExecutor:
     """The back end that a task's name speaks of."""
-    return cast(ReconcilableExecutor, executors.executor_of(task.app, _type_of(task)))
+    return cast(ReconcilableExecutor, executor_of(task.app, _type_of(task)))
 
 
 def _type_of(task: LeoflowTask) -> ExecutorType:
@@ -40,7 +39,7 @@ def reconcile(self: LeoflowTask, sealed: str) -> None:
     expectation, executor_type = self.opened(Reconcile, sealed, SCOPE_OF[_type_of(self)]).expectation, _type_of(self)
     started = time.monotonic()
     try:
-        executor = executor_of(self)
+        executor = _back_end_of(self)
         name = f"reconcile.{BackEnd(executor_type, executor.host)}"
         with self.services.locks.single_flight(name, _LOCK_SECONDS) as held:
             if held:
@@ -57,7 +56,7 @@ def stop(self: LeoflowTask, sealed: str) -> None:
     """Stop one attempt by its external name."""
     order = self.opened(Stop, sealed, SCOPE_OF[_type_of(self)])
     try:
-        executor_of(self).cancel(order.name, order.grace_seconds)
+        _back_end_of(self).cancel(order.name, order.grace_seconds)
     except TransientLaunchError as error:
         if self.request.retries >= _STOP_RETRIES:
             log.warning("stop.left_to_reconcile", extra={"attempt_name": order.name, "error": error.message})
@@ -69,7 +68,7 @@ def staging(self: LeoflowTask, sealed: str) -> None:
     """Delete staging volumes and tell which are gone."""
     plan = self.opened(CollectStaging, sealed, SCOPE_OF[_type_of(self)]).plan
     try:
-        executor = executor_of(self)
+        executor = _back_end_of(self)
         back_end = BackEnd(_type_of(self), executor.host)
         name = f"staging.{back_end}"
         with self.services.locks.single_flight(name, _LOCK_SECONDS) as held:

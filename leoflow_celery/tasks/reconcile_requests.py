@@ -10,13 +10,12 @@ from dataclasses import replace
 
 from leoflow_celery.background import RenewedLease
 from leoflow_celery.domain.backend import BackEnd
-from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.routing import RECONCILED, ExecutorType, TaskName
 from leoflow_celery.domain.staging import StagingPlan, staging_decision
 from leoflow_celery.queueing.messages import CollectStaging, Reconcile
 from leoflow_celery.store.staging import StagingVolumeState
-from leoflow_celery.tasks.context import LeoflowTask
-from leoflow_celery.tasks.single_flight import maintenance_task
+from leoflow_celery.tasks.context import LeoflowTask, maintenance_task
 
 
 @maintenance_task(TaskName.REQUEST_RECONCILE)

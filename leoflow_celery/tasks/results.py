@@ -39,8 +39,7 @@ from leoflow_celery.services import Services
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.presence import Kind
 from leoflow_celery.store.views import TaskInstanceView
-from leoflow_celery.tasks.advance_try import advance_view, keep_given_up
-from leoflow_celery.tasks.completion import complete_try, store_result
+from leoflow_celery.tasks.completion import advance_view, complete_try, keep_given_up, store_result
 from leoflow_celery.tasks.context import LeoflowTask, leoflow_task, our_app, services_of
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from celery.worker import state
 
 from leoflow_celery.domain.routing import QUEUE_OF, ExecutorType, TaskName
 from leoflow_celery.errors import LeoflowError
-from leoflow_celery.tasks.executors import executor_of
+from leoflow_celery.tasks.context import executor_of
 
 log = logging.getLogger(__name__)
 #: Between two questions while the host is full: to the directory of this host, and to a server.

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from leoflow_celery.domain.dag import Dag
+from leoflow_celery.lite.dag import Dag
 from tests.support.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]

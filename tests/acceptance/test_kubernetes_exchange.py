@@ -13,7 +13,7 @@ import yaml
 
 from leoflow_celery.client import Client
 from leoflow_celery.domain.attempt import staging_claim_name
-from leoflow_celery.executors.identity import SEAL
+from leoflow_celery.executors.core import SEAL
 from tests.support.cluster import Manifest, Namespace
 from tests.support.host import host_address
 from tests.support.http_target import HttpTarget

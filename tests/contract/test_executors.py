@@ -27,12 +27,12 @@ from leoflow_celery.domain.request import Execution, TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import Executor, LaunchSpec
-from leoflow_celery.executors.kubernetes.identity import attempt_of
+from leoflow_celery.executors.kubernetes.labels import attempt_of
 from leoflow_celery.executors.registry import create_executor
-from leoflow_celery.executors.stub import ScriptedExecutor, permanent
 from leoflow_celery.executors.subprocess.directory import system_id
 from leoflow_celery.executors.subprocess.processes import Processes
 from leoflow_celery.settings import DockerSettings, KubernetesSettings, Settings, SubprocessSettings
+from leoflow_celery.testing.stub import ScriptedExecutor, permanent
 from tests.support.cluster import require_cluster
 from tests.support.engine import engine_of_tests, system_name
 from tests.support.images import task_image

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import redis
 
-from leoflow_celery.runtime.embedded.redis_server import find_redis_server
+from leoflow_celery.lite.redis_server import find_redis_server
 from tests.support.leaks import keep_process, release_process
 from tests.support.ports import free_port
 from tests.support.process import ManagedProcess, started_in_this_test

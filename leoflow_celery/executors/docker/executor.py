@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.errors import HostFull, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Reconciled, standard_max_running
+from leoflow_celery.executors.core import attempt_in
 from leoflow_celery.executors.docker.archive import launch_archive
 from leoflow_celery.executors.docker.container import Environment, Json, build_container, build_environment
 from leoflow_celery.executors.docker.engine import Engine
@@ -29,11 +30,10 @@ from leoflow_celery.executors.docker.errors import (
     to_launch_error,
 )
 from leoflow_celery.executors.docker.labels import SYSTEM, another_system, system_in, system_name
-from leoflow_celery.executors.docker.observe import observe_listed
+from leoflow_celery.executors.docker.parse_container import observe_listed
 from leoflow_celery.executors.docker.policy import DockerPolicy
 from leoflow_celery.executors.docker.reconcile import Reconciler
 from leoflow_celery.executors.docker.volumes import StagingVolumes
-from leoflow_celery.executors.identity import attempt_in
 from leoflow_celery.executors.policy import load_policy
 from leoflow_celery.settings import Settings
 

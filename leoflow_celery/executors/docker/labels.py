@@ -10,7 +10,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.identity import PREFIX, raw_ids, run_ids
+from leoflow_celery.executors.core import PREFIX, raw_ids, run_ids
 from leoflow_celery.settings import BrokerSettings
 
 #: On every container of ours and on nothing else; pods of a cluster on the same Engine have the other labels, too.

@@ -13,16 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import MAX_BYTES, TerminationRecord, decode
 from leoflow_celery.executors.base import FailureReporter, Reconciled
 from leoflow_celery.executors.docker.archive import TERMINATION_LOG
-from leoflow_celery.executors.docker.classify import classify, vanished
+from leoflow_celery.executors.docker.decisions import classify, vanished
 from leoflow_celery.executors.docker.engine import Engine
 from leoflow_celery.executors.docker.errors import Conflict, EngineError, NotFound
 from leoflow_celery.executors.docker.labels import MANAGED
-from leoflow_celery.executors.docker.observe import (
+from leoflow_celery.executors.docker.parse_container import (
     End,
     Listed,
     ended_for_memory,
@@ -68,10 +68,9 @@ class Ended:
             return self.is_here
         return record.claimed or (self.is_here and not self.claimed)
 
-    def seems_unclaimed(self, end: End, record: TerminationRecord | None) -> bool:
-        """Whether its success means nothing unless some agent had the claim, and SQL knows of none."""
-        succeeded = end.exit_code == 0 if record is None else record.state in (TaskState.SUCCESS, TaskState.SKIPPED)
-        return succeeded and not self.claimed
+    def seems_unclaimed(self, record: TerminationRecord) -> bool:
+        """Whether its success means nothing: some agent must have had the claim, and SQL knows of none."""
+        return record.state in (TaskState.SUCCESS, TaskState.SKIPPED) and not self.claimed
 
     def ended_since(self, end: End) -> bool:
         """Whether it may have claimed, and done all its work, since SQL was read."""
@@ -175,9 +174,9 @@ class Reconciler:
         if not ended.counts(record):
             log.info("docker.other_claimed", extra={"attempt": str(one.attempt), "attempt_name": one.name})
             return False
-        if ended.seems_unclaimed(end, record):
-            if ended.ended_since(end):
-                return False  # by the next expectation SQL knows whether an agent had the claim
+        if ended.ended_since(end) and not ended.claimed and (record is None or ended.seems_unclaimed(record)):
+            return False  # by the next expectation SQL knows whether an agent had the claim
+        if record is not None and ended.seems_unclaimed(record):
             record = None  # whoever wrote it was no agent of the attempt
         end = self._without_old_kill(one, end, record)
         tail = tuple(self._log_tail(one)) if record is None else ()

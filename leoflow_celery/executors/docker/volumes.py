@@ -8,6 +8,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.errors import PermanentLaunchError
+from leoflow_celery.executors.core import check_run
 from leoflow_celery.executors.docker.engine import Engine
 from leoflow_celery.executors.docker.errors import Conflict, NotFound
 from leoflow_celery.executors.docker.labels import (
@@ -18,8 +19,7 @@ from leoflow_celery.executors.docker.labels import (
     system_in,
     volume_labels,
 )
-from leoflow_celery.executors.docker.observe import observe_listed, seconds
-from leoflow_celery.executors.identity import check_run
+from leoflow_celery.executors.docker.parse_container import observe_listed, seconds
 
 log = logging.getLogger(__name__)
 

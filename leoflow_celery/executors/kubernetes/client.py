@@ -19,6 +19,7 @@ import urllib3
 from leoflow_celery.clock import ServerClock
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors.base import Observer
+from leoflow_celery.executors.core import Confidential
 from leoflow_celery.executors.kubernetes.connection import Connection
 from leoflow_celery.executors.kubernetes.errors import (
     ApiError,
@@ -28,8 +29,7 @@ from leoflow_celery.executors.kubernetes.errors import (
     api_error,
     to_launch_error,
 )
-from leoflow_celery.executors.kubernetes.identity import FINALIZER
-from leoflow_celery.executors.words import Confidential
+from leoflow_celery.executors.kubernetes.labels import FINALIZER
 from leoflow_celery.settings import KubernetesSettings
 
 log = logging.getLogger(__name__)

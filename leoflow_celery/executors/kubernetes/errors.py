@@ -20,7 +20,7 @@ from typing import Any
 from leoflow_celery.domain.quantity import parse_quantity
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import LaunchError, LeoflowError, PermanentLaunchError, TransientLaunchError
-from leoflow_celery.executors.words import Confidential
+from leoflow_celery.executors.core import Confidential
 
 
 class ApiError(LeoflowError):

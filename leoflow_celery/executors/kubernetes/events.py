@@ -11,9 +11,9 @@ from typing import Any
 
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason as Reason
-from leoflow_celery.executors.kubernetes.causes import missing_secret, unknown_secret
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
-from leoflow_celery.executors.kubernetes.observe import seconds
+from leoflow_celery.executors.kubernetes.failure_reasons import missing_secret, unknown_secret
+from leoflow_celery.executors.kubernetes.parse_pod import seconds
 
 #: Every pod has these; they explain nothing.
 _ROUTINE = frozenset(

@@ -17,16 +17,13 @@ from contextlib import contextmanager, suppress
 from secrets import token_hex
 
 from leoflow_celery.domain.attempt import TASK_CONTAINER
-from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Observer, Reconciled, Sealing
-from leoflow_celery.executors.identity import SEAL, Voucher
-from leoflow_celery.executors.kubernetes.claims import StagingClaims
+from leoflow_celery.executors.core import SEAL, Voucher
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
-from leoflow_celery.executors.kubernetes.collect import StagingCollector
-from leoflow_celery.executors.kubernetes.environment import confidential, secret_of, secret_variables
 from leoflow_celery.executors.kubernetes.errors import (
     AlreadyExists,
     ApiError,
@@ -34,12 +31,12 @@ from leoflow_celery.executors.kubernetes.errors import (
     QuotaExceeded,
     to_launch_error,
 )
-from leoflow_celery.executors.kubernetes.identity import FINALIZER, another_system, attempt_of, is_held, system_of
+from leoflow_celery.executors.kubernetes.labels import FINALIZER, another_system, attempt_of, is_held, system_of
 from leoflow_celery.executors.kubernetes.merge import Json
-from leoflow_celery.executors.kubernetes.pod import build_pod
+from leoflow_celery.executors.kubernetes.pod import build_pod, build_secret, confidential, secret_of, secret_variables
 from leoflow_celery.executors.kubernetes.policy import PodPolicy
 from leoflow_celery.executors.kubernetes.reconcile import Reconciler
-from leoflow_celery.executors.kubernetes.secret import build_secret
+from leoflow_celery.executors.kubernetes.staging_pvc import StagingClaims, StagingCollector
 from leoflow_celery.executors.kubernetes.template import load_base
 from leoflow_celery.settings import Settings
 

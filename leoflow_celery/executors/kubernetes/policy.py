@@ -20,7 +20,7 @@ from leoflow_celery.domain.pod_fields import TYPES, item_path
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import Frozen, TaskRequest, Toleration
 from leoflow_celery.errors import PermanentLaunchError
-from leoflow_celery.executors.identity import PREFIX
+from leoflow_celery.executors.core import PREFIX
 from leoflow_celery.executors.kubernetes.merge import Json
 from leoflow_celery.executors.policy import ExecutorPolicy, load_policy, matches
 

@@ -1,6 +1,7 @@
 """``Reconciler``: compares the pods that exist with the attempts that SQL expects, and acts on the difference.
 
-One paged list, nothing else, unless there is something to report or to delete.
+One paged list, nothing else, unless there is something to report or to delete. An end that its agent could not report
+comes with the last lines that the pod's container printed.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.executors.base import FailureReporter, Observer, Reconciled
-from leoflow_celery.executors.kubernetes.classify import (
+from leoflow_celery.executors.kubernetes.client import KubernetesApi
+from leoflow_celery.executors.kubernetes.decisions import (
     KEEP,
     NEVER_STARTED,
     PodDecision,
@@ -27,7 +29,6 @@ from leoflow_celery.executors.kubernetes.classify import (
     is_missing,
     missing_outcome,
 )
-from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
 from leoflow_celery.executors.kubernetes.events import (
     PodEvent,
@@ -37,12 +38,63 @@ from leoflow_celery.executors.kubernetes.events import (
     fetch_events,
     pull_words,
 )
-from leoflow_celery.executors.kubernetes.identity import MANAGED_SELECTOR, of_system
-from leoflow_celery.executors.kubernetes.logs import fetch_log_tail
-from leoflow_celery.executors.kubernetes.observe import PodState, observe
+from leoflow_celery.executors.kubernetes.labels import MANAGED_SELECTOR, of_system
+from leoflow_celery.executors.kubernetes.parse_pod import PodState, observe
 from leoflow_celery.settings import KubernetesSettings
 
 log = logging.getLogger(__name__)
+#: Lines may be of any length; an outcome travels through the broker.
+_MAX_BYTES = 32_768
+#: Of one answer. A kubelet that is asked for lines and bytes cuts off the last of the lines.
+_READ_BYTES = 1_048_576
+#: What a kubelet answers, with status 200, when the container is removed already.
+_NO_LOG = "unable to retrieve container logs for "
+
+
+def fetch_log_tail(api: KubernetesApi, pod: PodState, lines: int) -> tuple[str, ...]:
+    """The last ``lines`` lines, of at most 32 KiB together; nothing when there is no log (any more).
+
+    They are of the task's container, or of the init container whose failure kept it from starting.
+    """
+    container = pod.task if pod.has_run else pod.failed_init
+    if container is None or lines <= 0:
+        return ()
+    try:
+        text = _read(partial(_ask, api, pod.name, container.name), lines)
+    except ApiError as error:
+        # The pod, its container or its node may be gone: an outcome without a log is better than none.
+        log.info("kubernetes.no_log", extra={"attempt_name": pod.name, "error": str(error)})
+        return ()
+    return () if text.startswith(_NO_LOG) else tail_of(text, lines)
+
+
+def _ask(api: KubernetesApi, pod: str, container: str, lines: int) -> str:
+    path = api.pods_path(pod, "log")
+    return api.get_text(path, operation="get_log", container=container, tailLines=lines, limitBytes=_READ_BYTES)
+
+
+def _read(ask: Callable[[int], str], lines: int) -> str:
+    """The last lines, fewer of them when they are too long to come whole."""
+    while len((text := ask(lines)).encode()) >= _READ_BYTES and lines > 1:
+        lines = max(1, lines // 8)
+    return text
+
+
+def tail_of(text: str, lines: int) -> tuple[str, ...]:
+    """The last whole lines that fit; of a single longer one, its end."""
+    kept: list[str] = []
+    room = _MAX_BYTES
+    for line in reversed(text.splitlines()[-lines:]):
+        size = len(line.encode())
+        if size > room:
+            if not kept:
+                kept.append("…" + line.encode()[-room:].decode("utf-8", "ignore"))
+            break
+        kept.append(line)
+        room -= size
+    return tuple(reversed(kept))
+
+
 #: Pods dealt with at a time. More would take the connections of the launches beside us.
 _THREADS = 8
 

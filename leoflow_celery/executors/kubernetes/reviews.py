@@ -9,7 +9,7 @@ from typing import Any
 
 from leoflow_celery.errors import ClusterUnavailable, InvalidToken
 from leoflow_celery.executors.base import Observer
-from leoflow_celery.executors.identity import AUDIENCE, PresentedPod
+from leoflow_celery.executors.core import AUDIENCE, PresentedPod
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
 from leoflow_celery.executors.kubernetes.merge import Json

@@ -15,10 +15,9 @@ from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import ConfigurationError, LaunchError
 from leoflow_celery.executors.base import LaunchSpec
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
-from leoflow_celery.executors.kubernetes.environment import confidential
 from leoflow_celery.executors.kubernetes.errors import AlreadyExists, ApiError
 from leoflow_celery.executors.kubernetes.merge import Json, MergeError, merge
-from leoflow_celery.executors.kubernetes.pod import build_pod, pod_base, request_layer, shape_problem
+from leoflow_celery.executors.kubernetes.pod import build_pod, confidential, pod_base, request_layer, shape_problem
 from leoflow_celery.executors.kubernetes.policy import PodPolicy
 from leoflow_celery.settings import KubernetesSettings
 

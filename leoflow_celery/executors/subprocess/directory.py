@@ -1,7 +1,8 @@
 """The directory of an attempt on this host, and the lock that says whether it is alive.
 
 The executor takes the lock, hands the open file to the agent and closes its own copy: from then on the lock is held
-exactly as long as the agent lives, whatever happens to the worker.
+exactly as long as the agent lives, whatever happens to the worker. An attempt holds its directory from its launch until
+its end was settled, so directories also count how many run at once on this host.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_suffix
 from leoflow_celery.domain.termination import TerminationRecord, decode
-from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.errors import ConfigurationError, HostFull
+from leoflow_celery.executors.base import standard_max_running
 
 _LOCK = "lock"
 _PID = "pid"
@@ -213,3 +216,43 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def host_memory_bytes() -> int:
+    """Of the machine, or of the container that we are in when it has less."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in _MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # "max" is no limit
+            found.append(int(Path(file).read_text()))
+    return min(found)
+
+
+class Slots:
+    """The slots of a state directory, which all workers of this system on this host share. Thread-safe."""
+
+    def __init__(self, root: Path, configured: int) -> None:
+        self._root = root
+        self.limit = configured or standard_max_running(len(os.sched_getaffinity(0)), host_memory_bytes())
+
+    def free(self) -> int:
+        """How many launches would find room."""
+        return self.limit - sum(1 for _ in all_attempts(self._root))
+
+    @contextmanager
+    def admission(self, path: Path) -> Iterator[None]:
+        """Inside, this attempt's directory may be made and nobody else's.
+
+        Raises:
+            HostFull: the host runs as many as it may, and this is none of them.
+        """
+        lock = os.open(self._root / "admission", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists() and self.free() <= 0:
+                raise HostFull(f"this host runs {self.limit} attempts, which is LEOFLOW_SUBPROCESS_MAX_RUNNING")
+            yield
+        finally:
+            os.close(lock)

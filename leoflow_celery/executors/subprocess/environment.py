@@ -7,7 +7,7 @@ from pathlib import Path
 
 from leoflow_celery.domain.attempt import digest
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.identity import run_ids
+from leoflow_celery.executors.core import run_ids
 from leoflow_celery.executors.subprocess.directory import AttemptDirectory
 
 #: Marks every process that descends from an attempt, so that none is left when its agent was killed.

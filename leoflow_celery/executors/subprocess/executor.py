@@ -15,13 +15,12 @@ from pathlib import Path
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec
-from leoflow_celery.executors.identity import run_ids
-from leoflow_celery.executors.subprocess.directory import AttemptDirectory, live_pid, state_root, system_id
+from leoflow_celery.executors.core import run_ids
+from leoflow_celery.executors.subprocess.directory import AttemptDirectory, Slots, live_pid, state_root, system_id
 from leoflow_celery.executors.subprocess.environment import agent_environment, staging_dir
+from leoflow_celery.executors.subprocess.exit_handler import Exited, Settler
 from leoflow_celery.executors.subprocess.processes import Processes, earlier_names
 from leoflow_celery.executors.subprocess.reaper import Reaper
-from leoflow_celery.executors.subprocess.settlement import Exited, Settler
-from leoflow_celery.executors.subprocess.slots import Slots
 from leoflow_celery.executors.subprocess.spawners import AgentStart, ExecSpawner, ForkSpawner, Spawner
 from leoflow_celery.settings import SubprocessSettings
 

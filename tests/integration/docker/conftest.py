@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.executors.base import LaunchSpec

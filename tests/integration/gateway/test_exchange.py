@@ -21,7 +21,7 @@ from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClusterUnavailable, InvalidToken
-from leoflow_celery.executors.identity import SEAL, PresentedPod, Voucher
+from leoflow_celery.executors.core import SEAL, PresentedPod, Voucher
 from leoflow_celery.gateway import server
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.protocol.service import REFUSED_KEY

@@ -293,9 +293,9 @@ def test_a_stuck_disk_slows_its_streams_and_nothing_else(
     logs.send(*(line(number, "x" * 10_000) for number in range(1, 2_001)))
     assert world.gateway is not None
     assert world.gateway.server is not None
-    journal = world.gateway.server._journal
-    wait_until(lambda: any(not entry.room.is_set() for entry in list(journal._logs.values())), 10)
-    (entry,) = journal._logs.values()
+    holder_logs = world.gateway.server._holder_logs
+    wait_until(lambda: any(not entry.room.is_set() for entry in list(holder_logs._logs.values())), 10)
+    (entry,) = holder_logs._logs.values()
     assert sum(len(waiting.message) for waiting in entry.waiting) < 1_000_000, "20 MB were not read into memory"
     for _ in range(20):
         assert not agent.heartbeat().should_terminate

@@ -10,7 +10,7 @@ from typing import Any
 import redis
 
 from leoflow_celery.domain.routing import RESULTS_QUEUE
-from leoflow_celery.gateway.notify import nudge_results
+from leoflow_celery.gateway.lifecycle import nudge_results
 from leoflow_celery.queueing.messages import AdvanceTry, open_message
 from leoflow_celery.services import Services
 from leoflow_celery.settings import BrokerSettings

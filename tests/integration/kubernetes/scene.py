@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord, encode
 from leoflow_celery.executors.base import FailureReporter, LaunchSpec, Observer, Reconciled
-from leoflow_celery.executors.identity import raw_ids
-from leoflow_celery.executors.kubernetes.classify import ReconcilePolicy
+from leoflow_celery.executors.core import raw_ids
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
-from leoflow_celery.executors.kubernetes.identity import attempt_labels
+from leoflow_celery.executors.kubernetes.decisions import ReconcilePolicy
+from leoflow_celery.executors.kubernetes.labels import attempt_labels
 from leoflow_celery.executors.kubernetes.reconcile import Reconciler
 from leoflow_celery.settings import KubernetesSettings
 from tests.support.cluster import Manifest

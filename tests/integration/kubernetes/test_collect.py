@@ -9,9 +9,8 @@ import pytest
 
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.kubernetes.claims import build_claim
 from leoflow_celery.executors.kubernetes.client import KubernetesApi
-from leoflow_celery.executors.kubernetes.collect import StagingCollector
+from leoflow_celery.executors.kubernetes.staging_pvc import StagingCollector, build_claim
 from leoflow_celery.settings import KubernetesSettings
 from tests.integration.kubernetes.scene import name_of, task_pod
 from tests.support.cluster import Manifest, Namespace

@@ -12,7 +12,7 @@ import pytest
 from leoflow_celery.domain.reasons import FailureReason as Reason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.executors.kubernetes import KubernetesExecutor
-from leoflow_celery.executors.kubernetes.identity import FINALIZER
+from leoflow_celery.executors.kubernetes.labels import FINALIZER
 from leoflow_celery.settings import KubernetesSettings, Settings
 from tests.integration.kubernetes.scene import PARKED, Scene, leaving, name_of, task_pod
 from tests.support.cluster import Manifest, Namespace

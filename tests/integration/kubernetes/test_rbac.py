@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from leoflow_celery.domain.attempt import AttemptId, staging_claim_name
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.request import TaskRequest, parse_request
 from leoflow_celery.domain.staging import StagingPlan

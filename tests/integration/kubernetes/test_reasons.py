@@ -14,7 +14,7 @@ from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason as Reason
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.executors.base import Reconciled
-from leoflow_celery.executors.kubernetes.classify import ReconcilePolicy
+from leoflow_celery.executors.kubernetes.decisions import ReconcilePolicy
 from tests.integration.kubernetes.scene import PARKED, Report, Scene, leaving, name_of, task_pod
 from tests.support.cluster import Manifest, Namespace
 from tests.support.waiting import wait_until

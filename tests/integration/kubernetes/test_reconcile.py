@@ -14,9 +14,9 @@ import yaml
 
 from leoflow_celery.domain.reasons import FailureReason as Reason
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.executors.kubernetes.classify import ReconcilePolicy
+from leoflow_celery.executors.kubernetes.decisions import ReconcilePolicy
 from leoflow_celery.executors.kubernetes.errors import ApiError, Unreachable
-from leoflow_celery.executors.kubernetes.identity import SYSTEM_LABEL
+from leoflow_celery.executors.kubernetes.labels import SYSTEM_LABEL
 from tests.integration.kubernetes.scene import AT_ONCE, GIVES_UP, PARKED, Scene, expecting, leaving, name_of, task_pod
 from tests.support.cluster import Manifest, Namespace, kubeconfig
 from tests.support.tcp_proxy import TcpProxy

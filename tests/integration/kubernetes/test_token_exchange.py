@@ -20,7 +20,7 @@ from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.request import TaskRequest, parse_request
 from leoflow_celery.errors import ClusterUnavailable, InvalidToken, TransientLaunchError
 from leoflow_celery.executors.base import Launched, LaunchSpec
-from leoflow_celery.executors.identity import AUDIENCE, SEAL
+from leoflow_celery.executors.core import AUDIENCE, SEAL
 from leoflow_celery.executors.kubernetes import KubernetesExecutor
 from leoflow_celery.executors.kubernetes.reviews import PodReviews
 from leoflow_celery.gateway.exchange import vouched_attempt

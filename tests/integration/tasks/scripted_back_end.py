@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from leoflow_celery.app import create_app
-from leoflow_celery.domain.expectation import Expectation
+from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.routing import RECONCILED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from leoflow_celery.agent.environment_file import absorb_environment_file
+from leoflow_celery.agent.config import absorb_environment_file
 from leoflow_celery.errors import ConfigurationError
 
 NAME = "LEOFLOW_AGENT_ENV_FILE"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leoflow_celery.agent import spool as spool_module
-from leoflow_celery.agent.spool import Spool
+from leoflow_celery.agent import logs
+from leoflow_celery.agent.logs import Spool
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_without_a_writable_directory_it_is_small_and_in_memory(monkeypatch):
     def refuse(**_):
         raise OSError("read-only file system")
 
-    monkeypatch.setattr(spool_module.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(logs.tempfile, "mkstemp", refuse)
     spool = Spool(1 << 30)
     assert spool.append(b"a")
     assert spool.read(1) == b"a"

@@ -12,7 +12,7 @@ from typing import Protocol
 import pytest
 
 from leoflow_celery.cli import main
-from leoflow_celery.cli.setup import fresh_keys
+from leoflow_celery.security.sealing import fresh_keys
 from leoflow_celery.settings import Settings
 from tests.support.postgres_databases import migrate
 

@@ -98,7 +98,9 @@ def test_a_request_that_breaks_a_rule(
 
 def test_ctrl_c_and_sigterm_end_with_their_codes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        monkeypatch.setattr("leoflow_celery.cli.setup.fresh_keys", lambda number=number: os.kill(os.getpid(), number))
+        monkeypatch.setattr(
+            "leoflow_celery.security.sealing.fresh_keys", lambda number=number: os.kill(os.getpid(), number)
+        )
         result = cli("keys")
         assert result.code == code
         assert "Traceback" not in result.err
@@ -111,7 +113,16 @@ def test_an_unknown_command_or_option_exits_2(cli: Cli) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = ("celery", "sqlalchemy", "pydantic", "grpc", "redis", "rich.console", "requests", "leoflow_celery.driver")
+    heavy = (
+        "celery",
+        "sqlalchemy",
+        "pydantic",
+        "grpc",
+        "redis",
+        "rich.console",
+        "requests",
+        "leoflow_celery.lite.driver",
+    )
     code = f"import sys, leoflow_celery.cli; print([name for name in {heavy!r} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"

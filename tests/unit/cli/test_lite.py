@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from leoflow_celery.cli.lite.lock import Holder, InUse, exclusive
-from leoflow_celery.cli.lite.state import _FOREIGN, _PATHS, StateDirectory
 from leoflow_celery.errors import ConfigurationError
+from leoflow_celery.lite.state import _FOREIGN, _PATHS, Holder, InUse, StateDirectory, exclusive
 from leoflow_celery.settings import Settings
 from tests.unit.cli.conftest import Cli
 
@@ -164,7 +163,7 @@ def test_one_system_per_directory(state: StateDirectory) -> None:
 def test_a_killed_holder_leaves_no_lock(state: StateDirectory) -> None:
     code = (
         "import os, sys, pathlib\n"
-        "from leoflow_celery.cli.lite.lock import exclusive\n"
+        "from leoflow_celery.lite.state import exclusive\n"
         "with exclusive(pathlib.Path(sys.argv[1]), 'up'):\n"
         "    os.kill(os.getpid(), 9)\n"
     )

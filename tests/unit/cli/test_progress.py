@@ -6,7 +6,7 @@ from rich.console import Console
 
 from leoflow_celery.cli.progress import LiveProgress, PlainProgress
 from leoflow_celery.domain.states import RunState, TaskState
-from leoflow_celery.driver import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
+from leoflow_celery.lite.driver import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
 
 EVENTS: list[RunEvent] = [
     RunStarted("d", "r", "default", resumed=False),

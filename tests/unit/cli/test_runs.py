@@ -15,8 +15,8 @@ import pytest
 from leoflow_celery.cli import runs
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import RunState
-from leoflow_celery.driver.scripted import End, ScriptedClient
 from leoflow_celery.settings import Settings
+from leoflow_celery.testing.scripted import End, ScriptedClient
 from tests.unit.cli.conftest import Cli
 
 TASK = {"task_id": "a", "type": "bash", "entrypoint": "true"}
@@ -46,7 +46,7 @@ class WholeClient(ScriptedClient):
 def client(monkeypatch: pytest.MonkeyPatch) -> WholeClient:
     client = WholeClient()
     monkeypatch.setattr("leoflow_celery.cli.inspect.open_client", lambda: client)
-    monkeypatch.setattr("leoflow_celery.driver.run.Pace", lambda: client.pace)
+    monkeypatch.setattr("leoflow_celery.lite.driver.Pace", lambda: client.pace)
     return client
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from celery import chain, signature
 
-from leoflow_celery.client.callbacks import signatures
+from leoflow_celery.client.client import signatures
 from leoflow_celery.errors import InvalidRequest
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from leoflow_celery.domain.clear import Selection
-from leoflow_celery.domain.dag import Dag
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import InvalidRequest
+from leoflow_celery.lite.dag import Dag
 
 _S = TaskState
 #: load → clean → report → mail, and notify runs whatever becomes of clean; other stands alone.

@@ -6,7 +6,7 @@ import pytest
 
 from leoflow_celery.clock import ServerClock
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.queueing import messages
 
 ATTEMPT = AttemptId("ti", 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from leoflow_celery.domain.memory import memory_limit, with_memory_limit
+from leoflow_celery.domain.relaunch import memory_limit, with_memory_limit
 from leoflow_celery.domain.request import TaskRequest, parse_request
 from leoflow_celery.domain.routing import ExecutorType
 

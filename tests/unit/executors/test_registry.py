@@ -8,8 +8,8 @@ import pytest
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.executors import registry
-from leoflow_celery.executors.stub import ScriptedExecutor
 from leoflow_celery.settings import Settings
+from leoflow_celery.testing.stub import ScriptedExecutor
 
 BACK_END = "def create(settings, reporter, _observer):\n    return settings, reporter\n"
 

@@ -10,7 +10,7 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import NotFound, PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import LaunchSpec
-from leoflow_celery.executors.stub import Cancellation, ScriptedExecutor, already, permanent, started, transient
+from leoflow_celery.testing.stub import Cancellation, ScriptedExecutor, already, permanent, started, transient
 
 
 def launch(task_id="extract", number=1):

@@ -14,7 +14,7 @@ from cryptography.fernet import Fernet
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.errors import ClaimRefused, ClusterUnavailable, InvalidToken
-from leoflow_celery.executors.identity import SEAL, PresentedPod, Voucher, raw_ids
+from leoflow_celery.executors.core import SEAL, PresentedPod, Voucher, raw_ids
 from leoflow_celery.gateway.exchange import check_plausible, check_recorded, vouched_attempt
 from leoflow_celery.gateway.rpc import NotPermitted
 from leoflow_celery.security import KeyRing

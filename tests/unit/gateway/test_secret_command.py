@@ -16,9 +16,16 @@ from pathlib import Path
 import pytest
 
 from leoflow_celery.errors import ConfigurationError
-from leoflow_celery.gateway import secret_command
-from leoflow_celery.gateway.secret_command import MAX_OUTPUT_BYTES, MAX_TTL_SECONDS, CommandBackend, read_answer
-from leoflow_celery.gateway.values import BackendFailed, Kind, Query
+from leoflow_celery.gateway import secret_backends
+from leoflow_celery.gateway.secret_backends import (
+    MAX_OUTPUT_BYTES,
+    MAX_TTL_SECONDS,
+    BackendFailed,
+    CommandBackend,
+    Kind,
+    Query,
+    read_answer,
+)
 from leoflow_celery.settings import GatewaySettings
 from tests.support.waiting import wait_until
 
@@ -115,7 +122,7 @@ def test_what_is_kept_ends_and_is_bounded(command, monkeypatch):
     now = [1000.0]
     backend = command.backend(ECHO, ttl=10)
     backend._ask = lambda asked: read_answer(json.dumps({"values": {"x": asked.dag_id}}).encode(), 10)  # no process
-    monkeypatch.setattr(secret_command.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(secret_backends.time, "monotonic", lambda: now[0])
     backend.get(query())
     assert len(backend._kept) == 1
     now[0] += 10
@@ -125,7 +132,7 @@ def test_what_is_kept_ends_and_is_bounded(command, monkeypatch):
         backend.get(query(dag=f"dag-{number}"))
     assert len(backend._kept) == 4_096
     assert backend._kept_bytes == sum(answer.size for _, answer in backend._kept.values())
-    monkeypatch.setattr(secret_command, "_MAX_KEPT_BYTES", 100)
+    monkeypatch.setattr(secret_backends, "_MAX_KEPT_BYTES", 100)
     backend.get(query(dag="last"))
     assert backend._kept_bytes <= 100
 

@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from leoflow_celery.errors import ConfigurationError, Unavailable
-from leoflow_celery.gateway import secrets, values
+from leoflow_celery.gateway import secret_backends, secrets
 from leoflow_celery.gateway.rpc import NotPossible
+from leoflow_celery.gateway.secret_backends import BackendFailed, Kind, Query
 from leoflow_celery.gateway.secrets import MAX_QUESTIONS_OF_A_TENANT, Backends, SecretReader, open_backends
-from leoflow_celery.gateway.values import BackendFailed, Kind, Query
 from leoflow_celery.settings import GatewaySettings, Settings
 from tests.support.secret_backend import install
 
 
 @pytest.fixture(autouse=True)
 def every_warning_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(values, "_warned", set())
+    monkeypatch.setattr(secret_backends, "_warned", set())
 
 
 class Scripted:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from leoflow_celery.tasks import started
-from leoflow_celery.tasks.started import StartedMark
+from leoflow_celery.tasks import inline
+from leoflow_celery.tasks.inline import StartedMark
 from tests.support.waiting import wait_until
 
 
@@ -43,7 +43,7 @@ def test_a_short_call_writes_nothing():
 
 
 def test_a_longer_call_is_marked_once_and_its_result_waits_for_that(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(started, "SHORT_CALL_SECONDS", 0)
+    monkeypatch.setattr(inline, "SHORT_CALL_SECONDS", 0)
     backend = Backend()
     mark = mark_for(backend)
     assert (mark(), mark()) == (False, False), "the call itself does not wait"
@@ -56,7 +56,7 @@ def test_a_longer_call_is_marked_once_and_its_result_waits_for_that(monkeypatch:
 
 
 def test_a_backend_that_is_away_is_not_the_calls_trouble(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(started, "SHORT_CALL_SECONDS", 0)
+    monkeypatch.setattr(inline, "SHORT_CALL_SECONDS", 0)
     backend = Backend(OSError("away"))
     backend.gate.set()
     mark = mark_for(backend)

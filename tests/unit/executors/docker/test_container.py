@@ -13,10 +13,10 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
 from leoflow_celery.executors.base import LaunchSpec
+from leoflow_celery.executors.core import attempt_in
 from leoflow_celery.executors.docker.archive import launch_archive
 from leoflow_celery.executors.docker.container import build_container, build_environment
 from leoflow_celery.executors.docker.labels import deadline_of, system_name
-from leoflow_celery.executors.identity import attempt_in
 from leoflow_celery.settings import BrokerSettings, DockerSettings
 
 

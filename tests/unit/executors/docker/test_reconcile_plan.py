@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.expectation import Expectation, ExpectedAttempt
+from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord
-from leoflow_celery.executors.docker.observe import Listed, ended_seconds, observe_listed, seconds
+from leoflow_celery.executors.docker.parse_container import Listed, ended_seconds, observe_listed, seconds
 from leoflow_celery.executors.docker.reconcile import Ended, plan
 
 READ_AT = 10_000.0

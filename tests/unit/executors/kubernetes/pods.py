@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from leoflow_celery.domain.attempt import AttemptId
-from leoflow_celery.domain.expectation import ExpectedAttempt
+from leoflow_celery.domain.desired_state import ExpectedAttempt
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.domain.termination import TerminationRecord, encode
-from leoflow_celery.executors.kubernetes.observe import PodState, observe
+from leoflow_celery.executors.kubernetes.parse_pod import PodState, observe
 
 #: The moment of every test; a pod was created ``AGE`` before, its container started 2 s later.
 NOW = 1_900_000_000.0

@@ -8,6 +8,7 @@ import pytest
 
 from leoflow_celery.domain.reasons import CLASS_OF, FailureClass, FailureReason
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
+from leoflow_celery.executors.core import Confidential
 from leoflow_celery.executors.kubernetes.errors import (
     AlreadyExists,
     ApiError,
@@ -18,7 +19,6 @@ from leoflow_celery.executors.kubernetes.errors import (
     api_error,
     to_launch_error,
 )
-from leoflow_celery.executors.words import Confidential
 
 
 def answer(status: int, reason: str, message: str = "no", **details: object) -> ApiError:

@@ -10,9 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from leoflow_celery.errors import InvalidToken
-from leoflow_celery.executors.kubernetes.pod import build_pod, pod_base
+from leoflow_celery.executors.kubernetes.pod import build_pod, build_secret, pod_base
 from leoflow_celery.executors.kubernetes.reviews import reviewed_pod
-from leoflow_celery.executors.kubernetes.secret import build_secret
 from leoflow_celery.settings import KubernetesSettings
 from tests.unit.executors.kubernetes.built import env, launch, task
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from leoflow_celery.domain.expectation import ExpectedAttempt
+from leoflow_celery.domain.desired_state import ExpectedAttempt
 from leoflow_celery.domain.reasons import FailureReason as Reason
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.executors.kubernetes.classify import KEEP, PodDecision, ReconcilePolicy, decide_pod
-from leoflow_celery.executors.kubernetes.identity import FINALIZER
-from leoflow_celery.executors.kubernetes.observe import observe
+from leoflow_celery.executors.kubernetes.decisions import KEEP, PodDecision, ReconcilePolicy, decide_pod
+from leoflow_celery.executors.kubernetes.labels import FINALIZER
+from leoflow_celery.executors.kubernetes.parse_pod import observe
 from tests.unit.executors.kubernetes.pods import EXPECTED, NOW, pod, record, running, terminated, waiting
 
 POLICY = ReconcilePolicy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leoflow_celery.executors.kubernetes.logs import _READ_BYTES, _read, tail_of
+from leoflow_celery.executors.kubernetes.reconcile import _READ_BYTES, _read, tail_of
 
 
 def test_the_last_lines() -> None:

@@ -11,10 +11,10 @@ from leoflow_celery.domain.reasons import CLASS_OF, FailureClass
 from leoflow_celery.domain.reasons import FailureReason as Reason
 from leoflow_celery.domain.relaunch import Memory, RelaunchPolicy, relaunch_decision
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.executors.kubernetes.causes import cause_of_end
-from leoflow_celery.executors.kubernetes.classify import KEEP, PodDecision, ReconcilePolicy, decide_pod
+from leoflow_celery.executors.kubernetes.decisions import KEEP, PodDecision, ReconcilePolicy, decide_pod
 from leoflow_celery.executors.kubernetes.events import PodEvent, pull_words
-from leoflow_celery.executors.kubernetes.observe import observe
+from leoflow_celery.executors.kubernetes.failure_reasons import cause_of_end
+from leoflow_celery.executors.kubernetes.parse_pod import observe
 from tests.unit.executors.kubernetes.pods import (
     AGE,
     EXPECTED,

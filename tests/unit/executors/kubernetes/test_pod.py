@@ -10,9 +10,8 @@ import pytest
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.errors import PermanentLaunchError
-from leoflow_celery.executors.kubernetes.environment import ATTEMPT_DIR, secret_of, secret_variables
-from leoflow_celery.executors.kubernetes.identity import attempt_of, claim_metadata, timeout_of
-from leoflow_celery.executors.kubernetes.secret import build_secret
+from leoflow_celery.executors.kubernetes.labels import attempt_of, claim_metadata, timeout_of
+from leoflow_celery.executors.kubernetes.pod import ATTEMPT_DIR, build_secret, secret_of, secret_variables
 from leoflow_celery.settings import KubernetesSettings
 from tests.unit.executors.kubernetes.built import PLAIN, build, env, launch, task
 

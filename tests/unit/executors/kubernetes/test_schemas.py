@@ -10,10 +10,9 @@ import kubernetes_validate
 import pytest
 
 from leoflow_celery.domain.pod_fields import TYPES
-from leoflow_celery.executors.kubernetes.claims import build_claim
-from leoflow_celery.executors.kubernetes.pod import build_pod, pod_base
+from leoflow_celery.executors.kubernetes.pod import build_pod, build_secret, pod_base
 from leoflow_celery.executors.kubernetes.policy import PodPolicy
-from leoflow_celery.executors.kubernetes.secret import build_secret
+from leoflow_celery.executors.kubernetes.staging_pvc import build_claim
 from leoflow_celery.settings import KubernetesSettings
 from tests.unit.executors.kubernetes.built import launch
 

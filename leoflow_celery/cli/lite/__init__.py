@@ -1,1 +1,0 @@
-"""``leoflow lite``: the whole system on one machine, started by one command and stopped with it."""

@@ -1,1 +1,0 @@
-"""What an embedded system runs beside its workers."""
