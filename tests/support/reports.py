@@ -44,6 +44,11 @@ def view(task_id: str = "load", *, at: float = 0.0, ran: float | None = 5.0, **c
         "memory_limit": 0,
         "oom_memory_factor": 1.0,
         "oom_relaunches": 0,
+        "reschedules": 0,
+        "first_reschedule_at": None,
+        "owner": "",
+        "relaunch": "always",
+        "end_number": None,
     }
     texts = ("image", "celery_task_id", "sealed_request", "message", "last_event", "back_end", "queue_name")
     nothing = ("reason", "holder", "lease_until", "last_heartbeat_at", "cancel_requested_at")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
