@@ -66,6 +66,11 @@ class LogKey:
     task_id: str
     try_number: int
 
+    @property
+    def of_task(self) -> tuple[str, str, str]:
+        """DAG, run and task."""
+        return self.dag_id, self.run_id, self.task_id
+
 
 @dataclass(frozen=True, slots=True)
 class LogRecord:

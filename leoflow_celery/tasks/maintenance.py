@@ -66,8 +66,9 @@ def _send(task: LeoflowTask, view: TaskInstanceView) -> bool:
 
 @maintenance_task(TaskName.COMPLETE_DUE)
 def complete_all(self: LeoflowTask, lease: RenewedLease) -> int:
-    """Complete what ended without being completed."""
+    """Complete what ended without being completed, and give ends that nobody has read their place in the feed."""
     total = 0
+    self.services.store.ends.number()
     while count := complete_due(self.app, self.services):
         total += count
         lease.check()
