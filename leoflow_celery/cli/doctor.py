@@ -378,7 +378,9 @@ def check_workers(settings: Settings) -> Finding:
     consumed = {queue["name"] for queues in answers.values() for queue in queues}
     missing = [queue for queue in needed_queues(settings) if queue not in consumed]
     if missing:
-        starts = dict.fromkeys(f"'celery -A workers.{_WORKER_OF.get(queue, queue)} worker'" for queue in missing)
+        starts = dict.fromkeys(
+            f"'celery -A leoflow_celery.workers.{_WORKER_OF.get(queue, queue)} worker'" for queue in missing
+        )
         text = f"no worker consumes {', '.join(missing)}: what is sent there waits; start {' and '.join(starts)}"
         return Finding("workers", False, text)
     return Finding("workers", True, f"{len(answers)} answer and consume {', '.join(sorted(consumed))}")
@@ -401,7 +403,7 @@ def check_back_ends(settings: Settings) -> Finding:
         module = _WORKER_OF.get(QUEUE_OF[standard], QUEUE_OF[standard])
         text = (
             f"no {standard} worker has announced itself for {seconds} s: none runs, or it does not reach "
-            f"its {_SERVER_OF[standard]}; start 'celery -A workers.{module} worker', or look for "
+            f"its {_SERVER_OF[standard]}; start 'celery -A leoflow_celery.workers.{module} worker', or look for "
             "backend.not_announced in its log"
         )
         return Finding("backends", False, text)

@@ -213,8 +213,9 @@ def _end(
     if record is not None:
         return PodReport(cause_of_agent_death(pod), wants_log_tail=pod.has_run)
     outcome = cause_of_agent_death(pod) if expected.claimed and pod.has_run else cause_of_end(pod)
-    if outcome.exit_code == 0 and not settled:
-        return None  # an agent that leaves no record may have reported all the same
+    may_have_called = outcome.exit_code == 0 or (outcome.reason is FailureReason.NON_ZERO_EXIT and not expected.claimed)
+    if may_have_called and pod.has_run and not settled:
+        return None  # an agent that leaves no record may have claimed, or reported, since SQL was read
     return PodReport(outcome, wants_log_tail=pod.has_run or pod.failed_init is not None)
 
 

@@ -149,7 +149,7 @@ def test_doctor_knows_who_announced_itself(cli: Cli, settings: Settings, monkeyp
     finding = doctor.check_back_ends(settings)
     assert not finding.ok
     assert "no kubernetes worker has announced itself for 60 s" in finding.sentence
-    assert "celery -A workers.k8s worker" in finding.sentence
+    assert "celery -A leoflow_celery.workers.k8s worker" in finding.sentence
     store = Store(settings)
     store.presence.keep_present(Kind.BACK_END, "kubernetes")
     store.close()
