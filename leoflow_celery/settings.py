@@ -216,6 +216,9 @@ class SubprocessSettings(BaseSettings):
     state_dir: str = ""
     #: Keep a pre-imported agent and fork it per task (only for our own agent).
     preload_agent: bool = True
+    #: The user that tasks run as: they then read and write nothing of the worker's, its agents' and their records. The
+    #: worker has to run as root. Empty: as the worker.
+    user: str = ""
     #: Attempts that this host runs at once; more wait in the queue, where other hosts take them. 0: 16 for each core
     #: as far as each has 256 MiB of memory, and at least 4 (most tasks wait for a server).
     max_running: Annotated[int, Field(ge=0)] = 0

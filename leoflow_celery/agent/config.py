@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import uuid
 from collections.abc import Mapping, MutableMapping
@@ -17,6 +18,37 @@ from leoflow_celery.errors import ConfigurationError
 
 _KUBERNETES_TERMINATION_LOG = "/dev/termination-log"
 _KIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RunAs:
+    """Another user of this host: ids of it, its group and its further groups."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> RunAs | None:
+        """``UID:GID:GROUP,GROUP``; None for nothing.
+
+        Raises:
+            ConfigurationError: it is something else, or root.
+        """
+        if not text:
+            return None
+        match = re.fullmatch(r"([1-9]\d*):(\d+):((?:\d+(?:,\d+)*)?)", text)
+        if match is None:
+            raise ConfigurationError(f"LEOFLOW_AGENT_RUN_AS={text!r} must be UID:GID:GROUP,GROUP, and not of root")
+        uid, gid, groups = match.groups()
+        return cls(int(uid), int(gid), tuple(int(one) for one in groups.split(",") if one))
+
+    def give(self, directory: Path) -> None:
+        """Make it the owner of a directory of ours and of all in it. Raises OSError."""
+        for path, names, files in os.walk(directory):
+            for name in (*names, *files):
+                os.chown(os.path.join(path, name), self.uid, self.gid, follow_symlinks=False)
+        os.chown(directory, self.uid, self.gid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +67,10 @@ class AgentConfig:
     python: str = sys.executable
     #: Empty: no termination log is written.
     termination_log: str = ""
+    #: Signs it, where user code could write it, too.
+    record_key: str = field(default="", repr=False)
+    #: Whom the user's process runs as; None: as we do.
+    run_as: RunAs | None = None
     #: Where the agent's private directory is made; None means the system's temporary one.
     work_dir: str | None = None
     #: How long registering and reporting are tried before giving up.
@@ -68,6 +104,8 @@ class AgentConfig:
             tls_ca=environ.get("LEOFLOW_AGENT_TLS_CA", ""),
             python=environ.get("LEOFLOW_PYTHON") or sys.executable,
             termination_log=_termination_log(environ),
+            record_key=environ.get("LEOFLOW_AGENT_RECORD_KEY", ""),
+            run_as=RunAs.parse(environ.get("LEOFLOW_AGENT_RUN_AS", "")),
             work_dir=environ.get("LEOFLOW_AGENT_WORK_DIR") or None,
             report_deadline_seconds=_number(environ, "LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS", 600),
             kill_grace_seconds=_number(environ, "LEOFLOW_AGENT_KILL_GRACE_SECONDS", 10),

@@ -61,7 +61,7 @@ class Agent:
     def __init__(self, config: AgentConfig, plane: ControlPlane, stop: StopRequest, environ: Mapping[str, str]) -> None:
         self._config, self._plane, self._stop, self._environ = config, plane, stop, environ
         self._heartbeat = Heartbeat(plane, stop, config.heartbeat_seconds)
-        self._termination = TerminationLog(config.termination_log, config.task_instance_id)
+        self._termination = TerminationLog(config.termination_log, config.task_instance_id, config.record_key)
         self.task_run: TaskRun | None = None
 
     async def run(self) -> int:
@@ -162,6 +162,8 @@ class Agent:
         command = build_command(spec, inputs, self._config, directory, self._environ)
         try:
             command.write_files()
+            if self._config.run_as is not None:
+                self._config.run_as.give(directory)
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise

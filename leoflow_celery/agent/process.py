@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import IO
 
 from leoflow_celery.agent import linux
+from leoflow_celery.agent.config import RunAs
 from leoflow_celery.agent.output import LineSplitter
 
 #: How long something that outlived the user process may go on writing before it is killed.
@@ -28,8 +29,13 @@ Sink = Callable[[str], None]
 class UserProcess:
     """A running command. Create and use it in the event loop's thread, which must be the main one (signals)."""
 
-    def __init__(self, argv: list[str], env: Mapping[str, str], stdin: bytes = b"") -> None:
-        """Start it; ``stdin`` is what it reads. Raises OSError when it cannot be executed."""
+    def __init__(
+        self, argv: list[str], env: Mapping[str, str], stdin: bytes = b"", run_as: RunAs | None = None
+    ) -> None:
+        """Start it, as another user when one is given; ``stdin`` is what it reads.
+
+        Raises OSError when it cannot be executed.
+        """
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._pipes: list[_Pipe] = []
@@ -41,6 +47,9 @@ class UserProcess:
             stderr=subprocess.PIPE,
             env=env,
             start_new_session=True,
+            user=run_as.uid if run_as else None,
+            group=run_as.gid if run_as else None,
+            extra_groups=run_as.groups if run_as else None,
         )
         linux.offer_children_to_oom_kill()
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)

@@ -10,7 +10,7 @@ from leoflow_celery.agent.deadline import Deadline
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.domain.termination import TerminationRecord, encode, fits
+from leoflow_celery.domain.termination import TerminationRecord, encode, fits, signed
 from leoflow_celery.domain.xcom import JSON_CONTENT_TYPE, RETURN_VALUE
 from leoflow_celery.errors import ClaimRefused, Fenced, LeoflowError
 from leoflow_celery.protocol import agent_pb2 as pb
@@ -28,10 +28,10 @@ _WIRE_STATE = {
 
 
 class TerminationLog:
-    """The file an executor reads when the agent could not report. An empty path writes nothing."""
+    """The file an executor reads when the agent could not report. An empty path writes nothing, a key signs it."""
 
-    def __init__(self, path: str, attempt: str) -> None:
-        self._path, self._attempt = path, attempt
+    def __init__(self, path: str, attempt: str, key: str = "") -> None:
+        self._path, self._attempt, self._key = path, attempt, key
         self._written = 0
 
     def nothing_ran(self, message: str) -> None:
@@ -71,7 +71,7 @@ class TerminationLog:
     def _write(self, record: TerminationRecord) -> None:
         if not self._path:
             return
-        data = encode(record)
+        data = signed(encode(record), self._key) if self._key else encode(record)
         # One write over the whole old text, padded with blanks: a kill in between leaves the old or the new record.
         padded = data.ljust(self._written)
         try:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import hmac
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +104,21 @@ def encode(record: TerminationRecord) -> bytes:
         data["message"] = data["message"][: -max(1, (len(encoded) - MAX_BYTES) // 6)]
         encoded = _dump(data)
     return encoded
+
+
+def signed(data: bytes, key: str) -> bytes:
+    """A record with a last line that only a holder of the key can make, for where user code can write the file."""
+    return data + b"\n" + _signature(data, key)
+
+
+def verified(data: bytes, keys: Iterable[str]) -> bytes | None:
+    """The record again; None when none of the keys signed it."""
+    record, _, signature = data.rstrip().rpartition(b"\n")
+    return record if any(hmac.compare_digest(_signature(record, key), signature) for key in keys) else None
+
+
+def _signature(data: bytes, key: str) -> bytes:
+    return hmac.new(key.encode(), data, hashlib.sha256).hexdigest().encode()
 
 
 def fits(record: TerminationRecord) -> bool:

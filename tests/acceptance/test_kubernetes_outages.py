@@ -22,6 +22,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 
 CHAINS, LENGTH = 10, 3
+DRAINED = 30
 OUTAGE_SECONDS = 20
 #: An agent that gives up reporting soon, so that its pod ends while the gateway is away.
 IMPATIENT = [{"name": "task", "env": [{"name": "LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS", "value": "2"}]}]
@@ -177,6 +178,50 @@ def test_a_success_whose_pod_a_drain_took_before_anybody_saw_it_is_recorded_and_
     assert (view.state.value, view.launch, witness.calls["drained"]) == ("success", 1, 1)
     module_namespace.wait_for_no_pod(pod)
     nothing_is_left(module_namespace)
+
+
+@pytest.mark.timeout(900)
+def test_thirty_pods_that_end_on_a_drained_node_while_worker_and_gateway_are_killed_lose_no_success(
+    system: KubernetesSystem, client: Client, module_namespace: Namespace, witness: HttpTarget
+) -> None:
+    names = [f"drain{number}" for number in range(DRAINED)]
+    handles = {}
+    for name in names:
+        command = f'{call(witness.hold(name))} && echo {name[5:]} >"$LEOFLOW_RETURN_VALUE_PATH"'
+        handles[name] = client.submit(bash(name, command, pod_override={"spec": {"containers": IMPATIENT}}))
+    wait_until(lambda: len(witness.calls) == DRAINED, 400, lambda: f"all run, not {dict(witness.calls)}", 0.5)
+    pods = {handles[name].task_instance().external_name for name in names}
+    for name in names[:10]:  # these report, or find nobody any more
+        witness.release(name)
+    wait_until(lambda: any(handle.task_instance().is_terminal for handle in handles.values()), 60, "some ended", 0.02)
+    for name in ("gateway", "workers.k8s"):
+        system.process(name).kill()
+    for name in names[10:]:
+        witness.release(name)
+    ended = ("Succeeded", "Failed")
+    wait_until(
+        lambda: all(pod["status"]["phase"] in ended for pod in module_namespace.pods()), 200, "all pods ended", 0.5
+    )
+    unreported = [name for name in names if not handles[name].task_instance().is_terminal]
+    assert len(unreported) >= DRAINED - 10
+    for pod in module_namespace.pods():
+        _evict(module_namespace, pod["metadata"]["name"])
+    for process in ("workers.k8s", "gateway"):
+        system.restart(process)
+    assert {name: handles[name].get(timeout=200) for name in names} == {name: int(name[5:]) for name in names}
+    views = [handles[name].task_instance() for name in names]
+    assert {(view.state.value, view.try_number, view.launch) for view in views} == {("success", 1, 1)}
+    assert witness.calls == Counter(names)
+    wait_until(
+        lambda: pods.isdisjoint(pod["metadata"]["name"] for pod in module_namespace.pods()), 120, "the pods go", 0.5
+    )
+    nothing_is_left(module_namespace)
+
+
+def _evict(namespace: Namespace, pod: str) -> None:
+    """As ``kubectl drain`` does."""
+    body = {"apiVersion": "policy/v1beta1", "kind": "Eviction", "metadata": {"name": pod, "namespace": namespace.name}}
+    namespace.api.call("POST", namespace.path("pods", pod, "eviction"), body)
 
 
 @pytest.mark.timeout(400)

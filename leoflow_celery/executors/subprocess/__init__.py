@@ -8,12 +8,19 @@ reports what that end means.
 from __future__ import annotations
 
 from leoflow_celery.executors.base import FailureReporter, Observer
+from leoflow_celery.executors.subprocess.directory import Account
 from leoflow_celery.executors.subprocess.executor import SubprocessExecutor
 from leoflow_celery.settings import Settings
 
-__all__ = ["SubprocessExecutor", "create"]
+__all__ = ["SubprocessExecutor", "check", "create"]
 
 
 def create(settings: Settings, reporter: FailureReporter, _observer: Observer) -> SubprocessExecutor:
     """The back end of ``leoflow_celery.executors.registry``."""
-    return SubprocessExecutor(settings.subprocess, reporter)
+    keys = settings.security.seal_keys.get_secret_value().split(",")
+    return SubprocessExecutor(settings.subprocess, reporter, secrets=[key.strip() for key in keys if key.strip()])
+
+
+def check(settings: Settings) -> None:
+    """The user that tasks run as. Raises ConfigurationError."""
+    Account.of(settings.subprocess)

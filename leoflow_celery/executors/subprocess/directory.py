@@ -8,26 +8,39 @@ its end was settled, so directories also count how many run at once on this host
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
+import pwd
 import re
 import secrets
 import shutil
+import stat
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from leoflow_celery.domain.attempt import AttemptId, attempt_suffix
-from leoflow_celery.domain.termination import TerminationRecord, decode
+from leoflow_celery.domain.termination import MAX_BYTES, TerminationRecord, decode, verified
 from leoflow_celery.errors import ConfigurationError, HostFull
 from leoflow_celery.executors.base import standard_max_running
+from leoflow_celery.settings import SubprocessSettings
+
+log = logging.getLogger(__name__)
 
 _LOCK = "lock"
 _PID = "pid"
 _POLL_SECONDS = 0.01
+#: A record and its signature.
+_RECORD_BYTES = 2 * MAX_BYTES
+#: Of a directory that others may pass through, and not look into.
+_PASSABLE = 0o711
 #: PEP 263.
 _CODING = re.compile(r"^([ \t\f]*#.*?coding[:=][ \t]*)[-\w.]+")
 _BLANK = re.compile(r"^[ \t\f\r]*(#.*)?$")
@@ -89,6 +102,70 @@ def _create(path: Path, text: str) -> None:
         os.unlink(name)
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The user of this host that tasks run as."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+
+    @classmethod
+    def of(cls, settings: SubprocessSettings) -> Account | None:
+        """The one that the settings name; None when tasks run as the worker.
+
+        Raises:
+            ConfigurationError: there is none, or this worker cannot start anything as somebody else.
+        """
+        if not (name := settings.user):
+            return None
+        what = f"LEOFLOW_SUBPROCESS_USER={name}"
+        if os.geteuid() != 0:
+            raise ConfigurationError(
+                f"{what}: a worker that is not root starts nothing as another user; start it as root, or unset it"
+            )
+        try:
+            found = pwd.getpwnam(name)
+        except KeyError:
+            raise ConfigurationError(
+                f"{what}: this host has no such user; create it ('useradd --system {name}'), or name another"
+            ) from None
+        if found.pw_uid == 0:
+            raise ConfigurationError(f"{what}: this is root, who may read everything; name another user")
+        if settings.agent_path:
+            raise ConfigurationError(
+                f"{what}: only our own agent runs tasks as another user; unset LEOFLOW_SUBPROCESS_AGENT_PATH"
+            )
+        groups = tuple(os.getgrouplist(name, found.pw_gid))
+        return cls(name, found.pw_uid, found.pw_gid, groups, found.pw_dir)
+
+    def open_way(self, root: Path) -> None:
+        """Let the user pass through the state directory to what is its own there.
+
+        Raises:
+            ConfigurationError: a directory above is closed to it.
+        """
+        for path in (root, root / "attempts"):
+            path.chmod(_PASSABLE)
+        enters = ["/bin/sh", "-c", 'cd -- "$1"', "sh", str(root / "attempts")]
+        done = subprocess.run(
+            enters, user=self.uid, group=self.gid, extra_groups=self.groups, check=False, capture_output=True
+        )
+        if done.returncode:
+            raise ConfigurationError(
+                f"LEOFLOW_SUBPROCESS_USER={self.name}: this user cannot pass through {root}; set "
+                "LEOFLOW_SUBPROCESS_STATE_DIR to a directory below one that everybody may enter"
+            )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the agent and its task are told of it."""
+        ids = f"{self.uid}:{self.gid}:{','.join(map(str, self.groups))}"
+        return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name, "LEOFLOW_AGENT_RUN_AS": ids}
+
+
 class AttemptDirectory:
     """The directory of one attempt while this object holds its lock."""
 
@@ -134,8 +211,8 @@ class AttemptDirectory:
             time.sleep(_POLL_SECONDS)
         return directory
 
-    def prepare(self, attempt: AttemptId, source: str) -> None:
-        """Forget an earlier agent and write what the next one needs."""
+    def prepare(self, attempt: AttemptId, source: str, account: Account | None = None) -> None:
+        """Forget an earlier agent and write what the next one needs; ``account`` gets the source."""
         for entry in self.path.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -143,6 +220,10 @@ class AttemptDirectory:
         if source:
             self.source_dir.mkdir(mode=0o700)
             (self.source_dir / "dag.py").write_bytes(as_utf8(source))
+        if account is not None:
+            self.path.chmod(_PASSABLE)
+            for path in (self.source_dir / "dag.py", self.source_dir) if source else ():
+                os.chown(path, account.uid, account.gid)
 
     @property
     def source_dir(self) -> Path:
@@ -165,12 +246,17 @@ class AttemptDirectory:
         except (OSError, ValueError, KeyError):
             return None
 
-    def record(self) -> TerminationRecord | None:
-        """What the agent left behind."""
+    def record(self, keys: Sequence[str] = ()) -> TerminationRecord | None:
+        """What the agent left behind; with keys only what it signed: user code may write here."""
         try:
-            return decode(self.termination_log.read_bytes())
+            with open(self.termination_log, "rb", opener=_open_regular) as file:
+                data = file.read(_RECORD_BYTES)
         except OSError:
             return None
+        record = verified(data, keys) if keys else data
+        if record is None:
+            log.warning("subprocess.record_not_signed", extra={"attempt_name": self.path.name})
+        return None if record is None else decode(record)
 
     def write_pid(self, pid: int) -> None:
         (self.path / _PID).write_text(str(pid))
@@ -183,6 +269,15 @@ class AttemptDirectory:
     def release(self) -> None:
         """Close our copy of the lock. An agent that has one goes on holding it."""
         os.close(self.lock)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """No link, pipe or device: whatever user code may have put there."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return descriptor
 
 
 def as_utf8(source: str) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from leoflow_celery.domain.attempt import digest
 from leoflow_celery.executors.base import LaunchSpec
 from leoflow_celery.executors.core import run_ids
-from leoflow_celery.executors.subprocess.directory import AttemptDirectory
+from leoflow_celery.executors.subprocess.directory import Account, AttemptDirectory
 
 #: Marks every process that descends from an attempt, so that none is left when its agent was killed.
 ATTEMPT_MARK = "LEOFLOW_ATTEMPT_MARK"
@@ -25,18 +25,32 @@ _KEPT = frozenset(
         "LEOFLOW_AGENT_HEARTBEAT_SECONDS",
     }
 )
+#: A process of another user takes a fork in the middle of gRPC's threads, and gRPC's handlers crash the child. It reads
+#: this once, in the fork server. No agent uses gRPC on both sides of a fork, and tasks do not see it.
+_NO_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
 
 
 def inherited(environ: Mapping[str, str]) -> dict[str, str]:
     """The part of the worker's environment that agents may see. Keys and URLs of the worker are not among it."""
-    return {name: value for name, value in environ.items() if name in _KEPT or name.startswith("LC_")}
+    kept = {name: value for name, value in environ.items() if name in _KEPT or name.startswith("LC_")}
+    return {**kept, **_NO_FORK_HANDLERS}
 
 
 def agent_environment(
-    launch: LaunchSpec, directory: AttemptDirectory, root: Path, venvs_root: str, mark: str, environ: Mapping[str, str]
+    launch: LaunchSpec,
+    directory: AttemptDirectory,
+    root: Path,
+    venvs_root: str,
+    mark: str,
+    environ: Mapping[str, str],
+    account: Account | None = None,
 ) -> dict[str, str]:
-    """The whole environment of one agent."""
-    env = {**inherited(environ), **launch.agent_environment(launch.request.execution.termination_grace_seconds)}
+    """The whole environment of one agent; ``account`` is whom its task runs as."""
+    env = {
+        **inherited(environ),
+        **(account.environment if account else {}),
+        **launch.agent_environment(launch.request.execution.termination_grace_seconds),
+    }
     env["LEOFLOW_TERMINATION_LOG"] = str(directory.termination_log)
     # So that inputs and results of the task go with the attempt's directory even when the agent was killed.
     env["LEOFLOW_AGENT_WORK_DIR"] = str(directory.path)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import hmac
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.errors import PermanentLaunchError, TransientLaunchError
 from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec
 from leoflow_celery.executors.core import run_ids
-from leoflow_celery.executors.subprocess.directory import AttemptDirectory, Slots, live_pid, state_root, system_id
+from leoflow_celery.executors.subprocess.directory import (
+    Account,
+    AttemptDirectory,
+    Slots,
+    live_pid,
+    state_root,
+    system_id,
+)
 from leoflow_celery.executors.subprocess.environment import agent_environment, staging_dir
 from leoflow_celery.executors.subprocess.exit_handler import Exited, Settler
 from leoflow_celery.executors.subprocess.processes import Processes, earlier_names
@@ -48,16 +57,29 @@ class SubprocessExecutor:
         reporter: FailureReporter | None = None,
         *,
         environ: Mapping[str, str] | None = None,
+        secrets: Sequence[str] = (),
     ) -> None:
-        """Settle what a killed worker left behind. Raises ConfigurationError for an unusable state directory."""
+        """Settle what a killed worker left behind.
+
+        ``secrets`` are this worker's own, and its successor's, newest first: the keys that sign records come from them.
+
+        Raises:
+            ConfigurationError: the state directory or the user that tasks run as cannot be used.
+        """
+        self._account = Account.of(settings)
+        who = f"user {settings.user!r}" if self._account else "this user"
         log.warning(
-            "subprocess.no_isolation: user code runs as this user on this host, without any isolation; "
+            f"subprocess.no_isolation: user code runs as {who} on this host, without any isolation; "
             "the subprocess executor is for development only"
         )
+        # A foreign agent signs nothing.
+        self._secrets = () if settings.agent_path else tuple(secrets)
         self._settings, self._environ = settings, dict(os.environ if environ is None else environ)
         self._root = state_root(settings.state_dir)
         self._processes = Processes(system_id(self._root))
-        self._reaper, self._settler = Reaper(), Settler(self._processes, reporter)
+        if self._account:
+            self._account.open_way(self._root)
+        self._reaper, self._settler = Reaper(), Settler(self._processes, reporter, self._record_keys)
         self._slots = Slots(self._root, settings.max_running)
         self._spawner = self._make_spawner()
         self._sweep_regularly()
@@ -164,13 +186,19 @@ class SubprocessExecutor:
     def _start(self, launch: LaunchSpec, directory: AttemptDirectory, started: threading.Event) -> int:
         if self._settings.work_dir and not os.path.isdir(self._settings.work_dir):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._settings.work_dir)
-        directory.prepare(launch.attempt, launch.request.source)
+        directory.prepare(launch.attempt, launch.request.source, self._account)
         if launch.request.staging_claim:
-            staging_dir(self._root, launch.request.staging_claim, *run_ids(launch.request).values()).mkdir(
-                parents=True, exist_ok=True
-            )
+            staging = staging_dir(self._root, launch.request.staging_claim, *run_ids(launch.request).values())
+            staging.mkdir(parents=True, exist_ok=True)
+            if self._account:
+                os.chown(staging, self._account.uid, self._account.gid)
+                staging.chmod(0o700)
         mark, limit = self._processes.variable(launch.name), self._processes.limit(launch.name)
-        env = agent_environment(launch, directory, self._root, self._settings.venvs_root, mark, self._environ)
+        env = agent_environment(
+            launch, directory, self._root, self._settings.venvs_root, mark, self._environ, self._account
+        )
+        if keys := self._record_keys(launch.name):
+            env["LEOFLOW_AGENT_RECORD_KEY"] = keys[0]
         start = AgentStart(env, self._settings.work_dir, directory.agent_log, directory.lock, limit)
         pid = self._spawner.start(
             start, lambda code: self._settler.exited(Exited(directory.path, launch.attempt, code, started))
@@ -193,6 +221,11 @@ class SubprocessExecutor:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
             self._processes.kill(name)
+
+    def _record_keys(self, name: str) -> list[str]:
+        """Those that sign the record of an attempt: no task knows them, and each is good for this launch alone."""
+        text = f"leoflow.termination/{name}".encode()
+        return [hmac.new(secret.encode(), text, hashlib.sha256).hexdigest() for secret in self._secrets]
 
     def _path(self, name: str) -> Path:
         return self._root / "attempts" / name

@@ -7,6 +7,7 @@ import queue
 import signal
 import threading
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +74,14 @@ def _how(exit_code: int | None) -> str:
 class Settler:
     """Settles attempts one after the other in a thread of its own: a reporter may wait for its broker."""
 
-    def __init__(self, processes: Processes, reporter: FailureReporter | None) -> None:
-        self._processes, self._reporter = processes, reporter
+    def __init__(
+        self,
+        processes: Processes,
+        reporter: FailureReporter | None,
+        keys_of: Callable[[str], Sequence[str]] = lambda _: (),
+    ) -> None:
+        """``keys_of`` are the keys that sign the record of an attempt, by its name; without one any is believed."""
+        self._processes, self._reporter, self._keys_of = processes, reporter, keys_of
         self._overran: dict[str, int] = {}
         self._queue: queue.SimpleQueue[Exited | Path | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="leoflow-settler", daemon=True)
@@ -92,7 +99,7 @@ class Settler:
         """Report what an earlier agent left in a directory we hold; True when the attempt has ended by its word."""
         if not self._processes.kill(directory.path.name):
             raise TimeoutError(f"processes of {directory.path.name} are still there although they were killed")
-        record = directory.record()
+        record = directory.record(self._keys_of(directory.path.name))
         self._report(directory, directory.attempt(), settle(record, None, seen=False))
         return record is not None and record.ended
 
@@ -136,7 +143,8 @@ class Settler:
         if directory is None:
             return  # started again, or settled by another worker
         try:
-            report = settle(directory.record(), exited.code, seen=True)
+            record = directory.record(self._keys_of(exited.path.name))
+            report = settle(record, exited.code, seen=True)
             seconds = self._overran.pop(exited.path.name, None)
             if seconds is not None and report is not None and report.outcome.reason is FailureReason.PROCESS_LOST:
                 message = f"the task ran longer than {seconds} s, and its agent did not stop it"

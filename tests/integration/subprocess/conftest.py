@@ -56,6 +56,7 @@ def launch(plane: ControlPlane) -> Callable[..., LaunchSpec]:
     return make
 
 
+SECRETS = ("the worker's",)
 ENVIRON = {
     "PATH": os.environ["PATH"],
     "LEOFLOW_AGENT_KILL_GRACE_SECONDS": "1",
@@ -72,7 +73,8 @@ def make_executor(request, tmp_path: Path, reports: Reports) -> Iterator[Callabl
 
     def make(environ: dict[str, str] | None = None, **settings) -> SubprocessExecutor:
         settings = {"state_dir": str(tmp_path / "state"), "preload_agent": request.param, **settings}
-        made.append(SubprocessExecutor(SubprocessSettings(**settings), reports, environ={**ENVIRON, **(environ or {})}))
+        environ = {**ENVIRON, **(environ or {})}
+        made.append(SubprocessExecutor(SubprocessSettings(**settings), reports, environ=environ, secrets=SECRETS))
         return made[-1]
 
     yield make

@@ -103,6 +103,48 @@ def test_a_task_that_rewrites_whose_it_is_changes_nobody_elses_attempt(plane, ma
     assert {attempt.task_instance_id for attempt, _, _ in reports} == {"ti-t"}
 
 
+def forged(name: str, task_instance_id: str, path: Path) -> str:
+    """Bash that says of an attempt that it succeeded, and kills its agent (all of one user may)."""
+    done = json.dumps({"attempt": task_instance_id, "state": "success", "exit_code": 0, "return_value": "1"})
+    directory = path / "state" / "attempts" / name
+    return f"echo '{done}' >{directory}/termination.json; kill -9 $(cat {directory}/pid)"
+
+
+@pytest.mark.parametrize("whose", ["own", "anothers"])
+def test_nobody_says_of_an_attempt_that_it_succeeded_but_its_agent(
+    plane, make_executor, launch, reports, tmp_path, whose
+):
+    executor, victim = make_executor(), launch("victim")
+    if whose == "anothers":
+        plane.spec = pb.TaskSpec(operator="bash", entrypoint="echo ready; sleep 300")
+        executor.execute(victim)
+        wait_until(lambda: "ready" in plane.text("stdout"))
+    forger = launch("forger") if whose == "anothers" else victim
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint=f"{forged(victim.name, 'ti-victim', tmp_path)}; sleep 300")
+    executor.execute(forger)
+    wait_until(lambda: reports)
+    [(attempt, outcome, value)] = reports
+    assert attempt == victim.attempt
+    assert (outcome.state, outcome.reason, value) == (TaskState.FAILED, FailureReason.PROCESS_LOST, None)
+
+
+def test_nor_when_nobody_saw_the_end(plane, killed_worker, make_executor, launch, reports, tmp_path):
+    """Agent and worker die, and the successor has nothing but what is in the directory."""
+    go = tmp_path / "go"
+    plane.spec = pb.TaskSpec(
+        operator="bash",
+        entrypoint=f"echo ready; while [ ! -e {go} ]; do sleep 0.02; done; "
+        f"{forged(launch().name, 'ti-t', tmp_path)}; sleep 300",
+    )
+    agent = killed_worker()
+    go.touch()
+    wait_until(lambda: not agent.is_running() or agent.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: lock_is_free(tmp_path))
+    make_executor()
+    wait_until(lambda: attempts(tmp_path) == [])
+    assert reports == []
+
+
 def test_an_agent_that_does_not_look_at_the_time_is_stopped(make_executor, launch, reports, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess_executor, "_TIMEOUT_ALLOWANCE_SECONDS", 0)
     agent = tmp_path / "agent"

@@ -15,7 +15,7 @@ from leoflow_celery.domain.states import TaskState
 from leoflow_celery.executors.subprocess import spawners
 from leoflow_celery.executors.subprocess.directory import live_pid
 from leoflow_celery.protocol import agent_pb2 as pb
-from tests.integration.subprocess.conftest import ENVIRON, attempts
+from tests.integration.subprocess.conftest import ENVIRON, SECRETS, attempts
 from tests.support.waiting import wait_until
 
 WORKER = """
@@ -25,7 +25,8 @@ from leoflow_celery.domain.request import parse_request
 from leoflow_celery.executors.subprocess import SubprocessExecutor
 from leoflow_celery.settings import SubprocessSettings
 request = parse_request(sys.argv[1])
-executor = SubprocessExecutor(SubprocessSettings(state_dir=sys.argv[2], preload_agent=sys.argv[3] == "forked"))
+settings = SubprocessSettings(state_dir=sys.argv[2], preload_agent=sys.argv[3] == "forked")
+executor = SubprocessExecutor(settings, secrets=sys.argv[4:])
 print(executor.execute(LaunchSpec(request, request.attempt)).details["pid"], flush=True)
 sys.stdin.read()
 """
@@ -36,8 +37,9 @@ def killed_worker(request, plane, launch, tmp_path):
     """Run a task under a worker, kill the worker, return the agent."""
 
     def run(**environ: str) -> psutil.Process:
+        given = [launch().request.model_dump_json(), str(tmp_path / "state"), request.param, *SECRETS]
         worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER, launch().request.model_dump_json(), str(tmp_path / "state"), request.param],
+            [sys.executable, "-c", WORKER, *given],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, **ENVIRON, **environ},
         )  # fmt: skip
