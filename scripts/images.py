@@ -37,7 +37,7 @@ class BuildFailed(Exception):
 def main() -> int:
     """Build what the command line names."""
     parser = argparse.ArgumentParser(description="Build the images of the Dockerfile.")
-    parser.add_argument("targets", nargs="*", default=[], metavar="target", help="task-base, agent, system; all by default")
+    parser.add_argument("targets", nargs="*", default=[], metavar="target", help="task-base, agent, system")
     parser.add_argument("--tag", default="latest", help="tag of the images (latest)")
     parser.add_argument("--base", default=DEFAULT_BASE, help=f"base image, a Debian with Python ({DEFAULT_BASE})")
     arguments = parser.parse_args()
