@@ -97,13 +97,16 @@ RUN set -eu; \
 
 # ---------------------------------------------------------------------------------------------------------------------
 FROM system-requirements AS system-code
-COPY README.md beat_schedule.py ./
+COPY README.md ./
 COPY leoflow_runtime leoflow_runtime
 COPY leoflow_celery leoflow_celery
-COPY workers workers
+# The entry points of a checkout: "celery -A workers.control" is the same command everywhere.
+COPY beat_schedule.py /code/entry/
+COPY workers /code/entry/workers
 RUN set -eu; \
     python -m pip install --no-deps --prefix /code . ; \
-    python -m compileall -q --invalidation-mode unchecked-hash /code/lib
+    echo /opt/leoflow/entry >"$(ls -d /code/lib/*/site-packages)/leoflow_entry.pth"; \
+    python -m compileall -q --invalidation-mode unchecked-hash /code/lib /code/entry
 
 # ---------------------------------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS system
