@@ -52,7 +52,8 @@ def python_image(version: str) -> str:
     found = next((one for root in roots for one in sorted(root.glob(f"{version}.*"))), None)
     if found is None:
         pytest.skip(f"no Python {version} on this machine to make an image of")
-    dockerfile = f"FROM {base_image()}\nCOPY python /opt/python\nENV PATH=/opt/python/bin:$PATH LD_LIBRARY_PATH=/opt/python/lib\nUSER 65534:65534\n"
+    environment = "ENV PATH=/opt/python/bin:$PATH LD_LIBRARY_PATH=/opt/python/lib"
+    dockerfile = f"FROM {base_image()}\nCOPY python /opt/python\n{environment}\nUSER 65534:65534\n"
     tag = f"leoflow-foreign-test:python{found.name}"
     if not _exists(tag):
         with tempfile.TemporaryDirectory() as directory:
