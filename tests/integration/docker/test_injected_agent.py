@@ -123,3 +123,13 @@ def test_the_volume_is_made_once_per_agent_image_and_replaces_an_older_one(
         [mount] = [mount for mount in one["Mounts"] if mount["Destination"] == "/opt/leoflow-agent"]
         assert mount["Name"] == volume
         assert mount["RW"] is (one["Id"] == held[0]["Id"])
+
+
+def test_a_kill_for_memory_is_the_reason(docker_system: Docker, plane: ControlPlane) -> None:
+    spec = bash("x=a; while true; do x=$x$x; done")
+    limits = {"limits": {"memory": "64Mi"}}
+    plane.spec = spec
+    executor = docker_system.executor(agent="inject", agent_image=agent_image())
+    launch = docker_system.agent_launch(plane, image=foreign_images.busybox_image(), resources=limits)
+    docker_system.engine.wait(executor.execute(launch).external_name)
+    assert ended(plane) == (pb.TASK_STATE_FAILED, "oom_killed"), plane.final()
