@@ -35,7 +35,7 @@ help:
 	@echo 'make test-airflow  install Airflow into .venv-airflow (a minute, 400 MB) and let its scheduler run tasks through us'
 	@echo 'make lint    ruff, mypy --strict, import-linter'
 	@echo 'make bench   the benchmarks, each beside its floor'
-	@echo 'make images  build leoflow-task-base:latest and leoflow-system:latest with Docker (TAG=... names another tag)'
+	@echo 'make images  build leoflow-task-base:latest, leoflow-agent:latest and leoflow-system:latest (TAG=... names another tag)'
 	@echo 'make proto   regenerate leoflow_celery/protocol/agent_pb2.py from agent.proto'
 	@echo 'make clean   remove .venv and every generated file'
 

@@ -257,6 +257,11 @@ class KubernetesSettings(BaseSettings):
     #: Containers cannot write but to /tmp, /staging and other volumes.
     read_only_root: bool = False
     service_account: str = ""
+    #: Whose agent runs a pod's task unless its request says: that of its image (``image``), or ours, which an init
+    #: container brings into any image (``inject``).
+    agent: Literal["image", "inject"] = "image"
+    #: The image that the injected agent comes from. Its version should be this worker's.
+    agent_image: Annotated[str, Field(min_length=1)] = "leoflow-agent:latest"
     #: A label value that tells this system's pods and claims from those of another one in the namespace.
     system: str = ""
     #: Names of Secrets, comma separated.
@@ -324,6 +329,11 @@ class DockerSettings(BaseSettings):
     secrets_dir: str = ""
     #: YAML: which images may run, and the most of each resource that a container may have. Empty: any.
     policy: OptionalPath = None
+    #: Whose agent runs a container's task unless its request says: that of its image (``image``), or ours, which is
+    #: mounted into any image (``inject``).
+    agent: Literal["image", "inject"] = "image"
+    #: The image that the injected agent comes from. Its version should be this worker's.
+    agent_image: Annotated[str, Field(min_length=1)] = "leoflow-agent:latest"
     #: How the agent's token and the request's variables reach the container: in a file that the agent removes, or plain
     #: in the container's configuration (for agents that do not know LEOFLOW_AGENT_ENV_FILE).
     agent_environment: Literal["file", "plain"] = "file"

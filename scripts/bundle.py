@@ -111,7 +111,7 @@ def _reached(packages: Iterable[Path], standard: Path) -> Iterator[Path]:
 
 class _Finder(ModuleFinder):
     def find_module(self, name: str, path: list[str] | None, parent: Any = None) -> Any:
-        """It cannot read a package without an ``__init__``: what is below one (google.protobuf) is found by importing."""
+        """It cannot read a package without an ``__init__``: what is below one is found by importing."""
         try:
             return super().find_module(name, path, parent)
         except AttributeError as error:
@@ -176,7 +176,8 @@ def _relocate(interpreter: Path, library: Path, patchelf: str) -> None:
     loader = next(name for name in found if name.startswith("ld-linux"))
     (folder / loader).chmod(0o755)
     subprocess.run(
-        [patchelf, "--set-interpreter", folder / loader, "--force-rpath", "--set-rpath", folder, interpreter], check=True
+        [patchelf, "--set-interpreter", folder / loader, "--force-rpath", "--set-rpath", folder, interpreter],
+        check=True,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -153,7 +154,14 @@ def _add_operator(command: Command, spec: pb.TaskSpec, inputs: Inputs, config: A
             paths = (command.env.get("LEOFLOW_SOURCE_DIR"), command.env.get("PYTHONPATH"), str(directory / "runtime"))
             command.env["PYTHONPATH"] = ":".join(path for path in paths if path)
         case "bash":
-            command.argv = ["bash", *_script(command, spec.entrypoint, directory)]
+            if spec.entrypoint.strip():
+                command.argv = [_shell(command.env), *_script(command, spec.entrypoint, directory)]
+            elif not config.image_command:
+                raise InvalidRequest(
+                    "entrypoint: is empty, and nobody knows what the image runs by itself", "entrypoint"
+                )
+            else:
+                command.argv = list(config.image_command)
         case "exec":
             command.argv = [value.string_value for value in spec.extra.fields["argv"].list_value.values]
             command.stdin = spec.extra.fields["stdin"].string_value.encode()
@@ -200,6 +208,11 @@ def _filled(text: str, spec: pb.TaskSpec, xcoms: Mapping[str, bytes]) -> str:
         return HttpRequest.model_validate_json(text).filled(values).model_dump_json()
     except TemplateError as error:
         raise InvalidRequest(str(error), error.field) from None
+
+
+def _shell(env: Mapping[str, str]) -> str:
+    """A small image has no bash, but perhaps a shell of its own."""
+    return next((one for one in ("bash", "sh") if shutil.which(one, path=env.get("PATH"))), "bash")
 
 
 def _script(command: Command, text: str, directory: Path) -> list[str]:

@@ -84,6 +84,8 @@ class AgentConfig:
     echo: bool = False
     #: Whether an interruption that is no cancellation is left to the executor to report: it sees why (an eviction, …).
     leave_interruption: bool = False
+    #: What the image runs by itself, for a task that names no command; empty: nobody knows.
+    image_command: tuple[str, ...] = ()
     #: The holder of the claim: one per agent process, the same in every call.
     session: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
 
@@ -113,6 +115,7 @@ class AgentConfig:
             spool_bytes=int(_number(environ, "LEOFLOW_AGENT_SPOOL_BYTES", 64 * _KIB * _KIB, at_least=64 * _KIB)),
             echo=_flag(environ, "LEOFLOW_AGENT_ECHO"),
             leave_interruption=_flag(environ, "LEOFLOW_AGENT_LEAVE_INTERRUPTION"),
+            image_command=_command(environ, "LEOFLOW_AGENT_IMAGE_COMMAND"),
         )
 
 
@@ -141,6 +144,16 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     if text not in ("", "true", "false"):
         raise ConfigurationError(f"{name}={text!r} must be true or false")
     return text == "true"
+
+
+def _command(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
+    try:
+        found = json.loads(environ.get(name) or "[]")
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ConfigurationError(f"{name} is not a JSON list of strings")
+    return tuple(found)
 
 
 def _termination_log(environ: Mapping[str, str]) -> str:

@@ -97,7 +97,7 @@ class Agent:
         return 1
 
     async def _run_claimed(self) -> int:
-        spool = Spool(self._config.spool_bytes)
+        spool = Spool(self._config.spool_bytes, self._config.work_dir)
         shipper = LogShipper(self._plane, spool, self._heartbeat.beat_now)
         shipping = asyncio.create_task(shipper.run())
         beating = asyncio.create_task(self._heartbeat.run())

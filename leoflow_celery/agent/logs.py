@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -30,8 +31,9 @@ class Spool:
     Records are numbered from 1 without gaps. The index costs eight bytes of memory per record.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._file, self._capacity = _open(capacity)
+    def __init__(self, capacity: int, directory: str | None = None) -> None:
+        """``directory`` is where the file is made, when it can be; the system's temporary one is the other choice."""
+        self._file, self._capacity = _open(capacity, directory)
         #: Where each record starts, counted from the beginning of time; the last entry is where the next one will.
         self._starts = array("Q", [0])
         self._skipped = 0
@@ -99,14 +101,14 @@ class Spool:
         return written == len(record)
 
 
-def _open(capacity: int) -> tuple[int, int]:
-    """A nameless file and the capacity it is good for."""
-    try:
-        descriptor, path = tempfile.mkstemp(prefix="leoflow-spool-")
-        os.unlink(path)
-    except OSError:
-        return os.memfd_create("leoflow-spool"), min(capacity, _MAX_MEMORY_BYTES)
-    return descriptor, capacity
+def _open(capacity: int, directory: str | None) -> tuple[int, int]:
+    """A nameless file and the capacity it is good for. An image may have no temporary directory."""
+    for parent in dict.fromkeys((directory, None)):
+        with contextlib.suppress(OSError):
+            descriptor, path = tempfile.mkstemp(prefix="leoflow-spool-", dir=parent)
+            os.unlink(path)
+            return descriptor, capacity
+    return os.memfd_create("leoflow-spool"), min(capacity, _MAX_MEMORY_BYTES)
 
 
 AGENT_STREAM = "agent"

@@ -108,6 +108,7 @@ class Toleration(Frozen):
     tolerationSeconds: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # noqa: N815 - the Kubernetes API's own name
 
 
+AgentSource = Literal["image", "inject"]
 PullPolicy = Literal["Always", "IfNotPresent", "Never"]
 
 
@@ -287,6 +288,9 @@ class TaskRequest(Frozen):
     try_number: Annotated[int, Field(ge=1, le=1_000_000)] = 1
 
     image: Label = ""
+    #: Who runs the task in its container: an agent that the image has, or ours, brought into any image. None is the
+    #: queue's setting.
+    agent: AgentSource | None = None
     image_pull_policy: PullPolicy | None = None
     operator: Operator
     entrypoint: Text = ""
@@ -359,8 +363,12 @@ class TaskRequest(Frozen):
                         f"a python task needs 'module:callable', e.g. 'dag:extract' (got {self.entrypoint!r})",
                     )
             case Operator.BASH:
-                if not self.entrypoint.strip():
-                    raise _wrong("entrypoint", "is empty; a bash task needs the command to run")
+                if not self.entrypoint.strip() and self.agent != "inject":
+                    raise _wrong(
+                        "entrypoint",
+                        "is empty; a bash task needs the command to run, or agent: inject to run what its image runs "
+                        "by itself",
+                    )
             case Operator.HTTP_API:
                 self._check_call()
             case Operator.EXEC:
@@ -405,6 +413,11 @@ class TaskRequest(Frozen):
         if self.task_secret_name and not self.task_secret_mount_path:
             raise _wrong("task_secret_mount_path", "is empty; say where task_secret_name is mounted, e.g. /secrets")
         return self
+
+    @property
+    def runs_image_command(self) -> bool:
+        """Whether it names no command: the image's own is run."""
+        return self.operator is Operator.BASH and not self.entrypoint.strip()
 
     @property
     def attempt(self) -> AttemptId:

@@ -249,6 +249,20 @@ def check_inline_fields(request: TaskRequest) -> None:
         )
 
 
+def check_agent(request: TaskRequest, executor: ExecutorType) -> None:
+    """Refuse an agent for a container where there is none.
+
+    Raises:
+        InvalidRequest: names the field, the executor and the fix.
+    """
+    if request.agent is not None and executor not in RECONCILED:
+        raise InvalidRequest(
+            f"agent: {request.agent!r} is for pods and containers, and the {executor} executor starts none; leave it "
+            "out, or name the kubernetes or docker executor",
+            "agent",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What the operator lets requests ask for; ``permitted`` empty is the standard executor and the inline one."""
@@ -303,6 +317,7 @@ def check_task(request: TaskRequest, policy: Policy) -> ExecutorType:
     if executor is ExecutorType.INLINE:
         check_inline_timeout(request, policy.max_inline_seconds)
         check_inline_fields(request)
+    check_agent(request, executor)
     check_secrets(request, executor)
     check_callback(request)
     check_claims(request)

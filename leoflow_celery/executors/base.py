@@ -8,9 +8,16 @@ from typing import Any, Protocol
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.outcome import Outcome
+from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.staging import StagingPlan
+from leoflow_celery.errors import PermanentLaunchError
 
+#: Where a container has the injected agent, read-only; the directory works at this path alone (scripts/bundle.py).
+INJECTED_DIR = "/opt/leoflow-agent"
+INJECTED_AGENT = (f"{INJECTED_DIR}/bin/leoflow-agent",)
+#: Tells an agent, as a JSON list, what its image runs by itself.
+IMAGE_COMMAND = "LEOFLOW_AGENT_IMAGE_COMMAND"
 #: What of a termination grace belongs to the agent: to report, or to leave its record behind.
 _LAST_WORDS_SECONDS = 5.0
 #: Most tasks wait for a server; an agent with a small task has 50 to 100 MiB.
@@ -27,6 +34,22 @@ def kill_grace_seconds(termination_grace_seconds: float) -> float:
 def standard_max_running(cores: int, memory_bytes: int) -> int:
     """How many attempts a host runs at once unless it is told."""
     return max(_AT_LEAST, min(_PER_CORE * cores, memory_bytes // _BYTES_EACH))
+
+
+def injects(request: TaskRequest, standard: str) -> bool:
+    """Whether a request's container gets our agent; ``standard`` is the queue's setting.
+
+    Raises:
+        PermanentLaunchError: it has to be known what the image runs by itself, and its own agent would not tell.
+    """
+    if (request.agent or standard) == "inject":
+        return True
+    if request.runs_image_command:
+        raise PermanentLaunchError(
+            FailureReason.INVALID_SPEC,
+            "entrypoint: is empty; name the command to run, or set agent: inject to run what the image runs by itself",
+        )
+    return False
 
 
 class Sealing(Protocol):

@@ -29,6 +29,7 @@ from leoflow_celery.domain.fields import (
     Parameters,
 )
 from leoflow_celery.domain.request import (
+    AgentSource,
     Execution,
     Frozen,
     HttpRequest,
@@ -128,6 +129,7 @@ class TaskSpec(Frozen):
     execution_timeout_seconds: Timeout | None = None
     execution_mode: Literal["inline", "pod"] | None = None
     entrypoint: str = ""
+    agent: AgentSource | None = None
     http_request: HttpRequest | None = None
     env: Environment = Field(default_factory=dict)
     call_args: JsonObject = Field(default_factory=dict)
@@ -154,8 +156,11 @@ class TaskSpec(Frozen):
             raise ValueError(f"http_request: a {self.type} task makes no call; remove it or set type http_api")
         if self.execution_mode == "inline":
             raise ValueError(f"execution_mode: 'inline' is for http_api; a {self.type} task is always 'pod'; remove it")
-        if self.type is Operator.BASH and not self.entrypoint.strip():
-            raise ValueError("entrypoint: is missing; a bash task needs the command to run")
+        if self.type is Operator.BASH and not self.entrypoint.strip() and self.agent != "inject":
+            raise ValueError(
+                "entrypoint: is missing; a bash task needs the command to run, or agent: inject to run what its image "
+                "runs by itself"
+            )
         if self.type is Operator.PYTHON and not re.fullmatch(r"[^:\s]+:[^:\s]+", self.entrypoint):
             raise ValueError(
                 f"entrypoint: a python task needs 'module:callable', e.g. 'dag:extract' (got {self.entrypoint!r})"
@@ -331,6 +336,7 @@ def task_request(
             task_id=task_id,
             try_number=try_number,
             image=dag.image,
+            agent=task.agent,
             image_pull_policy=task.execution.image_pull_policy,
             operator=task.type,
             entrypoint=task.entrypoint,

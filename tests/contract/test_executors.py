@@ -35,7 +35,8 @@ from leoflow_celery.settings import DockerSettings, KubernetesSettings, Settings
 from leoflow_celery.testing.stub import ScriptedExecutor, permanent
 from tests.support.cluster import require_cluster
 from tests.support.engine import engine_of_tests, system_name
-from tests.support.images import task_image
+from tests.support.foreign_images import busybox_image
+from tests.support.images import agent_image, task_image
 from tests.support.waiting import wait_until
 
 #: What containers are started from; only the Docker host has it. Somebody else's run has another.
@@ -109,14 +110,14 @@ def _ended(children: set[psutil.Process]) -> list[psutil.Process]:
 
 
 @contextmanager
-def kubernetes(tmp_path: Path) -> Iterator[Backend]:
+def kubernetes(tmp_path: Path, **more: Any) -> Iterator[Backend]:
     """Pods of a scheduler that nobody runs: they exist and stay pending."""
     cluster = require_cluster()
     template = tmp_path / "template.yaml"
     container = {"name": "task", "image": "nobody-has:this"}
     template.write_text(json.dumps({"spec": {"schedulerName": "nobody", "containers": [container]}}))
     with cluster.namespace(tmp_path) as namespace:
-        settings = KubernetesSettings(kubeconfig=namespace.worker_kubeconfig(), pod_template=template)
+        settings = KubernetesSettings(kubeconfig=namespace.worker_kubeconfig(), pod_template=template, **more)
         executor = create_executor(ExecutorType.KUBERNETES, Settings(kubernetes=settings), lambda *_: None)
         yield Backend(
             executor,
@@ -129,12 +130,12 @@ def kubernetes(tmp_path: Path) -> Iterator[Backend]:
 
 
 @contextmanager
-def docker(tmp_path: Path) -> Iterator[Backend]:
+def docker(tmp_path: Path, image: Callable[[], str] = task_image, **more: Any) -> Iterator[Backend]:
     """Containers whose agents try to reach a control plane that is not there."""
     with engine_of_tests() as engine:
-        settings = Settings(docker=DockerSettings(system=system_name()))
+        settings = Settings(docker=DockerSettings(system=system_name(), **more))
         system = settings.docker.system
-        engine.api.tag(task_image(), *IMAGE.split(":"))
+        engine.api.tag(image(), *IMAGE.split(":"))
         executor = create_executor(ExecutorType.DOCKER, settings, lambda *_: None)
         yield Backend(
             executor,
@@ -147,11 +148,22 @@ def docker(tmp_path: Path) -> Iterator[Backend]:
         engine.api.remove_image(IMAGE)
 
 
+def docker_injected(tmp_path: Path) -> AbstractContextManager[Backend]:
+    """Containers of an image with nothing but a busybox, and our agent in it."""
+    return docker(tmp_path, busybox_image, agent="inject", agent_image=agent_image())
+
+
+def kubernetes_injected(tmp_path: Path) -> AbstractContextManager[Backend]:
+    return kubernetes(tmp_path, agent="inject")
+
+
 BACK_ENDS: list[Callable[[Path], AbstractContextManager[Backend]]] = [
     stub,
     subprocess,
     kubernetes,
+    kubernetes_injected,
     docker,
+    docker_injected,
 ]
 
 

@@ -37,6 +37,7 @@ _TASK_BASE = (
 )
 _SOURCES = {
     "task-base": (*_SHARED, *_TASK_BASE),
+    "agent": (*_SHARED, *_TASK_BASE, "scripts/bundle.py"),
     "system": (*_SHARED, "beat_schedule.py", "leoflow_celery", "workers"),
 }
 #: Images of older sources: some may still run in somebody else's test on this machine.
@@ -51,6 +52,11 @@ def base_image() -> str:
 def task_image() -> str:
     """The name of an up-to-date ``leoflow-task-base``; built when it is not there, under a minute."""
     return _image("task-base")
+
+
+def agent_image() -> str:
+    """The name of an up-to-date ``leoflow-agent``."""
+    return _image("agent")
 
 
 def system_image() -> str:

@@ -5,7 +5,9 @@ The result is the body of the Engine's ``POST /containers/create``.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from leoflow_celery.domain.quantity import parse_quantity
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import Resources, TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
-from leoflow_celery.executors.base import LaunchSpec
+from leoflow_celery.executors.base import IMAGE_COMMAND, INJECTED_AGENT, LaunchSpec, injects
 from leoflow_celery.executors.docker.archive import (
     ATTEMPT_DIR,
     ENVIRONMENT_FILE,
@@ -42,8 +44,8 @@ class Environment:
     secret: dict[str, str]
 
 
-def build_environment(launch: LaunchSpec, settings: DockerSettings) -> Environment:
-    """The agent's variables and the request's; ours win."""
+def build_environment(launch: LaunchSpec, settings: DockerSettings, image_command: Sequence[str] = ()) -> Environment:
+    """The agent's variables and the request's; ours win. ``image_command`` is for a task that names none."""
     request = launch.request
     ours = launch.agent_environment(_grace_seconds(request, settings)) | {
         "LEOFLOW_ATTEMPT_NAME": launch.name,
@@ -58,7 +60,9 @@ def build_environment(launch: LaunchSpec, settings: DockerSettings) -> Environme
         ours["LEOFLOW_STAGING_DIR"] = STAGING_DIR
     if request.source:
         ours["LEOFLOW_SOURCE_DIR"] = SOURCE_DIR
-    if settings.agent_environment == "plain":
+    if image_command:
+        ours[IMAGE_COMMAND] = json.dumps(list(image_command))
+    if settings.agent_environment == "plain" and not injects(request, settings.agent):
         return Environment({**request.env, **ours}, {})
     token = ours.pop(_TOKEN)
     ours["LEOFLOW_AGENT_ENV_FILE"] = ENVIRONMENT_FILE
@@ -73,8 +77,11 @@ def build_container(
     system: str,
     cpus: int,
     policy: DockerPolicy | None = None,
+    bundle: str = "",
 ) -> Json:
     """The container of an attempt, for an Engine with so many ``cpus``. ``policy`` is the operator's.
+
+    ``bundle`` is the container with the volume of the agent to inject; without one the image has an agent.
 
     Raises:
         PermanentLaunchError: the request asks for something that no container can have, or that the policy refuses.
@@ -84,16 +91,18 @@ def build_container(
         raise PermanentLaunchError(
             FailureReason.INVALID_IMAGE, "image: is empty; a docker task needs the image that has its code"
         )
+    config = _host_config(request, settings, cpus)
+    if bundle:
+        config["VolumesFrom"] = [f"{bundle}:ro"]
     return {
         "Image": request.image,
+        **({"Entrypoint": list(INJECTED_AGENT), "Cmd": []} if bundle else {}),
         "Hostname": launch.name,
         "Env": [f"{name}={value}" for name, value in environment.open.items()],
         "Labels": attempt_labels(launch, system, deadline_seconds(request, settings)),
         "StopSignal": "SIGTERM",  # whatever the image's own is
         "StopTimeout": _grace_seconds(request, settings),
-        "HostConfig": _with_override(
-            _host_config(request, settings, cpus), (policy or DockerPolicy()).host_config(request)
-        ),
+        "HostConfig": _with_override(config, (policy or DockerPolicy()).host_config(request)),
     }
 
 

@@ -164,6 +164,12 @@ class Engine:
 
     # -- images --------------------------------------------------------------------------------------------------
 
+    def image(self, image: str) -> Json:
+        """What the Engine knows of an image that it has; raises ImageMissing."""
+        with self._calling() as client:
+            found: Json = client.inspect_image(image)  # type: ignore[no-untyped-call]
+            return found
+
     def pull(self, image: str) -> None:
         """Fetch an image with the credentials that the docker command would use; raises PullFailed."""
         repository, tag = parse_repository_tag(image)

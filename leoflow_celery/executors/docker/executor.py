@@ -9,17 +9,27 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from leoflow_celery.domain.desired_state import Expectation
 from leoflow_celery.domain.reasons import FailureReason
+from leoflow_celery.domain.request import TaskRequest
 from leoflow_celery.domain.staging import StagingPlan
 from leoflow_celery.errors import HostFull, PermanentLaunchError, TransientLaunchError
-from leoflow_celery.executors.base import FailureReporter, Launched, LaunchSpec, Reconciled, standard_max_running
+from leoflow_celery.executors.base import (
+    FailureReporter,
+    Launched,
+    LaunchSpec,
+    Reconciled,
+    injects,
+    standard_max_running,
+)
 from leoflow_celery.executors.core import attempt_in
 from leoflow_celery.executors.docker.archive import launch_archive
+from leoflow_celery.executors.docker.bundle import AgentBundle
 from leoflow_celery.executors.docker.container import Environment, Json, build_container, build_environment
 from leoflow_celery.executors.docker.engine import Engine
 from leoflow_celery.executors.docker.errors import (
@@ -29,7 +39,7 @@ from leoflow_celery.executors.docker.errors import (
     NotFound,
     to_launch_error,
 )
-from leoflow_celery.executors.docker.labels import SYSTEM, another_system, system_in, system_name
+from leoflow_celery.executors.docker.labels import MANAGED, SYSTEM, another_system, system_in, system_name
 from leoflow_celery.executors.docker.parse_container import observe_listed
 from leoflow_celery.executors.docker.policy import DockerPolicy
 from leoflow_celery.executors.docker.reconcile import Reconciler
@@ -37,6 +47,7 @@ from leoflow_celery.executors.docker.volumes import StagingVolumes
 from leoflow_celery.executors.policy import load_policy
 from leoflow_celery.settings import Settings
 
+T = TypeVar("T")
 _CREATED = "created"
 _LIVE = ["created", "running", "paused", "restarting"]
 _APPEARS_SECONDS, _POLL_SECONDS = 5.0, 0.05
@@ -52,6 +63,7 @@ class DockerExecutor:
         self._policy = load_policy(settings.docker.policy, "LEOFLOW_DOCKER_POLICY", DockerPolicy)
         self._engine = Engine(settings.docker)
         self._volumes = StagingVolumes(self._engine, self._system)
+        self._bundle = AgentBundle(self._engine, settings.docker.agent_image, self._system)
         self._names = _Names()
         #: Names that have a place and may not be listed yet, under the lock of admission.
         self._starting: set[str] = set()
@@ -75,10 +87,13 @@ class DockerExecutor:
         launch = replace(launch, request=self._policy.within(launch.request))
         with self._names.one_at_a_time(launch.name), _launch_errors(), self._admitted(launch.name):
             facts = self._engine.facts()
-            environment = build_environment(launch, self._settings)
-            config = build_container(launch, self._settings, environment, self._system, facts.cpus, self._policy)
+            environment = build_environment(launch, self._settings, self._image_command(launch))
             if launch.request.staging_claim:
                 self._volumes.ensure(launch.request)
+            bundle = self._bundle.ensure() if injects(launch.request, self._settings.agent) else ""
+            config = build_container(
+                launch, self._settings, environment, self._system, facts.cpus, self._policy, bundle
+            )
             state, already = self._create(launch, config)
             if state == _CREATED:
                 self._start(launch, environment)
@@ -113,7 +128,7 @@ class DockerExecutor:
 
     def _live(self) -> set[str]:
         """The names of this system's containers that run, or are to."""
-        found = self._engine.list_containers(label=f"{SYSTEM}={self._system}", status=_LIVE)
+        found = self._engine.list_containers(label=[MANAGED, f"{SYSTEM}={self._system}"], status=_LIVE)
         return {observe_listed(one).name for one in found}
 
     def cancel(self, name: str, grace_seconds: float) -> None:
@@ -142,24 +157,45 @@ class DockerExecutor:
 
     def _create(self, launch: LaunchSpec, config: Json) -> tuple[str, bool]:
         """The container's state, and whether an earlier delivery had created it."""
-        policy = launch.request.image_pull_policy or launch.request.execution.image_pull_policy or "IfNotPresent"
-        image = launch.request.image
         try:
-            if policy == "Always":
-                self._engine.pull(image)
-            try:
-                self._engine.create(launch.name, config)
-            except ImageMissing as error:
-                if policy == "Never":
-                    message = f"image {image!r} is not on this host and image_pull_policy is Never; pull it there first"
-                    raise PermanentLaunchError(FailureReason.IMAGE_PULL_FAILED, message) from error
-                self._engine.pull(image)
-                self._engine.create(launch.name, config)
+            self._with_image(launch.request, lambda: self._engine.create(launch.name, config))
         except Conflict:
             return self._existing(launch), True
         except EngineError as error:
             raise _of_mounts(error, launch) or error from None
         return _CREATED, False
+
+    def _with_image(self, request: TaskRequest, use: Callable[[], T]) -> T:
+        """Do what needs the request's image, which is pulled as its policy says."""
+        policy = request.image_pull_policy or request.execution.image_pull_policy or "IfNotPresent"
+        if policy == "Always":
+            self._engine.pull(request.image)
+        try:
+            return use()
+        except ImageMissing as error:
+            if policy == "Never":
+                message = (
+                    f"image {request.image!r} is not on this host and image_pull_policy is Never; pull it there first"
+                )
+                raise PermanentLaunchError(FailureReason.IMAGE_PULL_FAILED, message) from error
+            self._engine.pull(request.image)
+            return use()
+
+    def _image_command(self, launch: LaunchSpec) -> tuple[str, ...]:
+        """What the image runs by itself, where the task is just that; nothing for another task.
+
+        Raises:
+            PermanentLaunchError: it runs nothing by itself, or the request has no image.
+        """
+        request = launch.request
+        if not request.runs_image_command or not injects(request, self._settings.agent) or not request.image:
+            return ()
+        config = self._with_image(request, lambda: self._engine.image(request.image)).get("Config") or {}
+        command = (*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ()))
+        if not command:
+            message = f"entrypoint: is empty, and image {request.image!r} names no command of its own; name one"
+            raise PermanentLaunchError(FailureReason.INVALID_SPEC, message)
+        return command
 
     def _existing(self, launch: LaunchSpec) -> str:
         """The state of the container that has the name; the Engine gives a name away before it shows its container."""

@@ -20,6 +20,8 @@ STAGING = f"{PREFIX}staging"
 STAGING_VOLUMES = f"{STAGING}=true"
 #: Which leoflow_celery started it: several may share an Engine, and none may delete what another one runs.
 SYSTEM = f"{PREFIX}system"
+#: On the container whose volume has the agent that others get: the id of the image that it is from.
+AGENT_IMAGE = f"{PREFIX}agent-image"
 DEADLINE = f"{PREFIX}deadline-seconds"
 
 

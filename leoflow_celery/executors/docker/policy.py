@@ -19,6 +19,7 @@ from leoflow_celery.domain.quantity import parse_quantity
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import DeviceRequest, DockerMount, DockerOverride, Frozen, TaskRequest, UlimitName
 from leoflow_celery.errors import PermanentLaunchError
+from leoflow_celery.executors.base import INJECTED_DIR
 from leoflow_celery.executors.docker.archive import LEOFLOW_DIR, STAGING_DIR
 from leoflow_celery.executors.policy import ExecutorPolicy, matches
 
@@ -29,7 +30,7 @@ _UNLIMITED = -1
 #: An Engine cannot even read a larger number.
 _MOST_BYTES = 2**63 - 1
 #: What a mount may not cover, be below or be above: ours, the agent's, the kernel's.
-_TAKEN = (LEOFLOW_DIR, STAGING_DIR, "/etc/leoflow", "/opt/leoflow", "/proc", "/sys", "/dev")
+_TAKEN = (LEOFLOW_DIR, STAGING_DIR, "/etc/leoflow", "/opt/leoflow", INJECTED_DIR, "/proc", "/sys", "/dev")
 #: Of a GPU's driver. Others may stand for any device of the host.
 _GPU_DRIVERS = frozenset({"", "nvidia"})
 _GPU_CAPABILITIES = frozenset({"gpu", "nvidia", "compute", "utility", "graphics", "video", "display", "ngx"})

@@ -10,6 +10,7 @@ its agent is told where to find what proves which pod it is.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -17,7 +18,7 @@ from leoflow_celery.domain.attempt import TASK_CONTAINER
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import Resources, TaskRequest
 from leoflow_celery.errors import PermanentLaunchError
-from leoflow_celery.executors.base import LaunchSpec
+from leoflow_celery.executors.base import IMAGE_COMMAND, INJECTED_AGENT, INJECTED_DIR, LaunchSpec, injects
 from leoflow_celery.executors.core import AUDIENCE, SEAL, Confidential
 from leoflow_celery.executors.kubernetes.labels import (
     SYSTEM_LABEL,
@@ -47,6 +48,11 @@ _TOKEN_PATH = "LEOFLOW_AGENT_TOKEN_PATH"  # noqa: S105 - as above
 RESERVED = frozenset({_TOKEN, _TOKEN_PATH})
 #: A shorter argument is an option or the name of a program.
 _TELLING_CHARACTERS = 8
+#: The init container that brings the injected agent, its volume, and where it has that. What it may use is copied from
+#: the task; devices are not.
+AGENT_CONTAINER = "leoflow-agent"
+_BRING_DIR = "/leoflow-agent"
+_COPIED_RESOURCES = frozenset({"cpu", "memory", "ephemeral-storage"})
 #: Where the kubelet puts the service account's token that the agent exchanges.
 IDENTITY_DIR, IDENTITY_FILE = "/var/run/secrets/leoflow", "token"
 
@@ -348,6 +354,10 @@ def _identified(pod: Json, launch: LaunchSpec, settings: KubernetesSettings, sec
     spec.setdefault("automountServiceAccountToken", bool(spec.get("serviceAccountName")))
     exchanged = settings.exchanges_tokens
     ours = agent_entries(launch, spec, secret, exchanged)
+    if injects(launch.request, settings.agent):
+        spec = _with_agent(spec, settings)
+        if command := _image_command(pod, launch.request):
+            ours.append(_plain(IMAGE_COMMAND, json.dumps(command)))
     spec["containers"] = [_task(one, ours) if one["name"] == TASK_CONTAINER else one for one in spec["containers"]]
     spec = _with_volume(spec, {"name": "leoflow-attempt", "emptyDir": {}}, {"mountPath": ATTEMPT_DIR})
     if exchanged:
@@ -358,6 +368,66 @@ def _identified(pod: Json, launch: LaunchSpec, settings: KubernetesSettings, sec
     annotations = {name: value for name, value in metadata.get("annotations", {}).items() if name != SEAL}
     metadata["annotations"] = {**annotations, **attempt_annotations(launch)}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def _with_agent(spec: Json, settings: KubernetesSettings) -> Json:
+    """The spec with an init container that brings our agent, and the task as a run of it.
+
+    It has the task's own limits: what a pod needs is the larger of the two, and a quota wants to know of both.
+    """
+    task = next(one for one in spec["containers"] if one["name"] == TASK_CONTAINER)
+    amounts = {
+        part: {name: amount for name, amount in found.items() if name in _COPIED_RESOURCES}
+        for part, found in (task.get("resources") or {}).items()
+        if part in ("limits", "requests") and found
+    }
+    bringing = {
+        "name": AGENT_CONTAINER,
+        "image": settings.agent_image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": [f"{INJECTED_DIR}/bin/install", _BRING_DIR],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "volumeMounts": [{"name": AGENT_CONTAINER, "mountPath": _BRING_DIR}],
+        **({"resources": amounts} if amounts else {}),
+    }
+    others = [one for one in spec.get("initContainers") or [] if one["name"] != AGENT_CONTAINER]
+    started = {**{name: value for name, value in task.items() if name != "args"}, "command": list(INJECTED_AGENT)}
+    spec = {
+        **spec,
+        "initContainers": [bringing, *others],
+        "containers": [started if one is task else one for one in spec["containers"]],
+    }
+    mount = {"mountPath": INJECTED_DIR, "readOnly": True}
+    return _with_volume(spec, {"name": AGENT_CONTAINER, "emptyDir": {}}, mount)
+
+
+def _image_command(pod: Json, request: TaskRequest) -> list[str]:
+    """What a task runs that names no command itself: what template or override say the image's command is.
+
+    Raises:
+        PermanentLaunchError: they say nothing, and only the kubelet knows; or the task names a command as well.
+    """
+    task = next(one for one in pod["spec"]["containers"] if one["name"] == TASK_CONTAINER)
+    command = [*(task.get("command") or ()), *(task.get("args") or ())]
+    if not request.runs_image_command:
+        if command:
+            raise PermanentLaunchError(
+                FailureReason.INVALID_SPEC,
+                f"spec.containers[{TASK_CONTAINER}].command: the task names what to run itself, and the injected agent "
+                "runs one command; leave command and args out of the pod template and pod_override",
+            )
+        return []
+    if not task.get("command"):
+        raise PermanentLaunchError(
+            FailureReason.INVALID_SPEC,
+            "entrypoint: is empty, and what an image runs by itself only the kubelet knows; name the command in "
+            f"entrypoint, or in pod_override.spec.containers[{TASK_CONTAINER}].command and args",
+        )
+    return command
 
 
 def _task(container: Json, ours: list[dict[str, Any]]) -> Json:

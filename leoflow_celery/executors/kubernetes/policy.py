@@ -345,8 +345,8 @@ class _Judge:
             if not self._allow.sidecars:
                 yield Problem(path, f"only the container {TASK_CONTAINER!r} may be changed; {_FIX}")
                 return
-            if name in self._taken:
-                yield Problem(path, "is a container of the operator's template; name yours otherwise")
+            if name in self._taken or str(name).startswith(_OUR_PREFIX):
+                yield Problem(path, "is a container of ours or of the operator's template; name yours otherwise")
                 return
         for field, value in container.items():
             if field == "restartPolicy" and value == "Always" and not is_first:

@@ -127,3 +127,21 @@ def test_exec_runs_its_arguments_and_reads_its_input():
     assert "secret" not in repr(command)
     spec.extra["argv"] = ["{python}", "-m", "x"]
     assert build(spec).argv == ["/venv/bin/python", "-m", "x"]
+
+
+def test_a_small_image_runs_its_script_in_its_own_shell(tmp_path):
+    (tmp_path / "sh").write_text("")
+    (tmp_path / "sh").chmod(0o755)
+    spec = pb.TaskSpec(operator="bash", entrypoint="true")
+    assert build(spec, environ={"PATH": str(tmp_path)}).argv == ["sh", "-c", "true"]
+
+
+def test_a_task_without_a_command_runs_the_images_own():
+    environ = {"LEOFLOW_AGENT_IMAGE_COMMAND": '["/bin/serve", "a b"]'}
+    base = {"LEOFLOW_CONTROL_PLANE_ADDR": "a:1", "LEOFLOW_AGENT_TOKEN": "t", "LEOFLOW_TASK_INSTANCE_ID": "ti"}
+    config = AgentConfig.from_environment(base | environ)
+    command = build_command(pb.TaskSpec(operator="bash"), Inputs(), config, DIRECTORY, environ)
+    assert command.argv == ["/bin/serve", "a b"]
+    assert "LEOFLOW_AGENT_IMAGE_COMMAND" not in command.env
+    with pytest.raises(InvalidRequest, match="entrypoint: is empty"):
+        build(pb.TaskSpec(operator="bash"))
