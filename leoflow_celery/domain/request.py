@@ -26,6 +26,7 @@ from leoflow_celery.domain.fields import (
     JsonObject,
     JsonSchema,
     Label,
+    Moment,
     MountPath,
     Name,
     NotEmpty,
@@ -296,6 +297,17 @@ class TaskRequest(Frozen):
     xcom_schema: JsonSchema | None = None
     call_args: JsonObject = Field(default_factory=dict)
     secrets: tuple[SecretReference, ...] = ()
+    #: Variables and connections that the task uses: no others are handed out. None: all of its tenant and DAG.
+    variables: tuple[Name, ...] | None = None
+    connections: tuple[Name, ...] | None = None
+    #: Parameters of the run.
+    params: JsonObject = Field(default_factory=dict)
+    #: What the run stands for, and the times its data is of: RFC 3339 with an offset.
+    logical_date: Moment = ""
+    data_interval_start: Moment = ""
+    data_interval_end: Moment = ""
+    #: How many tries the scheduler gives the task, for the task to know; 0: it does not say.
+    max_tries: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     result_callback: ResultCallback | None = None
     #: Part of a Pod object, merged over the pod of this request (strategic merge); for the kubernetes executor.
     pod_override: PodPart = Field(default_factory=dict)
@@ -335,6 +347,12 @@ class TaskRequest(Frozen):
             if getattr(self, field):
                 raise _wrong(field, "an http_api task runs no code; remove it, or set another operator")
         has_agent = self.execution_mode == "pod" or self.executor not in (None, "inline")
+        for field in ("variables", "connections", "params"):
+            if getattr(self, field) and not has_agent:
+                raise _wrong(
+                    field,
+                    "an inline call has no place for it; remove it, or let an agent run the task (executor)",
+                )
         try:
             self.http_request.check_values(self.call_args, self.env, self.xcom_input, self.secrets, has_agent=has_agent)
         except TemplateError as error:

@@ -306,7 +306,7 @@ class AttemptStore:
         if view.cancel_requested_at is not None:
             return outcome.evolve(reason=FailureReason.CANCELLED, message=_cancelled_message(outcome)), None
         reason = outcome.reason or FailureReason.NON_ZERO_EXIT
-        relaunch = relaunch_decision(reason, end.attempt.launch, self._policy, view.memory)
+        relaunch = relaunch_decision(reason, end.attempt.launch - view.reschedules, self._policy, view.memory)
         return outcome.evolve(reason=reason), relaunch if end.may_relaunch else None
 
     @staticmethod
@@ -317,7 +317,7 @@ class AttemptStore:
         if relaunch:
             statement = task_instance_sql.next_launch(conditions)
             growths = int(relaunch.growth is not None)
-            values: dict[str, object] = {"p_delay": relaunch.delay_seconds, "p_growths": growths}
+            values: dict[str, object] = {"p_delay": relaunch.delay_seconds, "p_growths": growths, "p_reschedules": 0}
         else:
             statement = task_instance_sql.end(outcome.state, conditions)
             values = _end_parameters(outcome)
@@ -329,6 +329,33 @@ class AttemptStore:
         growth = {"memory_limit": str(relaunch.growth)} if relaunch and relaunch.growth else {}
         append_event(connection, end.attempt, name, {**outcome.to_json(), **growth})
         return Finished(True, relaunch, view)
+
+    def reschedule(self, attempt: AttemptId, holder: str, delay_seconds: float) -> Finished:
+        """The task of a holder released its place: the next launch of the same try begins after a delay.
+
+        No retry and no relaunch is spent. A try that was asked to stop meanwhile ends as cancelled instead. Again by
+        the same holder (its acknowledgement was lost) finds the next launch, and is not recorded.
+        """
+        relaunch = Relaunch(delay_seconds)
+        conditions = FinishCondition(holder=holder)
+        parameters = {
+            **attempt_parameters(attempt),
+            **conditions.parameters(),
+            "p_delay": delay_seconds,
+            "p_growths": 0,
+            "p_reschedules": 1,
+        }
+        with self._database.transaction() as connection:
+            statement = task_instance_sql.next_launch(conditions.names() | {"uncancelled"})
+            view = _read(connection, statement, parameters)
+            if view is not None:
+                append_event(connection, attempt, "rescheduled", {"seconds": round(delay_seconds, 3)})
+                return Finished(True, relaunch, view)
+        cancelled = Outcome.failed(FailureReason.CANCELLED, "cancelled before its task looked again")
+        current = self.get(attempt.task_instance_id, attempt.try_number)
+        if current.attempt != attempt or current.cancel_requested_at is None or current.is_terminal:
+            return Finished(False, None, current)
+        return self.finish(attempt, cancelled, conditions, may_relaunch=False)
 
     def _too_late(self, connection: sa.Connection, end: _End, current: TaskInstanceView | None) -> Finished:
         select = task_instance_sql.select_try(newest=False)

@@ -209,7 +209,8 @@ def unsend(since: float, until: float | None = None) -> sa.Update:
 
 def unsent(grace_seconds: float, limit: int) -> Rows:
     """Unclaimed tries whose message is due and was not sent."""
-    # A delay is no longer than the step that makes queued_at impossible.
+    # Of a clock that was set back: a delay of ours is no longer than the step that makes queued_at impossible, and a
+    # task that asked for a later time looks once too early.
     is_time = sa.or_(_T.send_after <= DatabaseTime(), is_ahead(_T.queued_at))
     is_due = sa.and_(_T.holder.is_(None), _T.sent_at.is_(None), ~_needs_host(), is_time)
     is_old = sa.or_(_T.launch > 1, is_over(_T.queued_at, grace_seconds))
@@ -385,12 +386,16 @@ def end(state: TaskState, conditions: frozenset[str]) -> sa.Executable:
 def next_launch(conditions: frozenset[str]) -> sa.Executable:
     """The try goes on with its next launch, queued now, to be sent ``p_delay`` seconds later.
 
-    ``p_growths`` is 1 when its memory limit grows.
+    ``p_growths`` is 1 when its memory limit grows, ``p_reschedules`` 1 when its task asked for it.
     """
+    reschedules = sa.bindparam("p_reschedules", type_=sa.Integer())
+    first = sa.case((reschedules == 1, sa.func.coalesce(_T.first_reschedule_at, DatabaseTime())))
     values: dict[str, object] = {
         "state": TaskState.QUEUED.value,
         "launch": _T.launch + 1,
         "oom_relaunches": _T.oom_relaunches + sa.bindparam("p_growths", type_=sa.Integer()),
+        "reschedules": _T.reschedules + reschedules,
+        "first_reschedule_at": sa.func.coalesce(first, _T.first_reschedule_at, type_=_T.first_reschedule_at.type),
         "queued_at": DatabaseTime(),
         "send_after": DatabaseTime(sa.bindparam("p_delay", type_=sa.Double())),
         "hostname": "",
@@ -483,7 +488,8 @@ def expected(executors: Collection[str]) -> Rows:
 def oldest_waiting() -> Rows:
     """(executor, queue name, time, now): since when the oldest try of each launch queue has waited for a worker."""
     since = sa.func.min(sa.func.coalesce(_T.sent_at, _T.queued_at), type_=_T.queued_at.type)
-    waiting = sa.and_(is_live(), _T.holder.is_(None), _T.launched_at.is_(None))
+    is_due = sa.or_(_T.sent_at.is_not(None), _T.send_after <= DatabaseTime())
+    waiting = sa.and_(is_live(), _T.holder.is_(None), _T.launched_at.is_(None), is_due)
     return (
         sa.select(_T.executor, _T.queue_name, since, DatabaseTime()).where(waiting).group_by(_T.executor, _T.queue_name)
     )

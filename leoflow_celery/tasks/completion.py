@@ -284,10 +284,16 @@ def advance_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None 
         _send_launch(task, view)
 
 
+#: A launch that is due later than that waits in SQL alone.
+_SWEPT_SECONDS = 60.0
+
+
 def _send_launch(task: LeoflowTask, view: TaskInstanceView) -> None:
     delay = view.send_after - view.read_at
     # Unless it was written before the database's clock was set back: a delay begins when the try was queued.
     if delay > 0 and view.queued_at <= view.read_at + 1:
+        if delay > _SWEPT_SECONDS:
+            return  # the sweep of what was not sent finds it in its time; a message would wait in a worker meanwhile
         task.publisher.advance_try(view.task_instance_id, view.try_number, countdown_seconds=delay)
         return
     try:

@@ -30,6 +30,8 @@ from leoflow_celery.executors.kubernetes.merge import Json
 from leoflow_celery.executors.kubernetes.parse_pod import PodState, claims_of, observe, seconds
 from leoflow_celery.settings import KubernetesSettings
 
+log = logging.getLogger(__name__)
+
 _CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
 _DEFAULT_CLASS = ("storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class")
 #: Block storage of one node: a claim for many writers stays pending for ever.
@@ -153,7 +155,6 @@ def _is_default(storage_class: Json) -> bool:
     return any(annotations.get(name) == "true" for name in _DEFAULT_CLASS)
 
 
-log = logging.getLogger(__name__)
 _THREADS = 4
 _RESOURCE = "persistentvolumeclaims"
 
