@@ -52,7 +52,7 @@ def start_flower(system: System) -> FlowerSite:
     site = FlowerSite(f"http://127.0.0.1:{free_port()}", "ops", secrets.token_hex(12))
     env = {"FLOWER_BASIC_AUTH": f"{site.user}:{site.password}", "FLOWER_READ_ONLY": "true"}
     port = site.url.rpartition(":")[2]
-    command = (sys.executable, "-m", "celery", "-A", "leoflow_celery.app", "flower", "--address=127.0.0.1")
+    command = (sys.executable, "-m", "leoflow_celery.cli", "flower", "--address=127.0.0.1")
     system.start("flower", *command, f"--port={port}", env=env)
     site.wait_until_up()
     wait_until(lambda: len(site.workers()) >= 3, 60, "Flower to know the workers", 0.5)
