@@ -18,6 +18,9 @@ from leoflow_celery.protocol import agent_pb2 as pb
 MAX_STRING_BYTES = 65_536
 MAX_TOTAL_BYTES = 524_288
 
+#: As the program of an exec task: the interpreter that python tasks have here.
+PYTHON = "{python}"
+
 _AGENT_ONLY = ("LEOFLOW_AGENT_", "LEOFLOW_XCOM_", "LEOFLOW_XCOMFILE_", "LEOFLOW_CALL_ARGS_")
 _AGENT_ONLY_NAMES = frozenset({"LEOFLOW_CONTROL_PLANE_ADDR", "LEOFLOW_TERMINATION_LOG", "LEOFLOW_PYTHON"})
 
@@ -29,6 +32,8 @@ class Command:
     argv: list[str]
     env: dict[str, str]
     files: dict[str, bytes] = field(default_factory=dict)
+    #: What the process reads from its standard input.
+    stdin: bytes = field(default=b"", repr=False)
 
     def write_files(self) -> None:
         for path, content in self.files.items():
@@ -147,12 +152,21 @@ def _add_operator(command: Command, spec: pb.TaskSpec, inputs: Inputs, config: A
             command.env["PYTHONPATH"] = ":".join(path for path in paths if path)
         case "bash":
             command.argv = ["bash", *_script(command, spec.entrypoint, directory)]
+        case "exec":
+            command.argv = [value.string_value for value in spec.extra.fields["argv"].list_value.values]
+            command.stdin = spec.extra.fields["stdin"].string_value.encode()
+            if command.argv[:1] == [PYTHON]:
+                command.argv[0] = config.python
+            if not command.argv:
+                raise InvalidRequest("argv: is empty; an exec task needs a program and its arguments", "argv")
         case "http_api":
             # -I: no module beside the user's code can stand in for one of ours.
             command.argv = [sys.executable, "-I", "-m", "leoflow_celery.executors.inline_http"]
             _add_http_request(command, spec, inputs.xcoms, directory)
         case other:
-            raise InvalidRequest(f"operator {other!r} is not known to this agent: python, bash or http_api", "operator")
+            raise InvalidRequest(
+                f"operator {other!r} is not known to this agent: python, bash, exec or http_api", "operator"
+            )
 
 
 def _add_http_request(command: Command, spec: pb.TaskSpec, xcoms: Mapping[str, bytes], directory: Path) -> None:

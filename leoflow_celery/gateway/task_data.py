@@ -101,6 +101,9 @@ def task_spec(
     )
     if request.http_request is not None:
         spec.extra["http_request"] = request.http_request.model_dump_json()
+    if request.argv:
+        spec.extra["argv"] = list(request.argv)
+        spec.extra["stdin"] = request.stdin
     return spec
 
 

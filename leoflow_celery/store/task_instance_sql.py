@@ -18,8 +18,18 @@ from typing import Any
 import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.request import RelaunchMode
 from leoflow_celery.domain.states import TERMINAL, TaskState, sources_of
-from leoflow_celery.store.models import LIVE, DatabaseTime, TaskCompletion, TaskInstance, is_ahead, is_over, table_of
+from leoflow_celery.store.models import (
+    LIVE,
+    UNNUMBERED,
+    DatabaseTime,
+    TaskCompletion,
+    TaskInstance,
+    is_ahead,
+    is_over,
+    table_of,
+)
 from leoflow_celery.store.views import needs_host
 
 TABLE = table_of(TaskInstance)
@@ -85,10 +95,11 @@ def _from_states(to_state: TaskState) -> Condition:
 def _runs_at() -> Condition:
     """The attempt was given to ``p_back_end``: it runs there, or nobody told yet and its queue leads there.
 
-    ``p_back_end_queue`` is the queue of that back end alone.
+    ``p_back_end_queue`` is the queue of that back end alone, ``p_back_end_places`` is like all of its places.
     """
+    is_there = sa.or_(_T.back_end == sa.bindparam("p_back_end"), _T.back_end.like(sa.bindparam("p_back_end_places")))
     is_own_queue = sa.or_(_T.queue_name == "", _T.queue_name == sa.bindparam("p_back_end_queue"))
-    return sa.or_(_T.back_end == sa.bindparam("p_back_end"), sa.and_(_T.back_end == "", is_own_queue))
+    return sa.or_(is_there, sa.and_(_T.back_end == "", is_own_queue))
 
 
 def ended_try(task_instance_id: sa.ColumnElement[str], try_number: sa.ColumnElement[int]) -> Condition:
@@ -197,6 +208,21 @@ def mark_sent() -> sa.Executable:
 def set_queue() -> sa.Executable:
     """The message of the try goes to ``p_queue``."""
     return sa.update(TABLE).where(of_try(TABLE)).values(queue_name=sa.bindparam("p_queue"))
+
+
+@cache
+def replace_request() -> sa.Executable:
+    """The live try has the request ``p_after``, if it still has ``p_before``."""
+    is_same = _T.sealed_request == sa.bindparam("p_before")
+    return sa.update(TABLE).where(of_try(TABLE), is_live(), is_same).values(sealed_request=sa.bindparam("p_after"))
+
+
+@cache
+def count_live() -> Rows:
+    """How many live tries of ``p_executor`` were not started yet, and how many were."""
+    is_started = sa.or_(_T.holder.is_not(None), _T.launched_at.is_not(None))
+    started = sa.func.count(sa.case((is_started, 1)))
+    return sa.select(sa.func.count() - started, started).where(is_live(), _T.executor == sa.bindparam("p_executor"))
 
 
 def unsend(since: float, until: float | None = None) -> sa.Update:
@@ -415,6 +441,8 @@ def _ending(state: TaskState, names: frozenset[str], values: dict[str, object]) 
         "executor": _T.executor == sa.bindparam("p_executor"),
         "back_end": _runs_at(),
         "uncancelled": _T.cancel_requested_at.is_(None),
+        # The user's code may have begun since the row was read.
+        "startable": sa.or_(_T.relaunch != RelaunchMode.BEFORE_START.value, _T.started_at.is_(None)),
     }
     return (
         sa.update(TABLE)
@@ -493,6 +521,44 @@ def oldest_waiting() -> Rows:
     return (
         sa.select(_T.executor, _T.queue_name, since, DatabaseTime()).where(waiting).group_by(_T.executor, _T.queue_name)
     )
+
+
+# -- the feed of ends --------------------------------------------------------------------------------------------------
+
+
+def _is_unnumbered() -> Condition:
+    """The condition the partial index on ends without a number was made for; without a type, as in ``is_live``."""
+    return sa.literal_column(f"({UNNUMBERED.text})")
+
+
+@cache
+def any_unnumbered() -> Rows:
+    """Whether an end has no number yet."""
+    return sa.select(_T.try_number).where(_is_unnumbered()).limit(1)
+
+
+@cache
+def unnumbered(locking: bool) -> Rows:
+    """Up to ``p_limit`` ends without a number, the oldest first; with ``locking`` those that nobody changes now."""
+    query = sa.select(_T.task_instance_id, _T.try_number).where(_is_unnumbered())
+    order = (_T.ended_at, _T.task_instance_id, _T.try_number)
+    query = query.order_by(*order).limit(sa.bindparam("p_limit", type_=sa.Integer()))
+    return query.with_for_update(skip_locked=True) if locking else query
+
+
+@cache
+def number_end() -> sa.Executable:
+    """The try's end is ``p_number`` in the feed."""
+    return sa.update(TABLE).where(of_try(TABLE)).values(end_number=sa.bindparam("p_number"))
+
+
+@cache
+def ends(owned: bool) -> Rows:
+    """Up to ``p_limit`` ends after ``p_after`` and up to ``p_last``; ``owned``: those of ``p_owner``."""
+    query = sa.select(*_ROW).where(_T.end_number > sa.bindparam("p_after"), _T.end_number <= sa.bindparam("p_last"))
+    if owned:
+        query = query.where(_T.owner == sa.bindparam("p_owner"))
+    return query.order_by(_T.end_number).limit(sa.bindparam("p_limit", type_=sa.Integer()))
 
 
 # -- runs and history --------------------------------------------------------------------------------------------------

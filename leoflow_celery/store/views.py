@@ -71,6 +71,10 @@ class TaskInstanceView:
     started_at: float | None
     ended_at: float | None
     cancel_requested_at: float | None
+    owner: str
+    relaunch: str
+    #: Its place in the feed of ends; None while it has none yet.
+    end_number: int | None
     #: When this was read: what ages are measured against.
     read_at: float = field(compare=False)
 

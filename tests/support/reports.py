@@ -42,6 +42,7 @@ def view(task_id: str = "load", *, at: float = 0.0, ran: float | None = 5.0, **c
         "started_at": queued + 3,
         "ended_at": None if ran is None else queued + 3 + ran,
         "read_at": T0 + 1_000,
+        "relaunch": "always",
     }
     return replace(TaskInstanceView(**fields), **changes)
 

@@ -9,6 +9,7 @@ cluster keeps a claim that any pod names: they go first.
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -191,7 +192,9 @@ class StagingCollector:
         Raises:
             ApiError: the list of claims could not be had to its end; nothing was concluded.
         """
+        begun = time.monotonic()
         claims = self._list()
+        plan = plan.by_clock_of(self._api.clock.time(), time.monotonic() - begun)
         doomed = plan.doomed({claim.name: claim.created_at for claim in claims.values()})
         if not doomed:
             return {}
