@@ -37,7 +37,9 @@ class BuildFailed(Exception):
 def main() -> int:
     """Build what the command line names."""
     parser = argparse.ArgumentParser(description="Build the images of the Dockerfile.")
-    parser.add_argument("targets", nargs="*", default=[], metavar="target", help="task-base, agent, system")
+    parser.add_argument(
+        "targets", nargs="*", default=[], metavar="target", help="task-base, agent, system; all by default"
+    )
     parser.add_argument("--tag", default="latest", help="tag of the images (latest)")
     parser.add_argument("--base", default=DEFAULT_BASE, help=f"base image, a Debian with Python ({DEFAULT_BASE})")
     arguments = parser.parse_args()
@@ -98,20 +100,9 @@ def wheel_requirements() -> list[str]:
     """Everything the images install, and what it takes to install it."""
     options = configparser.ConfigParser(interpolation=None)
     options.read(ROOT / "setup.cfg")
-    extras = options["options.extras_require"]
-    found, names = set(_FURTHER_WHEELS) | _lines(options["options"]["install_requires"]), [*EXTRAS]
-    for name in names:
-        for line in _lines(extras[name]):
-            if line.startswith("leoflow-celery["):  # other extras of our own
-                further = line.partition("[")[2].rstrip("]").split(",")
-                names += [one for one in further if one not in names]
-            else:
-                found.add(line)
-    return sorted(found)
-
-
-def _lines(text: str) -> set[str]:
-    return {line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")}
+    texts = [options["options"]["install_requires"], *(options["options.extras_require"][name] for name in EXTRAS)]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    return sorted({line for line in lines if line and not line.startswith("#")} | set(_FURTHER_WHEELS))
 
 
 def _python_version(base: str) -> str:

@@ -13,4 +13,3 @@ state_save_interval = 300_000
 max_tasks = 20_000
 #: Each container and pod is a worker to Flower, since it is shown as the host of its attempt; forget ended ones.
 purge_offline_workers = 300
-tasks_columns = "name,state,kwargs,result,received,started,runtime,worker,uuid"

@@ -14,6 +14,7 @@ import kombu
 from celery import Celery
 
 from leoflow_celery.app.config import INCLUDE_OF_QUEUE, celery_config
+from leoflow_celery.app.flower import prepare_flower
 from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.services import Services
 from leoflow_celery.settings import Settings
@@ -30,6 +31,8 @@ class LeoflowCelery(Celery):
     amqp_cls = "leoflow_celery.app.transport:AMQP"
     control_cls = "leoflow_celery.app.control:Control"
     settings: Settings
+    #: What its workers are called without ``-n``.
+    worker_name: str = ""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -59,8 +62,10 @@ class LeoflowCelery(Celery):
         super().close()
 
 
-def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
+def create_app(*queues: str, settings: Settings | None = None, worker_name: str = "") -> LeoflowCelery:
     """An app whose worker consumes ``queues`` (``-Q`` overrides that) and knows their tasks.
+
+    A worker that ``-n`` gives no name is ``<worker_name>@<host>``; the first queue's name unless given.
 
     Raises:
         ConfigurationError: a setting is wrong.
@@ -70,6 +75,7 @@ def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
     include = sorted({module for queue in queues for module in INCLUDE_OF_QUEUE[queue]})
     app = LeoflowCelery("leoflow_celery", include=include, set_as_current=bool(queues), amqp=amqp)
     app.settings = settings
+    app.worker_name = worker_name or next(iter(queues), "")
     app.conf.update(celery_config(settings, queues))
     if queues:
         from leoflow_celery.app.extras import steps_of
@@ -106,6 +112,7 @@ def __getattr__(name: str) -> LeoflowCelery:
     # Built on first use: importing a package must not read the environment.
     if name in ("app", "celery"):
         app = create_app()
+        prepare_flower(app)
         globals()[name] = app
         return app
     raise AttributeError(name)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from celery import bootsteps
-from celery.signals import after_task_publish, task_revoked, worker_process_shutdown, worker_shutdown
+from celery.signals import after_task_publish, celeryd_init, task_revoked, worker_process_shutdown, worker_shutdown
+from celery.utils.nodenames import NODENAME_DEFAULT
 from redis.exceptions import RedisError
 
 from leoflow_celery import metrics
@@ -148,6 +149,21 @@ class CloseServices(bootsteps.Step):
 
     def _close(self, **_: Any) -> None:
         self._app.close_services()
+
+
+#: What Celery calls a worker that nobody named.
+_UNNAMED = f"{NODENAME_DEFAULT}@"
+
+
+@celeryd_init.connect
+def name_worker(instance: Any = None, **_: Any) -> None:
+    """A worker that ``-n`` gave no name has its app's: all of a host would else be ``celery@host``, one to monitors.
+
+    Celery sends this signal before it makes anything of a worker but its app and its name.
+    """
+    name = getattr(instance.app, "worker_name", "")
+    if name and instance.hostname.startswith(_UNNAMED):
+        instance.hostname = f"{name}@{instance.hostname.removeprefix(_UNNAMED)}"
 
 
 @task_revoked.connect

@@ -543,6 +543,13 @@ class AMQP(amqp.AMQP):
     """What the app makes its messages with."""
 
     def as_task_v2(self, task_id: str, name: str, *args: Any, **options: Any) -> Any:
-        """A message, without the event ``task-sent`` when no monitor is to see the task."""
+        """A message, without the event ``task-sent`` when no monitor is to see the task.
+
+        The event calls a task what its worker will call it.
+        """
         message = super().as_task_v2(task_id, name, *args, **options)
-        return message if is_monitored(name) else message._replace(sent_event=None)
+        if not is_monitored(name):
+            return message._replace(sent_event=None)
+        if message.sent_event is not None and message.headers["shadow"]:
+            message.sent_event["name"] = message.headers["shadow"]
+        return message

@@ -369,21 +369,28 @@ def _channel(settings: Settings, address: str, ca: Path | None) -> Any:
 
 
 def check_workers(settings: Settings) -> Finding:
-    """Every queue that a standard system uses has a consumer."""
+    """Every queue that a standard system uses has a consumer, and every worker a name of its own."""
     from leoflow_celery.app import create_app
 
     app = create_app(settings=settings)
     try:
-        answers = app.control.inspect(timeout=_ANSWER_SECONDS).active_queues() or {}
+        # Answer by answer: of two workers with one name 'inspect' keeps one.
+        found = app.control.broadcast("active_queues", reply=True, timeout=_ANSWER_SECONDS) or []
     finally:
         app.close()
-    consumed = {queue["name"] for queues in answers.values() for queue in queues}
+    answers = [(name, queues or []) for answer in found for name, queues in answer.items()]
+    consumed = {queue["name"] for _, queues in answers for queue in queues}
+    names = [name for name, _ in answers]
     missing = [queue for queue in needed_queues(settings) if queue not in consumed]
     if missing:
         starts = dict.fromkeys(
             f"'celery -A leoflow_celery.workers.{_WORKER_OF.get(queue, queue)} worker'" for queue in missing
         )
         text = f"no worker consumes {', '.join(missing)}: what is sent there waits; start {' and '.join(starts)}"
+        return Finding("workers", False, text)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        clash = ", ".join(f"{names.count(name)} workers are called {name}" for name in twice)
+        text = f"{clash}: monitors take them for one; give each a name of its own, 'celery … worker -n NAME@%h'"
         return Finding("workers", False, text)
     return Finding("workers", True, f"{len(answers)} answer and consume {', '.join(sorted(consumed))}")
 

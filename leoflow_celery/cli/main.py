@@ -55,6 +55,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 )
 for _command in _COMMANDS:
     app.command()(_command)
+app.command(context_settings=serve.FLOWER_CONTEXT)(serve.flower)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,11 +1,16 @@
-"""``leoflow gateway`` and ``leoflow db``: the parts of a deployed system that are not Celery's."""
+"""``leoflow gateway``, ``leoflow flower`` and ``leoflow db``: the parts of a deployed system that are not Celery's."""
 
 from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
 
 import typer
 
 from leoflow_celery.cli.output import echo_json
 from leoflow_celery.cli.target import JsonOption
+from leoflow_celery.errors import ConfigurationError
 
 db_app = typer.Typer(help="The SQL database.", no_args_is_help=True)
 
@@ -16,6 +21,21 @@ def gateway() -> None:
     from leoflow_celery.settings import Settings
 
     run(Settings.load())
+
+
+#: How Typer hands every option behind the command on as it is.
+FLOWER_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def flower(context: typer.Context) -> None:
+    """Serve Flower, the monitor, with Leoflow's columns. Options are Flower's: --port=5555 --basic_auth=USER:PASSWORD.
+
+    The same as 'celery -A leoflow_celery.app flower'. It needs the extra: pip install 'leoflow-celery[flower]'.
+    """
+    if find_spec("flower") is None:
+        raise ConfigurationError("Flower is not installed; run pip install 'leoflow-celery[flower]'")
+    command = [sys.executable, "-m", "celery", "-A", "leoflow_celery.app", "flower", *context.args]
+    os.execv(sys.executable, command)  # noqa: S606 - no shell is needed
 
 
 @db_app.callback()

@@ -19,6 +19,7 @@ from leoflow_celery.background import patiently
 from leoflow_celery.clock import due_in
 from leoflow_celery.domain.attempt import AttemptId, attempt_name
 from leoflow_celery.domain.backend import BackEnd
+from leoflow_celery.domain.fields import MAX_NAME_CHARACTERS, printable
 from leoflow_celery.domain.quantity import format_bytes
 from leoflow_celery.domain.relaunch import RelaunchPolicy, with_memory_limit
 from leoflow_celery.domain.request import TaskRequest
@@ -129,8 +130,13 @@ class Publisher:
             queue=order.queue or QUEUE_OF[executor],
             task_id=order.celery_task_id,
             priority=request.priority,
+            # Not the task's own name, which is the executor's: monitors show what a row is.
+            shadow=shown_name(request),
             shown={
-                "attempt": f"{request.operator} {request.dag_id}.{request.task_id} {attempt}",
+                "run": request.run_id,
+                "attempt": str(attempt),
+                "executor": executor.value,
+                "operator": str(request.operator),
                 "image": request.image,
             },
             **options,
@@ -282,6 +288,11 @@ class Publisher:
         except (OperationalError, RedisError, OSError) as error:
             address = safe_url(self._parts.settings.broker.url)
             raise BrokerUnavailable(f"broker {address} did not answer: {error}") from error
+
+
+def shown_name(request: TaskRequest) -> str:
+    """What monitors call a try: ``sales.report``, as much of it as a header may have."""
+    return printable(f"{request.dag_id}.{request.task_id}")[:MAX_NAME_CHARACTERS]
 
 
 def requested_grace(keys: KeyRing, view: TaskInstanceView) -> float | None:

@@ -46,13 +46,13 @@ def spans_of(view: TaskInstanceView, events: Sequence[EventView], reported_at: f
     """The phases of a try in their order, without those that took no time.
 
     ``events`` is its history, oldest first. The row tells of the current launch; of an earlier one the history knows
-    when it was queued, claimed and given up. ``reported_at`` is when its result was handed over.
+    when it was queued, claimed and given up, or released its place. ``reported_at`` is when its result was handed over.
     """
     own = [event for event in events if event.attempt.try_number == view.try_number]
     found: list[Span] = []
     begin = _at(own, "submitted", 1) or view.queued_at
     for launch in range(1, view.launch):
-        end = _at(own, "relaunched", launch)
+        end = _at(own, "relaunched", launch) or _at(own, "rescheduled", launch)
         if end is None:
             continue  # pruned, or of a version that did not tell
         claimed = _at(own, "claimed", launch)

@@ -92,12 +92,14 @@ class EventSender:
 
 def send_succeeded(app: Celery, view: TaskInstanceView, celery_task_id: str, value: Any) -> None:
     """The try ended well; the monitor sees a summary of its value."""
-    _put(app, "task-succeeded", view, celery_task_id, result=summary(value))
+    # As Celery shows what a task of its own returns, which an inline task is.
+    _put(app, "task-succeeded", view, celery_task_id, result=repr(summary(value)))
 
 
 def send_failed(app: Celery, view: TaskInstanceView, celery_task_id: str, error: Exception) -> None:
-    """The try failed; the monitor sees the reason."""
-    _put(app, "task-failed", view, celery_task_id, exception=repr(error), traceback=str(error))
+    """The try failed; the monitor sees the reason, also where it lists and searches results."""
+    why = f"{view.reason}: {view.message}" if view.reason else str(error)
+    _put(app, "task-failed", view, celery_task_id, result=why, exception=repr(error), traceback=str(error))
 
 
 def _put(app: Celery, kind: str, view: TaskInstanceView, celery_task_id: str, **fields: Any) -> None:

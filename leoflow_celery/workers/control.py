@@ -2,4 +2,4 @@
 
 from leoflow_celery.app import create_app
 
-app = create_app("dispatch", "results", "maintenance")
+app = create_app("dispatch", "results", "maintenance", worker_name="control")

@@ -2,4 +2,4 @@
 
 from leoflow_celery.app import create_app
 
-app = create_app("subprocess", "inline", "dispatch", "results", "maintenance")
+app = create_app("subprocess", "inline", "dispatch", "results", "maintenance", worker_name="lite")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,10 +70,14 @@ def status(state_dir: Path, run_id: str, dag_id: str = "d") -> dict[str, Any]:
     return {"run": shown["run"], **{view["task_id"]: view for view in shown["task_instances"]}}
 
 
-def test_the_demo_runs_and_can_be_looked_at_afterwards(state_dir: Path) -> None:
+def test_the_demo_runs_and_can_be_looked_at_afterwards(state_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples/sales/demo.py"), "--state-dir", str(state_dir), "--run-id", "demo"]
-    demo = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "COLUMNS": "80"}
+    demo = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path, env=environment
+    )
     assert demo.returncode == 0, demo.stderr
+    assert_it_ends_with_a_chart_a_report_and_commands_that_work(demo.stderr, tmp_path)
     values = dict(line.split(" = ", 1) for line in demo.stdout.splitlines())
     summary = json.loads(values["convert.return_value"])
     assert (summary["currency"], summary["total"], summary["best_region"]) == ("EUR", 251.34, "north")
@@ -91,6 +96,39 @@ def test_the_demo_runs_and_can_be_looked_at_afterwards(state_dir: Path) -> None:
     assert "425" in first_try.stdout
     report = leoflow("--state-dir", state_dir, "logs", "sales", "demo", "report")
     assert "sales report: " in report.stdout
+
+
+def assert_it_ends_with_a_chart_a_report_and_commands_that_work(printed: str, directory: Path) -> None:
+    lines = printed.splitlines()
+    start = lines.index("sales demo: success")
+    chart, (after, *commands) = lines[start + 1 : -5], lines[-4:]
+    assert [line.split()[0] for line in chart[:3]] == ["fetch_orders", "exchange_rate#1", "exchange_rate#2"]
+    assert len(chart) == 7 + 2
+    assert max(map(len, chart)) <= 80
+    assert after == "open sales-report.html in a browser, or go on with:"
+    page = (directory / "sales-report.html").read_text()
+    assert '"dag":"sales","run":"demo"' in page
+    assert "unit_price" not in page  # the values of a run are not in its report
+    assert len(commands) == 3
+    for command in commands:
+        done = subprocess.run(
+            shlex.split(command), capture_output=True, text=True, timeout=60, check=False, cwd=directory
+        )
+        assert (done.returncode, done.stderr) == (0, ""), command
+        assert done.stdout, command
+
+
+def test_a_run_that_failed_has_its_report_too(state_dir: Path, tmp_path: Path) -> None:
+    dag = write_dag(tmp_path, bash("a", "echo oh no >&2; exit 3"), bash("b", "true", "a"))
+    file = tmp_path / "run.html"
+    result = leoflow("lite", "run", dag, "--state-dir", state_dir, "--run-id", "r", "--report", file)
+    assert result.returncode == 1, result.stderr
+    assert f"report: {file}" in result.stderr
+    page = file.read_text()
+    for text in ('"reason":"non_zero_exit"', '"oh no"', '"state":"upstream_failed"'):
+        assert text in page
+    chart = leoflow("--state-dir", state_dir, "status", "d", "latest", "--gantt")
+    assert re.search(r"^a .*failed$", chart.stdout, re.MULTILINE)
 
 
 def test_the_compiled_dag_is_that_of_the_source_beside_it() -> None:

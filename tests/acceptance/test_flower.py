@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import secrets
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import redis
@@ -50,7 +52,7 @@ def start_flower(system: System) -> FlowerSite:
     site = FlowerSite(f"http://127.0.0.1:{free_port()}", "ops", secrets.token_hex(12))
     env = {"FLOWER_BASIC_AUTH": f"{site.user}:{site.password}", "FLOWER_READ_ONLY": "true"}
     port = site.url.rpartition(":")[2]
-    command = (sys.executable, "-m", "celery", "-A", "leoflow_celery.app", "flower", "--address=127.0.0.1")
+    command = (sys.executable, "-m", "leoflow_celery.cli", "flower", "--address=127.0.0.1")
     system.start("flower", *command, f"--port={port}", env=env)
     site.wait_until_up()
     wait_until(lambda: len(site.workers()) >= 3, 60, "Flower to know the workers", 0.5)
@@ -73,7 +75,9 @@ def monitored(tmp_path_factory: pytest.TempPathFactory, redis_with_password: str
     go = directory / "go"
     with System(directory, redis_with_password) as system, HttpTarget() as target:
         system.start_gateway()
-        system.start_workers("workers.subprocess", "workers.inline", "workers.control")
+        # Named as the package names them, for what their pages show.
+        named = {f"workers.{name}": ("-n", f"{name}@%h") for name in ("subprocess", "inline", "control")}
+        system.start_workers(*named, options=named)
         flower = start_flower(system)
         headers = {"Authorization": f"Bearer {CANARY}"}
         requests = {
@@ -112,9 +116,7 @@ def screenshots(tmp_path: Path) -> Path:
 def test_each_attempt_is_one_task_with_its_true_times_host_and_outcome(
     monitored: Monitored, flower: FlowerSite
 ) -> None:
-    executions = {
-        uuid: task for uuid, task in flower.tasks().items() if (task["name"] or "").startswith("leoflow.execute.")
-    }
+    executions = flower.tasks()
     assert executions.keys() == {handle.id for handle in monitored.handles.values()}
     for handle in monitored.handles.values():
         view, task = handle.task_instance(), executions[handle.id]
@@ -127,10 +129,20 @@ def test_each_attempt_is_one_task_with_its_true_times_host_and_outcome(
         assert task["started"] == pytest.approx(view.started_at, abs=exactness)
         assert ended == pytest.approx(view.ended_at, abs=exactness)
         assert task["runtime"] == pytest.approx(view.ended_at - view.started_at, abs=exactness)
-        assert f"d.{view.task_id} {view.attempt}" in task["kwargs"]
+        assert task["name"] == f"d.{view.task_id}"
+        assert ast.literal_eval(task["kwargs"]) == {
+            "run": view.run_id,
+            "attempt": str(view.attempt),
+            "executor": view.executor,
+            "operator": view.operator,
+            "image": "",
+        }
     by_name = {name: executions[handle.id] for name, handle in monitored.handles.items()}
-    assert "array of 3 items" in by_name["value"]["result"]
-    assert "object with 2 keys" in by_name["call"]["result"]
+    # What ran in a process and what a worker called look alike.
+    assert by_name["value"]["result"] == "'array of 3 items'"
+    assert by_name["call"]["result"] == "'object with 2 keys'"
+    assert by_name["exit 3"]["result"].startswith("non_zero_exit: ")
+    assert by_name["not found"]["result"].startswith("http_status: ")
     assert "non_zero_exit" in by_name["exit 3"]["exception"]
     assert "http_status" in by_name["not found"]["exception"]
 
@@ -149,13 +161,14 @@ def test_the_page_of_a_failed_task_says_why(
     browser.wait_for(".detail-row dd", handle.id)
     shown = details(browser)
     browser.screenshot(screenshots(tmp_path) / "flower-failed-task.png")
-    assert shown["Name"] == "leoflow.execute.subprocess"
+    assert shown["Name"] == "d.t-exit-3"
     assert shown["Status"] == "FAILURE"
     assert "non_zero_exit" in shown["Exception"]
     assert "exit code 3" in shown["Exception"]
     assert "non_zero_exit" in shown["Traceback"]
     assert shown["Worker"] == f"subprocess@{view.hostname}"
-    assert f"d.t-exit-3 {view.attempt}" in shown["Keyword arguments"]
+    assert str(view.attempt) in shown["Keyword arguments"]
+    assert view.run_id in shown["Keyword arguments"]
 
 
 def test_the_page_of_a_successful_task_sums_its_value_up(
@@ -179,8 +192,40 @@ def test_the_list_of_tasks_shows_them_all(
     rows = browser.wait_for("table tbody tr", last.id)
     browser.screenshot(screenshots(tmp_path) / "flower-tasks.png")
     for handle in monitored.handles.values():
+        view = handle.task_instance()
         [row] = [row for row in rows if handle.id in row]
-        assert handle.task_instance().executor in row
+        assert row.startswith(f"d.{view.task_id} ")
+        assert f"{view.executor}@{view.hostname}" in "".join(row.split())  # the column breaks it
+        assert view.reason is None or view.reason in row
+    heads = [text for text in browser.texts("#tasks-table thead th, table thead th") if text]
+    assert [head.title() for head in heads[:4]] == ["Name", "State", "Result", "Started"]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("d.t-exit-3", {"exit 3"}),
+        ("kwargs:run=r", {"value", "exit 3", "call", "not found"}),
+        ("kwargs:run=nope", set()),
+        ("non_zero_exit", {"exit 3"}),
+        ("result:http_status", {"not found"}),
+        ("kwargs:executor=inline", {"call", "not found"}),
+        ("state:FAILURE kwargs:executor=subprocess", {"exit 3"}),
+    ],
+)
+def test_rows_are_found_by_dag_run_and_reason(
+    monitored: Monitored, flower: FlowerSite, words: str, found: set[str]
+) -> None:
+    answer = flower.get(f"/api/tasks?search={quote(words)}").json()
+    assert answer.keys() == {monitored.handles[name].id for name in found}
+
+
+def test_the_api_reads_results(monitored: Monitored, flower: FlowerSite) -> None:
+    answer = flower.get(f"/api/task/result/{monitored.handles['value'].id}").json()
+    assert (answer["state"], answer["result"]) == ("SUCCESS", [1, 2, 3])
+    failed = flower.get(f"/api/task/result/{monitored.handles['exit 3'].id}").json()
+    assert failed["state"] == "FAILURE"
+    assert "non_zero_exit" in str(failed["result"])
 
 
 def test_nothing_is_shown_without_the_password(flower: FlowerSite) -> None:
@@ -196,9 +241,8 @@ def test_its_metrics_count_the_tasks(monitored: Monitored, flower: FlowerSite) -
         for sample in samples
         if sample.name == "flower_events_total" and sample.labels["type"] in ("task-succeeded", "task-failed")
     }
-    for kind in ("subprocess", "inline"):
-        assert ended[f"leoflow.execute.{kind}", "task-succeeded"] == 1
-        assert ended[f"leoflow.execute.{kind}", "task-failed"] == 1
+    names = {"value": "succeeded", "call": "succeeded", "exit-3": "failed", "not-found": "failed"}
+    assert ended == {(f"d.t-{name}", f"task-{end}"): 1 for name, end in names.items()}
 
 
 def test_no_secret_is_shown_anywhere(monitored: Monitored, flower: FlowerSite, browser: Browser) -> None:

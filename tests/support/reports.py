@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,11 @@ HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[2J\u202egnp"
 def view(task_id: str = "load", *, at: float = 0.0, ran: float | None = 5.0, **changes: Any) -> TaskInstanceView:
     """A try that was queued at ``at``, sent and launched a second later each, and ran for so long; None: it runs on."""
     queued = T0 + at
-    fields: dict[str, Any] = {
-        **dict.fromkeys(("tenant_id",), "default"),
+    # A column that tells nothing here is as empty as its type allows.
+    empty = {"str": "", "int": 0, "float": 0.0, "bool": False, "tuple[str, ...]": ()}
+    fields: dict[str, Any] = {one.name: empty.get(str(one.type)) for one in dataclasses.fields(TaskInstanceView)}
+    fields |= {
+        "tenant_id": "default",
         "dag_id": "sales",
         "run_id": "r1",
         "task_id": task_id,
@@ -38,21 +42,8 @@ def view(task_id: str = "load", *, at: float = 0.0, ran: float | None = 5.0, **c
         "started_at": queued + 3,
         "ended_at": None if ran is None else queued + 3 + ran,
         "read_at": T0 + 1_000,
-        "exit_code": None,
-        "log_tail": (),
-        "priority": 3,
-        "memory_limit": 0,
-        "oom_memory_factor": 1.0,
-        "oom_relaunches": 0,
-        "reschedules": 0,
-        "first_reschedule_at": None,
-        "owner": "",
         "relaunch": "always",
-        "end_number": None,
     }
-    texts = ("image", "celery_task_id", "sealed_request", "message", "last_event", "back_end", "queue_name")
-    nothing = ("reason", "holder", "lease_until", "last_heartbeat_at", "cancel_requested_at")
-    fields |= {**dict.fromkeys(texts, ""), "staging_claim": "", **dict.fromkeys(nothing)}
     return replace(TaskInstanceView(**fields), **changes)
 
 

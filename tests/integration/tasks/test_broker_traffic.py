@@ -48,13 +48,13 @@ def test_a_monitor_hears_of_users_tasks_only(own_system: System, monitor: Monito
     own_system.maintain("reap")
     control = own_system.process("workers.control")
     wait_until(lambda: "leoflow.maintenance.reap" in control.output() and "succeeded" in control.output(), 20, "reap")
-    handle = own_system.client.submit(http_task(target.url("a")))
+    handle = own_system.client.submit(http_task(target.url("a"), "call"))
     handle.get(timeout=20)
     monitor.wait_for(handle.id, "task-succeeded")
     for kind in ("task-sent", "task-received", "task-started"):
         assert monitor.of(handle.id, kind), kind
     heard = {event["name"] for event in monitor.events if "name" in event}
-    assert heard == {"leoflow.execute.inline"}
+    assert heard == {"d.t-call"}
 
 
 def test_what_ends_while_its_worker_shuts_down_is_heard_of(

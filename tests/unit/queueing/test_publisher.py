@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import pytest
@@ -44,13 +45,22 @@ def test_a_launch_message_shows_ids_and_seals_the_rest():
     assert name == "leoflow.execute.docker"
     assert (options["queue"], options["task_id"], options["priority"]) == ("docker", "celery-id", 7)
     assert CANARY not in str(app.sent)
-    assert options["kwargsrepr"] == "{'attempt': 'bash d.t ti/1.1', 'image': 'img:1'}"
+    shown = {"run": "r", "attempt": "ti/1.1", "executor": "docker", "operator": "bash", "image": "img:1"}
+    assert ast.literal_eval(options["kwargsrepr"]) == shown
+    assert options["shadow"] == "d.t"
     message = open_message(process.keys, "docker", Launch, kwargs["sealed"])
     assert message.attempt == secret.attempt
     ready = message.request
     assert ready.env == {"TOKEN": CANARY}
     assert ready.control_plane_addr == process.settings.agent.control_plane_addr
     assert process.tokens.verify(ready.agent_token).attempt == secret.attempt
+
+
+def test_a_name_that_is_too_long_for_a_header_is_cut():
+    app, process = RecordingApp(), runtime()
+    given = request(dag_id="d" * 200, task_id="t" * 200)
+    Publisher(app, process).launch(LaunchOrder(given, ExecutorType.SUBPROCESS, given.attempt, "id"))
+    assert app.sent[0][2]["shadow"] == "d" * 200 + "." + "t" * 54
 
 
 def test_a_relaunch_gets_a_token_of_its_own_launch():

@@ -65,6 +65,20 @@ def test_an_earlier_launch_is_told_by_the_history() -> None:
     assert phases(again) == row
 
 
+def test_a_task_that_looks_again_later_waits_between_its_launches() -> None:
+    again = replace(view(at=10, ran=5), launch=2, sent_at=T0 + 40, launched_at=T0 + 41, started_at=T0 + 42)
+    again = replace(again, ended_at=T0 + 47)
+    found = phases(again, event("submitted", 0), event("claimed", 4), event("rescheduled", 10), event("claimed", 42, 2))
+    assert found == [
+        ("queued", 1, 0, 4),
+        ("running", 1, 4, 10),
+        ("dispatch", 2, 10, 40),
+        ("queued", 2, 40, 41),
+        ("pending", 2, 41, 42),
+        ("running", 2, 42, 47),
+    ]
+
+
 def test_of_other_tries_nothing_is_taken() -> None:
     second = replace(view(at=10), try_number=2)
     assert phases(second, event("claimed", 1, try_number=1)) == phases(second)
