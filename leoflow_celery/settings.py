@@ -216,6 +216,9 @@ class SubprocessSettings(BaseSettings):
     state_dir: str = ""
     #: Keep a pre-imported agent and fork it per task (only for our own agent).
     preload_agent: bool = True
+    #: Modules that the interpreter of the user's code (LEOFLOW_PYTHON of the worker) imports once, comma separated: its
+    #: tasks are then forked instead of started. That interpreter must have this package. Empty: none.
+    preload: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_names)] = ()
     #: Attempts that this host runs at once; more wait in the queue, where other hosts take them. 0: 16 for each core
     #: as far as each has 256 MiB of memory, and at least 4 (most tasks wait for a server).
     max_running: Annotated[int, Field(ge=0)] = 0
