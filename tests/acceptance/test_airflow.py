@@ -49,7 +49,7 @@ def airflow(
     with System(directory, shared_redis.url(), ours, **SETTINGS) as system:
         made = Airflow(system, theirs, DAGS, LEOFLOW__ENVIRONMENT="AIRFLOW_VAR_TASKS")
         made.env["AIRFLOW_VAR_TASKS"] = str(TASKS)
-        start_ours(system)
+        start_ours(made)
         made.start_api_server()
         made.start_dag_processor()
         made.start_scheduler()

@@ -58,7 +58,7 @@ def airflow(tmp_path: Path, redis_server: RedisServer, postgres: PostgresDatabas
     ours, theirs = postgres.empty(), postgres.empty()
     with System(tmp_path, redis_server.url(), ours, **SETTINGS) as system:
         made = Airflow(system, theirs, dags)
-        start_ours(system)
+        start_ours(made)
         made.start_api_server()
         made.start_dag_processor()
         yield made
