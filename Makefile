@@ -23,7 +23,7 @@ COVERAGE = $(if $(CI),--cov --cov-report=term:skip-covered)
 TIERS := test-unit test-contract test-integration test-acceptance
 
 # The first that can create a virtual environment; 3.11 is what we develop on. PYTHON=... chooses another.
-PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$name -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
 .PHONY: help demo test $(TIERS) test-airflow lint proto bench images clean

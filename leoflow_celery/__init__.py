@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leoflow_celery.client import Client, Handle
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["Client", "Handle", "submit"]
 
 _default_client: Client | None = None
@@ -32,4 +33,8 @@ def __getattr__(name: str) -> Any:
         from leoflow_celery import client
 
         return getattr(client, name)
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("leoflow-celery")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,6 +54,7 @@ def build_command(
     command = Command([], _inherited(environ))
     command.env.update({f"AIRFLOW_VAR_{key.upper()}": value for key, value in inputs.variables.items()})
     command.env.update({f"AIRFLOW_CONN_{key.upper()}": value for key, value in inputs.connections.items()})
+    command.env.update(_of_run(spec))
     command.env.update(spec.environment)
     command.env.update(
         LEOFLOW_TASK_INSTANCE_ID=config.task_instance_id,
@@ -65,6 +66,24 @@ def build_command(
     _add_operator(command, spec, inputs, config, directory)
     _check(command)
     return command
+
+
+def _of_run(spec: pb.TaskSpec) -> dict[str, str]:
+    """What the task is told about its run, where the request says it; times are RFC 3339."""
+    values = {
+        "LEOFLOW_TS": spec.logical_date,
+        "LEOFLOW_DS": spec.logical_date[:10],
+        "LEOFLOW_DATA_INTERVAL_START": spec.data_interval_start,
+        "LEOFLOW_DATA_INTERVAL_END": spec.data_interval_end,
+        "LEOFLOW_PARAMS": spec.params_json,
+        "LEOFLOW_FIRST_RESCHEDULE_AT": spec.first_reschedule_at,
+        "LEOFLOW_MAX_TRIES": str(spec.max_tries or ""),
+        "LEOFLOW_TRY_NUMBER": str(spec.try_number or ""),
+        "LEOFLOW_DAG_ID": spec.dag_id,
+        "LEOFLOW_RUN_ID": spec.run_id,
+        "LEOFLOW_TASK_ID": spec.task_id,
+    }
+    return {name: value for name, value in values.items() if value}
 
 
 def _check(command: Command) -> None:

@@ -37,7 +37,7 @@ class UserProcess:
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._pipes: list[_Pipe] = []
         self._popen = _started(argv, env, has_stdin=bool(stdin))
-        linux.volunteer_for_oom_kill(self._popen.pid)
+        linux.offer_children_to_oom_kill()
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # it may have ended before the handler was there
         self._stdin = stdin

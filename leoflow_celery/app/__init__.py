@@ -76,6 +76,7 @@ def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
 
         # Not task_queues: a worker must be able to send to queues that it does not consume.
         app.select_queues(list(queues))
+        app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "leoflow_celery.app.consumer:ResultBackend")
         for blueprint, steps in steps_of(queues).items():
             app.steps[blueprint] |= steps
     return app

@@ -49,6 +49,8 @@ from leoflow_celery.store.logs import LogKey, LogReader
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.store.views import RunView, Submitted, TaskInstanceView
 
+log = logging.getLogger(__name__)
+
 
 def signatures(field: str, given: Any) -> list[dict[str, Any]]:
     """One signature or a list of them (None: none) as plain JSON.
@@ -104,7 +106,6 @@ def count_submitted(tries: Sequence[NewTry], submitted: Sequence[Submitted], sta
             metrics.record_transition(TaskState.NONE, TaskState.QUEUED, item.request.dag_id)
 
 
-log = logging.getLogger(__name__)
 _STANDARD_TENANT = "default"
 #: More make a submit no faster, and let the first of them wait for the last.
 _MESSAGES_AT_ONCE = 50

@@ -26,6 +26,7 @@ from leoflow_celery.domain.fields import (
     JsonObject,
     JsonSchema,
     Label,
+    Moment,
     MountPath,
     Name,
     NotEmpty,
@@ -157,6 +158,11 @@ class HttpRequest(Frozen):
         """Whether making the call twice is the same as making it once (RFC 9110, 9.2.2)."""
         return self.method not in ("POST", "PATCH")
 
+    @property
+    def may_be_made_again(self) -> bool:
+        """Whether one try may make the call again when nobody knows whether it was made."""
+        return self.may_be_repeated or (self.attempts or 1) > 1
+
     def filled(self, values: Values) -> HttpRequest:
         """The call with its values, as it is sent.
 
@@ -286,7 +292,7 @@ class TaskRequest(Frozen):
     entrypoint: Text = ""
     env: Environment = Field(default_factory=dict)
     resources: Resources = Resources()
-    execution: Execution = Execution()
+    execution: Execution = Field(default_factory=Execution)  # a default that is unhashable is copied deeply each time
     #: 0 means no limit.
     timeout_seconds: Annotated[int, Field(ge=0, le=30 * 24 * 3600)] = 0
     source: Text = ""
@@ -317,11 +323,22 @@ class TaskRequest(Frozen):
     xcom_schema: JsonSchema | None = None
     call_args: JsonObject = Field(default_factory=dict)
     secrets: tuple[SecretReference, ...] = ()
+    #: Variables and connections that the task uses: no others are handed out. None: all of its tenant and DAG.
+    variables: tuple[Name, ...] | None = None
+    connections: tuple[Name, ...] | None = None
+    #: Parameters of the run.
+    params: JsonObject = Field(default_factory=dict)
+    #: What the run stands for, and the times its data is of: RFC 3339 with an offset.
+    logical_date: Moment = ""
+    data_interval_start: Moment = ""
+    data_interval_end: Moment = ""
+    #: How many tries the scheduler gives the task, for the task to know; 0: it does not say.
+    max_tries: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     result_callback: ResultCallback | None = None
     #: Part of a Pod object, merged over the pod of this request (strategic merge); for the kubernetes executor.
     pod_override: PodPart = Field(default_factory=dict)
     #: GPUs, /dev/shm, ulimits, names and mounts of this container; for the docker executor.
-    docker_override: DockerOverride = DockerOverride()
+    docker_override: DockerOverride = Field(default_factory=DockerOverride)
     #: Start again with so many times the memory limit after an OOM kill; None is the system's setting, 1 is off.
     oom_memory_factor: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] | None = None
     #: Celery priority on Redis: 0 is served first, 9 last.
@@ -372,6 +389,12 @@ class TaskRequest(Frozen):
             if getattr(self, field):
                 raise _wrong(field, "an http_api task runs no code; remove it, or set another operator")
         has_agent = self.execution_mode == "pod" or self.executor not in (None, "inline")
+        for field in ("variables", "connections", "params"):
+            if getattr(self, field) and not has_agent:
+                raise _wrong(
+                    field,
+                    "an inline call has no place for it; remove it, or let an agent run the task (executor)",
+                )
         try:
             self.http_request.check_values(self.call_args, self.env, self.xcom_input, self.secrets, has_agent=has_agent)
         except TemplateError as error:

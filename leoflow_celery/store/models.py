@@ -187,7 +187,7 @@ class TaskInstance(Base):
     hostname: Mapped[str] = mapped_column(_NAME, default="")
     external_name: Mapped[str] = mapped_column(_NAME, default="")
 
-    #: Which server runs the current launch, as ``domain.backend.BackEnd`` writes it: kubernetes, docker:host-1.
+    #: Which server runs the current launch, as ``domain.backend.BackEnd.address``: kubernetes/namespace, docker:host-1.
     back_end: Mapped[str] = mapped_column(_NAME, default="", server_default="")
     #: Where the message of the current launch goes; empty: the executor's own queue.
     queue_name: Mapped[str] = mapped_column(_NAME, default="", server_default="")
@@ -200,8 +200,12 @@ class TaskInstance(Base):
     #: How often it grew.
     oom_relaunches: Mapped[int] = mapped_column(default=0, server_default="0")
 
+    #: How often its task released its place until later, and when for the first time.
+    reschedules: Mapped[int] = mapped_column(default=0, server_default="0")
+    first_reschedule_at: Mapped[float | None] = mapped_column(Timestamp)
+
     queued_at: Mapped[float] = mapped_column(Timestamp)
-    #: Not before this time may the message be sent (backoff of a relaunch).
+    #: Not before this time may the message be sent (backoff of a relaunch, or the time that its task asked for).
     send_after: Mapped[float] = mapped_column(Timestamp)
     #: When the broker accepted the message of the current launch; NULL means it must still be sent.
     sent_at: Mapped[float | None] = mapped_column(Timestamp)

@@ -62,6 +62,8 @@ class TaskInstanceView:
     memory_limit: int
     oom_memory_factor: float
     oom_relaunches: int
+    reschedules: int
+    first_reschedule_at: float | None
     queued_at: float
     send_after: float
     sent_at: float | None

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import configparser
 import importlib
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+import leoflow_celery
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +51,7 @@ def test_data_files_that_the_code_opens_are_shipped(setup_cfg: configparser.Conf
 
 def test_every_folder_with_code_is_a_package() -> None:
     """find: skips a folder without __init__.py, and the wheel would miss it without a word."""
-    for root in ("leoflow_celery", "leoflow_runtime", "workers"):
+    for root in ("leoflow_celery", "leoflow_runtime"):
         for path in (ROOT / root).rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), path.parent
 
@@ -109,6 +113,35 @@ def test_what_is_built_is_whole_and_may_be_uploaded(tmp_path: Path) -> None:
         held = set(wheel.namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "leoflow_celery").rglob("*.py")}
     assert {"leoflow_celery/py.typed", "leoflow_runtime/py.typed", *modules} <= held
+    top = {name.partition("/")[0] for name in held}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"leoflow_celery", "leoflow_runtime"}
+
+
+def test_a_checkouts_entry_points_are_the_installed_ones(setup_cfg: configparser.ConfigParser) -> None:
+    """What a checkout and the images start is what is installed, under a shorter name."""
+    thin = [ROOT / "beat_schedule.py", *sorted((ROOT / "workers").glob("[a-z]*.py"))]
+    installed = [ROOT / "leoflow_celery" / "beat_schedule.py", *(ROOT / "leoflow_celery" / "workers").glob("[a-z]*.py")]
+    assert sorted(path.name for path in thin) == sorted(path.name for path in installed)
+    for path in thin:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert f"from leoflow_celery.{name} import app" in path.read_text().splitlines()
+
+
+def test_the_version_is_said_in_one_place(setup_cfg: configparser.ConfigParser) -> None:
+    version = setup_cfg["metadata"]["version"]
+    assert leoflow_celery.__version__ == metadata.version("leoflow-celery")
+    assert re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_the_metadata_the_makefile_and_ci_name_the_same_pythons(setup_cfg: configparser.ConfigParser) -> None:
+    prefix = "Programming Language :: Python :: 3."
+    named = [line.strip() for line in lines(setup_cfg["metadata"]["classifiers"])]
+    versions = [f"3.{line.removeprefix(prefix)}" for line in named if line.startswith(prefix)]
+    assert versions == ["3.11", "3.12", "3.13", "3.14"]
+    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix["python"] == versions
+    makefile = (ROOT / "Makefile").read_text()
+    assert " ".join(f"python{version}" for version in versions) in makefile
 
 
 def test_the_workflows_of_the_repository_can_be_read() -> None:

@@ -109,6 +109,9 @@ CALLS: dict[str, Call] = {
     "number": lambda store: [submit(store, "ti-6"), store.attempts.request_cancel("ti-6"), store.ends.number()],
     "events": lambda store: store.events.of("ti-1"),
     "run": lambda store: store.runs.task_instances("default", "sales", "run-7"),
+    "events of a run": lambda store: store.events.of_run("default", "sales", "run-7"),
+    "results of a run": lambda store: store.completions.done_of_run("default", "sales", "run-7"),
+    "durations": lambda store: store.runs.task_seconds("default", "sales", ["run-7", "run-8"]),
 }
 
 
