@@ -29,6 +29,8 @@ _FORK_SERVER = ["-m", "leoflow_celery.agent.forkserver"]
 _PRELOADED_ENVIRONMENT = "AIRFLOW_"
 _MAX_PACKET_BYTES = 1 << 17
 _ANSWER_SECONDS = 15.0
+#: For the first answer of a server that imports modules of the user's code before it serves.
+_PRELOAD_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,7 @@ class _Server:
                 start_new_session=True,
                 pass_fds=(theirs.fileno(),),
             )
+        self._patience = _PRELOAD_SECONDS if preload else _ANSWER_SECONDS
         self._numbers = itertools.count(1)
         self._answers: dict[int, Future[int]] = {}
         self._exits: dict[int, OnExit] = {}
@@ -162,7 +165,7 @@ class _Server:
         packet["mark"] = start.limit
         try:
             socket.send_fds(self._socket, [json.dumps(packet).encode()], [start.lock])
-            return answer.result(_ANSWER_SECONDS)
+            return answer.result(self._patience)
         except TimeoutError:
             raise  # it may still start, and its end is ours to see
         except OSError:
@@ -186,6 +189,7 @@ class _Server:
 
     def _handle(self, message: dict[str, Any]) -> None:
         number = message["id"]
+        self._patience = _ANSWER_SECONDS
         if "pid" in message:
             self._pids[number] = message["pid"]
             self._answers.pop(number).set_result(message["pid"])
