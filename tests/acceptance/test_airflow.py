@@ -160,26 +160,20 @@ def _lines(path: Path) -> list[str]:
 
 def _kill_one(airflow: Airflow, victim: str, dice: random.Random) -> None:
     if victim in ("supervisor", "agent"):
-        ours = [one for one in psutil.process_iter(["cmdline"]) if _is(one, victim)]
-        if ours:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                dice.choice(ours).kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one = dice.choice(wait_until(_supervisors, 60, "a task runs"))
+            (one if victim == "supervisor" else one.parent()).kill()
         return
-    process = airflow.system.process(victim)
-    process.kill()
+    airflow.system.process(victim).kill()
     airflow.system.restart(victim)
 
 
-def _is(process: psutil.Process, kind: str) -> bool:
-    """A supervisor is named by Airflow; an agent is a child of the fork server."""
+def _supervisors() -> list[psutil.Process]:
+    """Airflow gives them their name; an agent is the parent of one."""
+    return [one for one in psutil.process_iter() if _title(one).startswith("airflow supervisor")]
+
+
+def _title(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
-        line = " ".join(process.cmdline())
-        if kind == "supervisor":
-            return line.startswith("airflow supervisor")
-        parent = process.parent()
-        return (
-            "leoflow_celery.agent.forkserver" in line
-            and parent is not None
-            and "forkserver" in " ".join(parent.cmdline())
-        )
-    return False
+        return " ".join(process.cmdline())
+    return ""
