@@ -169,11 +169,13 @@ def _kill_one(airflow: Airflow, victim: str, dice: random.Random) -> None:
 
 
 def _supervisors() -> list[psutil.Process]:
-    """Airflow gives them their name; an agent is the parent of one."""
-    return [one for one in psutil.process_iter() if _title(one).startswith("airflow supervisor")]
+    """Those that have started their task: the child of an agent, which is the fork server's."""
+    return [one for one in psutil.process_iter() if _is_supervisor(one)]
 
 
-def _title(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
+def _is_supervisor(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error, AttributeError):
+        agent = process.parent()
+        above = [" ".join(one.cmdline()) for one in (agent, agent.parent())]
+        return all("leoflow_celery.agent.forkserver" in line for line in above) and bool(process.children())
+    return False
