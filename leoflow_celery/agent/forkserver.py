@@ -16,6 +16,7 @@ have ended, then exits. No gRPC object may be created here: they do not survive 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -214,6 +215,9 @@ def main() -> int:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - the user's code says it better, when it needs the module
             sys.stderr.write(f"leoflow-agent: LEOFLOW_SUBPROCESS_PRELOAD: {name} cannot be imported: {error!r}\n")
+    with contextlib.suppress(ImportError):
+        # It finds its place when it is first asked, and not after the environment was replaced in a child.
+        importlib.import_module("setproctitle").getproctitle()
     ForkServer(connection, forks_ahead=bool(modules)).run()
     return 0
 
