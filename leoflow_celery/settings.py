@@ -219,6 +219,9 @@ class SubprocessSettings(BaseSettings):
     #: The user that tasks run as: they then read and write nothing of the worker's, its agents' and their records. The
     #: worker has to run as root. Empty: as the worker.
     user: str = ""
+    #: Modules that the interpreter of the user's code (LEOFLOW_PYTHON of the worker) imports once, comma separated: its
+    #: tasks are then forked instead of started. That interpreter must have this package. Empty: none.
+    preload: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_names)] = ()
     #: Attempts that this host runs at once; more wait in the queue, where other hosts take them. 0: 16 for each core
     #: as far as each has 256 MiB of memory, and at least 4 (most tasks wait for a server).
     max_running: Annotated[int, Field(ge=0)] = 0

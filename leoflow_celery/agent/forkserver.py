@@ -1,5 +1,8 @@
 """A pre-imported agent that forks one agent per task: ``python -m leoflow_celery.agent.forkserver FD``.
 
+``… FD MODULE …`` also imports modules of the user's code and forks agents ahead, each with a process for that code
+(``agent.warm``); this is then run by the interpreter of the user's code.
+
 Interpreter start and imports are most of what a short task costs, and a fork pays them once. FD is a SOCK_SEQPACKET
 socket to the executor; a packet is one line of JSON.
 
@@ -13,7 +16,9 @@ have ended, then exits. No gRPC object may be created here: they do not survive 
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import json
 import os
 import selectors
@@ -22,8 +27,9 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from leoflow_celery.agent import linux
+from leoflow_celery.agent import linux, process
 from leoflow_celery.agent.__main__ import main as agent_main
+from leoflow_celery.agent.warm import Spare
 
 MAX_PACKET_BYTES = 1 << 17
 
@@ -31,8 +37,10 @@ MAX_PACKET_BYTES = 1 << 17
 class ForkServer:
     """One socket, many children."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, *, forks_ahead: bool = False) -> None:
+        self._connection, self._forks_ahead = connection, forks_ahead
+        #: The agent that takes the next request: its process id, and the socket over which it is told to.
+        self._next: tuple[int, socket.socket] | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(connection, selectors.EVENT_READ)
         #: pidfd → (request id, pid)
@@ -44,6 +52,7 @@ class ForkServer:
         # Everything imported so far is kept out of the children's collections, which would copy its pages.
         gc.collect()
         gc.freeze()
+        self._fork_ahead()
         while self._open or self._children:
             for key, _ in self._selector.select():
                 if key.fileobj is self._connection:
@@ -51,11 +60,64 @@ class ForkServer:
                 else:
                     self._child_ended(key.fd)
 
+    # -- agents that are forked ahead: they read their requests themselves ----------------------------------------
+
+    def _fork_ahead(self) -> None:
+        if not self._forks_ahead or not self._open:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            self._become_next(theirs)
+        theirs.close()
+        self._next = (pid, ours)
+
+    def _become_next(self, control: socket.socket) -> NoReturn:
+        """In the child: fork the user's process to be, then wait for a request and become its agent."""
+        try:
+            process.spare = Spare.fork()
+            if not control.recv(1):
+                os._exit(0)
+            packet, _, _, _ = socket.recv_fds(self._connection, MAX_PACKET_BYTES, 1)
+            if not packet:
+                control.send(b"closed")
+                os._exit(0)
+            request = json.loads(packet)
+            control.send(str(request["id"]).encode())
+            control.close()
+        except BaseException as error:  # noqa: BLE001 - nothing may reach the server's own loop in a child
+            sys.stderr.write(f"leoflow-agent: {type(error).__name__}: {error}\n")
+            os._exit(1)
+        self._become_agent(request)
+
+    def _hand_over(self, pid: int, control: socket.socket) -> bool:
+        """Let the next agent take the request that has come; False when it was killed meanwhile."""
+        self._next = None
+        with control:
+            try:
+                control.send(b"1")
+                answer = control.recv(64)
+            except OSError:
+                answer = b""
+        if answer in (b"", b"closed"):
+            os.waitpid(pid, 0)
+            if answer:
+                self._close()
+            return bool(answer)
+        self._watch(int(answer), pid)
+        return True
+
     def _receive(self) -> None:
+        if self._next is not None and self._hand_over(*self._next):
+            self._fork_ahead()
+        else:
+            self._receive_and_fork()
+
+    def _receive_and_fork(self) -> None:
         packet, files, _, _ = socket.recv_fds(self._connection, MAX_PACKET_BYTES, 1)
         if not packet:
-            self._selector.unregister(self._connection)
-            self._open = False
+            self._close()
             return
         request = json.loads(packet)
         try:
@@ -66,14 +128,26 @@ class ForkServer:
             for descriptor in files:
                 os.close(descriptor)
 
+    def _close(self) -> None:
+        self._selector.unregister(self._connection)
+        self._open = False
+        if self._next is not None:
+            pid, control = self._next
+            self._next = None
+            control.close()
+            os.waitpid(pid, 0)
+
     def _fork(self, request: dict[str, Any]) -> None:
         pid = os.fork()
         if pid == 0:
             self._become_agent(request)
+        self._watch(request["id"], pid)
+
+    def _watch(self, request_id: int, pid: int) -> None:
         pidfd = os.pidfd_open(pid)
-        self._children[pidfd] = (request["id"], pid)
+        self._children[pidfd] = (request_id, pid)
         self._selector.register(pidfd, selectors.EVENT_READ)
-        self._send({"id": request["id"], "pid": pid})
+        self._send({"id": request_id, "pid": pid})
 
     def _become_agent(self, request: dict[str, Any]) -> NoReturn:
         """In the child: shed what is the server's, become what the request says. The file of the lock stays open."""
@@ -105,7 +179,8 @@ class ForkServer:
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
         # An agent that was killed leaves its processes to us, the next who adopts; one that ended has left none.
-        linux.kill_descendants(spare=frozenset(pid for _, pid in self._children.values()))
+        others = {pid for _, pid in self._children.values()} | ({self._next[0]} if self._next else set())
+        linux.kill_descendants(spare=frozenset(others))
         self._send({"id": request_id, "exited": os.waitstatus_to_exitcode(status)})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -134,7 +209,16 @@ def main() -> int:
     linux.hide_from_our_user()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    ForkServer(connection).run()
+    modules = sys.argv[2:]
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001 - the user's code says it better, when it needs the module
+            sys.stderr.write(f"leoflow-agent: LEOFLOW_SUBPROCESS_PRELOAD: {name} cannot be imported: {error!r}\n")
+    with contextlib.suppress(ImportError):
+        # It finds its place when it is first asked, and not after the environment was replaced in a child.
+        importlib.import_module("setproctitle").getproctitle()
+    ForkServer(connection, forks_ahead=bool(modules)).run()
     return 0
 
 

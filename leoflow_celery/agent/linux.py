@@ -27,6 +27,11 @@ def hide_from_our_user() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
+def show_to_our_user() -> None:
+    """The opposite: what a program that was executed is."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
 def _prctl(option: int, value: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
@@ -51,6 +56,11 @@ def mark_descendants(mark: int) -> None:
     """Give us, and so all that we start, a limit that Linux ignores and everybody may read: whose processes we are."""
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(_RLIMIT_LOCKS, (mark, mark))
+
+
+def own_mark() -> int:
+    """The mark that we have."""
+    return resource.getrlimit(_RLIMIT_LOCKS)[1]
 
 
 def kill_descendants(patience_seconds: float = 1.0, spare: frozenset[int] = frozenset()) -> None:

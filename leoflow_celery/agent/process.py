@@ -13,6 +13,7 @@ from typing import IO
 from leoflow_celery.agent import linux
 from leoflow_celery.agent.config import RunAs
 from leoflow_celery.agent.output import LineSplitter
+from leoflow_celery.agent.warm import Spare, WarmProcess
 
 #: How long something that outlived the user process may go on writing before it is killed.
 DRAIN_SECONDS = 2.0
@@ -24,6 +25,8 @@ _THROTTLE_SECONDS = 0.05
 PARTIAL_LINE_SECONDS = 2.0
 
 Sink = Callable[[str], None]
+#: A process that this agent's fork server forked ahead for the user's code.
+spare: Spare | None = None
 
 
 class UserProcess:
@@ -39,18 +42,7 @@ class UserProcess:
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._pipes: list[_Pipe] = []
-        self._popen = subprocess.Popen(
-            argv,
-            # A pipe, not a file: what was read cannot be read again, by whatever the process starts.
-            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=env,
-            start_new_session=True,
-            user=run_as.uid if run_as else None,
-            group=run_as.gid if run_as else None,
-            extra_groups=run_as.groups if run_as else None,
-        )
+        self._popen = _started(argv, env, run_as, has_stdin=bool(stdin))
         linux.offer_children_to_oom_kill()
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # it may have ended before the handler was there
@@ -114,6 +106,29 @@ class UserProcess:
             if pid == self._popen.pid:
                 self._popen.returncode = os.waitstatus_to_exitcode(status)
                 self.exited.set_result(self._popen.returncode)
+
+
+def _started(
+    argv: list[str], env: Mapping[str, str], run_as: RunAs | None, *, has_stdin: bool
+) -> subprocess.Popen[bytes] | WarmProcess:
+    """As another user always afresh: what a spare has imported was read as this one."""
+    if run_as is None and spare is not None and spare.fits(argv):
+        try:
+            return spare.start(argv, env, has_stdin=has_stdin)
+        except OSError:
+            pass  # it was killed; a fresh interpreter does the same
+    return subprocess.Popen(
+        argv,
+        # A pipe, not a file: what was read cannot be read again, by whatever the process starts.
+        stdin=subprocess.PIPE if has_stdin else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        start_new_session=True,
+        user=run_as.uid if run_as else None,
+        group=run_as.gid if run_as else None,
+        extra_groups=run_as.groups if run_as else None,
+    )
 
 
 class _Pipe(asyncio.Protocol):

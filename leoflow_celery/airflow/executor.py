@@ -174,6 +174,11 @@ class LeoflowExecutor(BaseExecutor):
             self._started.adopt(_Handed(str(ti.external_executor_id), ti.key))
         return others
 
+    def fail_connection_test(self, key: Any) -> None:
+        super().fail_connection_test(key)
+        if self._courier is not None:
+            self._courier.take_back(key)
+
     def end(self) -> None:
         """Stop; what runs goes on, and the next scheduler adopts it."""
         if self._courier is not None:
@@ -429,8 +434,8 @@ class _Courier:
         with create_session(scoped=False) as session:
             ti = _row_of(session, handed)
             if ti is None or ti.state not in _OPEN:
-                # Its state is written: what the system lost was only the news.
-                self._put(_End(handed, Verdict.SUCCESS))
+                # Its state is written, or another scheduler gave it back: what was lost was only the news.
+                self._put(_End(handed, Verdict.NOTHING))
                 return True
             if ti.state == TaskInstanceState.RESTARTING:
                 # It was cleared while it ran: the scheduler makes a new try of it when it hears of an end.

@@ -49,7 +49,7 @@ def airflow(
     with System(directory, shared_redis.url(), ours, **SETTINGS) as system:
         made = Airflow(system, theirs, DAGS, LEOFLOW__ENVIRONMENT="AIRFLOW_VAR_TASKS")
         made.env["AIRFLOW_VAR_TASKS"] = str(TASKS)
-        start_ours(system)
+        start_ours(made)
         made.start_api_server()
         made.start_dag_processor()
         made.start_scheduler()
@@ -160,26 +160,22 @@ def _lines(path: Path) -> list[str]:
 
 def _kill_one(airflow: Airflow, victim: str, dice: random.Random) -> None:
     if victim in ("supervisor", "agent"):
-        ours = [one for one in psutil.process_iter(["cmdline"]) if _is(one, victim)]
-        if ours:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                dice.choice(ours).kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one = dice.choice(wait_until(_supervisors, 60, "a task runs"))
+            (one if victim == "supervisor" else one.parent()).kill()
         return
-    process = airflow.system.process(victim)
-    process.kill()
+    airflow.system.process(victim).kill()
     airflow.system.restart(victim)
 
 
-def _is(process: psutil.Process, kind: str) -> bool:
-    """A supervisor is named by Airflow; an agent is a child of the fork server."""
-    with contextlib.suppress(psutil.Error):
-        line = " ".join(process.cmdline())
-        if kind == "supervisor":
-            return line.startswith("airflow supervisor")
-        parent = process.parent()
-        return (
-            "leoflow_celery.agent.forkserver" in line
-            and parent is not None
-            and "forkserver" in " ".join(parent.cmdline())
-        )
+def _supervisors() -> list[psutil.Process]:
+    """Those that have started their task: the child of an agent, which is the fork server's."""
+    return [one for one in psutil.process_iter() if _is_supervisor(one)]
+
+
+def _is_supervisor(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error, AttributeError):
+        agent = process.parent()
+        above = [" ".join(one.cmdline()) for one in (agent, agent.parent())]
+        return all("leoflow_celery.agent.forkserver" in line for line in above) and bool(process.children())
     return False

@@ -178,10 +178,19 @@ class Airflow:
         )
 
 
-def start_ours(system: System) -> None:
+#: What a worker of Airflow's tasks imports once (docs/airflow.md).
+PRELOAD = (
+    "airflow.executors.base_executor,airflow.executors.workloads,airflow.sdk.execution_time.supervisor,"
+    "airflow.sdk.execution_time.task_runner,airflow.sdk.log,airflow.providers.standard.operators.python"
+)
+
+
+def start_ours(airflow: Airflow) -> None:
     """The processes of ours that run Airflow's tasks on this host."""
+    system = airflow.system
     system.start_gateway()
-    env = {"LEOFLOW_PYTHON": str(PYTHON)}
-    for module in ("workers.control", "workers.subprocess"):
-        system.start_worker(module, env=env)
+    system.start_worker("workers.control")
+    theirs = {name: text for name, text in airflow.env.items() if name.startswith("AIRFLOW") and "SECRET" not in name}
+    env = {**theirs, "LEOFLOW_PYTHON": str(PYTHON), "LEOFLOW_SUBPROCESS_PRELOAD": PRELOAD}
+    system.start_worker("workers.subprocess", env=env)
     system.start_beat()

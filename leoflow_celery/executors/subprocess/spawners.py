@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,13 @@ from leoflow_celery.executors.subprocess.reaper import Reaper
 OnExit = Callable[[int | None], None]
 
 _OWN_AGENT = [sys.executable, "-m", "leoflow_celery.agent"]
-_FORK_SERVER = [sys.executable, "-m", "leoflow_celery.agent.forkserver"]
+_FORK_SERVER = ["-m", "leoflow_celery.agent.forkserver"]
+#: What a preloaded Airflow reads when it is imported.
+_PRELOADED_ENVIRONMENT = "AIRFLOW_"
 _MAX_PACKET_BYTES = 1 << 17
 _ANSWER_SECONDS = 15.0
+#: For the first answer of a server that imports modules of the user's code before it serves.
+_PRELOAD_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,13 @@ def _collect(pid: int) -> int | None:
 class ForkSpawner:
     """Asks a fork server (our own agent, pre-imported); starts it when there is none."""
 
-    def __init__(self, reaper: Reaper, environ: Mapping[str, str], log: Path) -> None:
-        self._reaper, self._environ, self._log = reaper, inherited(environ), log
+    def __init__(self, reaper: Reaper, environ: Mapping[str, str], log: Path, preload: Sequence[str] = ()) -> None:
+        """``preload``: modules that the interpreter of the user's code imports once; it then runs the server."""
+        self._reaper, self._environ, self._log, self._preload = reaper, inherited(environ), log, tuple(preload)
+        self._python = sys.executable
+        if preload:
+            self._python = environ.get("LEOFLOW_PYTHON") or sys.executable
+            self._environ |= {name: text for name, text in environ.items() if name.startswith(_PRELOADED_ENVIRONMENT)}
         self._lock = threading.Lock()
         self._server: _Server | None = None
 
@@ -122,20 +131,22 @@ class ForkSpawner:
     def _connected(self, dead: _Server | None = None) -> _Server:
         with self._lock:
             if self._server is None or self._server.gone or self._server is dead:
-                self._server = _Server(self._reaper, self._environ, self._log)
+                self._server = _Server(self._reaper, self._environ, self._log, self._python, self._preload)
             return self._server
 
 
 class _Server:
     """One fork server process and the requests it has."""
 
-    def __init__(self, reaper: Reaper, environ: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, reaper: Reaper, environ: Mapping[str, str], log: Path, python: str, preload: Sequence[str]
+    ) -> None:
         self._reaper = reaper
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Not the worker's own output: the server may outlive it, and a supervisor waits for the end of that output.
         with theirs, log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*_FORK_SERVER, str(theirs.fileno())],
+                [python, *_FORK_SERVER, str(theirs.fileno()), *preload],
                 env=environ,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -143,6 +154,7 @@ class _Server:
                 start_new_session=True,
                 pass_fds=(theirs.fileno(),),
             )
+        self._patience = _PRELOAD_SECONDS if preload else _ANSWER_SECONDS
         self._numbers = itertools.count(1)
         self._answers: dict[int, Future[int]] = {}
         self._exits: dict[int, OnExit] = {}
@@ -158,7 +170,7 @@ class _Server:
         packet["mark"] = start.limit
         try:
             socket.send_fds(self._socket, [json.dumps(packet).encode()], [start.lock])
-            return answer.result(_ANSWER_SECONDS)
+            return answer.result(self._patience)
         except TimeoutError:
             raise  # it may still start, and its end is ours to see
         except OSError:
@@ -182,6 +194,7 @@ class _Server:
 
     def _handle(self, message: dict[str, Any]) -> None:
         number = message["id"]
+        self._patience = _ANSWER_SECONDS
         if "pid" in message:
             self._pids[number] = message["pid"]
             self._answers.pop(number).set_result(message["pid"])

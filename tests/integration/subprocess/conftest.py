@@ -66,13 +66,17 @@ ENVIRON = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["forked", "executed"])
+#: How an agent is started, and with it the user's process.
+WAYS = {"forked": {}, "executed": {"preload_agent": False}, "forked-ahead": {"preload": ("json",)}}
+
+
+@pytest.fixture(params=WAYS)
 def make_executor(request, tmp_path: Path, reports: Reports) -> Iterator[Callable[..., SubprocessExecutor]]:
     made: list[SubprocessExecutor] = []
     threads = set(threading.enumerate())
 
     def make(environ: dict[str, str] | None = None, **settings) -> SubprocessExecutor:
-        settings = {"state_dir": str(tmp_path / "state"), "preload_agent": request.param, **settings}
+        settings = {"state_dir": str(tmp_path / "state"), **WAYS[request.param], **settings}
         environ = {**ENVIRON, **(environ or {})}
         made.append(SubprocessExecutor(SubprocessSettings(**settings), reports, environ=environ, secrets=SECRETS))
         return made[-1]

@@ -116,7 +116,7 @@ def test_an_agent_killed_with_its_worker_is_lost_and_its_processes_are_ended(
 def test_a_fork_server_that_dies_is_replaced_and_its_agents_are_still_watched(
     plane, make_executor, launch, reports, tmp_path, request
 ):
-    if request.node.callspec.params["make_executor"] is False:
+    if request.node.callspec.params["make_executor"] == "executed":
         pytest.skip("there is no fork server without preload_agent")
     plane.spec = gate(tmp_path)
     executor = make_executor()
