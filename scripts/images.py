@@ -10,6 +10,7 @@ import configparser
 import fcntl
 import hashlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -100,9 +101,16 @@ def wheel_requirements() -> list[str]:
     """Everything the images install, and what it takes to install it."""
     options = configparser.ConfigParser(interpolation=None)
     options.read(ROOT / "setup.cfg")
-    texts = [options["options"]["install_requires"], *(options["options.extras_require"][name] for name in EXTRAS)]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
-    return sorted({line for line in lines if line and not line.startswith("#")} | set(_FURTHER_WHEELS))
+    extras = options["options.extras_require"]
+    found: set[str] = set(_FURTHER_WHEELS)
+    unread = [options["options"]["install_requires"], *(extras[name] for name in EXTRAS)]
+    while unread:
+        for line in map(str.strip, unread.pop().splitlines()):
+            if own := re.fullmatch(r"leoflow-celery\[(.+)\]", line):
+                unread.extend(extras[name] for name in own[1].split(","))
+            elif line and not line.startswith("#"):
+                found.add(line)
+    return sorted(found)
 
 
 def _python_version(base: str) -> str:

@@ -91,7 +91,9 @@ class SubprocessExecutor:
     def _make_spawner(self) -> Spawner:
         if self._settings.agent_path or not self._settings.preload_agent:
             return ExecSpawner(self._reaper, self._settings.agent_path)
-        return ForkSpawner(self._reaper, self._environ, self._root / "forkserver.log", self._settings.preload)
+        # What this user imported is not run as another.
+        preload = () if self._account else self._settings.preload
+        return ForkSpawner(self._reaper, self._environ, self._root / "forkserver.log", preload)
 
     def execute(self, launch: LaunchSpec) -> Launched:
         """Start the attempt's agent; an attempt that is alive here, or ended here unreported, is not started again.
