@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from leoflow_celery.agent.config import AgentConfig
-from leoflow_celery.agent.inputs import Inputs
+from leoflow_celery.agent.inputs import Inputs, declared_inputs
 from leoflow_celery.domain import strict_json
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.protocol import agent_pb2 as pb
@@ -161,7 +161,7 @@ def _filled(text: str, spec: pb.TaskSpec, xcoms: Mapping[str, bytes]) -> str:
         raise InvalidRequest(f"xcom_input: a value is not JSON: {error}; correct its task", "xcom_input") from error
     args = json.loads(spec.call_args_json or "{}")
     try:
-        values = Values(args, spec.environment, parsed, spec.xcom_input_mapping)
+        values = Values(args, spec.environment, parsed, declared_inputs(spec))
         return HttpRequest.model_validate_json(text).filled(values).model_dump_json()
     except TemplateError as error:
         raise InvalidRequest(str(error), error.field) from None

@@ -21,7 +21,7 @@ from leoflow_celery.agent.command import Command, build_command
 from leoflow_celery.agent.config import AgentConfig
 from leoflow_celery.agent.deadline import Deadline, StopRequest
 from leoflow_celery.agent.heartbeat import FENCED, Heartbeat
-from leoflow_celery.agent.inputs import InputRefused, fetch_inputs
+from leoflow_celery.agent.inputs import InputRefused, declared_inputs, fetch_inputs
 from leoflow_celery.agent.logs import LogShipper, Spool
 from leoflow_celery.agent.report import TerminationLog, push_return_value, report_end, report_state
 from leoflow_celery.agent.result import outcome_of_defect
@@ -156,7 +156,7 @@ class Agent:
 
     async def _prepare(self, directory: Path) -> tuple[Command, int, tuple[str, ...]]:
         spec = await retried(lambda: self._plane.call("GetTaskSpec", pb.GetTaskSpecRequest()), self._patience())
-        inputs = await fetch_inputs(self._plane, spec.xcom_input_mapping, self._patience())
+        inputs = await fetch_inputs(self._plane, declared_inputs(spec), self._patience())
         for warning in inputs.warnings:
             log.info("%s", warning)
         command = build_command(spec, inputs, self._config, directory, self._environ)

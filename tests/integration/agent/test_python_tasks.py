@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from leoflow_celery.protocol import agent_pb2 as pb
+from leoflow_celery.protocol.service import FAN_IN
 from tests.integration.agent.control_plane import Refusal
 
 DAG = """
@@ -81,6 +82,14 @@ def test_a_hundred_inputs_of_60_kib_start_all_the_same(run, plane):
 def test_call_args_over_128_kib_travel_by_file(run, plane):
     assert run("size", call_args_json=json.dumps({"text": "x" * 300_000})) == 0
     assert result(plane) == 300_000
+
+
+def test_an_input_of_several_tasks_is_a_list_in_their_order(run, plane):
+    plane.xcoms.update({f"t{i}": str(i).encode() for i in range(100)})
+    spec = pb.TaskSpec(xcom_input_mapping={"limit": "t7"})
+    spec.extra[FAN_IN] = json.dumps({"rows": ["t9", "absent", "t0", "t9", *(f"t{i}" for i in range(50))]})
+    assert run("plain", xcom_input_mapping=spec.xcom_input_mapping, extra=spec.extra) == 0
+    assert result(plane) == {"rows": [9, None, 0, 9, *range(50)], "limit": 7}
 
 
 def test_an_absent_xcom_leaves_the_default(run, plane):

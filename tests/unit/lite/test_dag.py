@@ -150,6 +150,16 @@ def test_null_means_not_set_but_a_null_of_the_users_own_is_kept() -> None:
         pytest.param(
             document(BASH, {**PYTHON, "xcom_input": {"x": "a"}}),
             ["'p'", "xcom_input", "'x'", "'a'", "depends_on"],
+            id="an input that does not run before",
+        ),
+        pytest.param(
+            document(BASH, {**PYTHON, "depends_on": ["a"], "xcom_input": {"x": ["a", "nobody"]}}),
+            ["'p'", "xcom_input", "'nobody'"],
+            id="unknown input in a list",
+        ),
+        pytest.param(
+            document(BASH, {**BASH, "task_id": "b"}, {**PYTHON, "depends_on": ["a"], "xcom_input": {"x": ["a", "b"]}}),
+            ["'p'", "xcom_input", "'x'", "'b'", "depends_on"],
             id="input that is no ancestor",
         ),
         pytest.param(
