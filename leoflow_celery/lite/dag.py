@@ -176,7 +176,8 @@ class Dag(Frozen):
     schema_version: Literal["1.0"]
     dag_id: Id
     dag_version: Annotated[Name, Field(min_length=1)]
-    image: str
+    #: For executors that need one; empty is the default image of the settings.
+    image: str = ""
     tasks: NotEmpty[TaskSpec]
     description: str = ""
     owner: str = ""
