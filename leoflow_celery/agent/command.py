@@ -17,6 +17,8 @@ from leoflow_celery.protocol import agent_pb2 as pb
 #: Linux refuses one string over 128 KiB and a few MiB altogether; half of the first leaves room for the name.
 MAX_STRING_BYTES = 65_536
 MAX_TOTAL_BYTES = 524_288
+#: The file in the agent's directory that ``leoflow_runtime.xcom_push`` appends to.
+PUSHED = "pushed.jsonl"
 
 _AGENT_ONLY = ("LEOFLOW_AGENT_", "LEOFLOW_XCOM_", "LEOFLOW_XCOMFILE_", "LEOFLOW_CALL_ARGS_")
 _AGENT_ONLY_NAMES = frozenset({"LEOFLOW_CONTROL_PLANE_ADDR", "LEOFLOW_TERMINATION_LOG", "LEOFLOW_PYTHON"})
@@ -52,6 +54,13 @@ def build_command(
     command.env.update(spec.environment)
     command.env.update(
         LEOFLOW_TASK_INSTANCE_ID=config.task_instance_id,
+        LEOFLOW_TENANT_ID=spec.tenant_id,
+        LEOFLOW_DAG_ID=spec.dag_id,
+        LEOFLOW_DAG_VERSION=spec.dag_version,
+        LEOFLOW_RUN_ID=spec.run_id,
+        LEOFLOW_TASK_ID=spec.task_id,
+        LEOFLOW_TRY_NUMBER=str(spec.try_number or 1),
+        LEOFLOW_PUSH_PATH=str(directory / PUSHED),
         LEOFLOW_RETURN_VALUE_PATH=str(directory / "return_value.json"),
         LEOFLOW_REASON_PATH=str(directory / "reason"),
     )
@@ -140,7 +149,6 @@ def _add_http_request(command: Command, spec: pb.TaskSpec, xcoms: Mapping[str, b
     text = spec.extra.fields["http_request"].string_value
     if "{{" in text:
         text = _filled(text, spec, xcoms)
-    command.env["LEOFLOW_TRY_NUMBER"] = str(spec.try_number or 1)
     command.env["LEOFLOW_TIMEOUT_SECONDS"] = str(spec.execution_timeout_seconds)
     if len(text.encode()) <= MAX_STRING_BYTES:
         command.env["LEOFLOW_HTTP_REQUEST_JSON"] = text
