@@ -140,16 +140,18 @@ def _yaml(path: Path) -> Any:
         """Dates stay text, as in JSON, and no key comes twice."""
 
     def unique(loader: Any, node: Any) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
-        loader.flatten_mapping(node)
-        for key_node, value_node in node.value:
+        seen = set()
+        for key_node, _ in node.value:
             key = loader.construct_object(key_node, deep=True)
-            if key in found:
+            if key in seen:
                 raise InvalidDag(
                     f"{path}:{key_node.start_mark.line + 1}: key {key!r} is given twice in one object; keep one of them"
                 )
-            found[key] = loader.construct_object(value_node, deep=True)
-        return found
+            seen.add(key)
+        loader.flatten_mapping(node)  # what is merged with << comes first, and may be set anew
+        return {
+            loader.construct_object(key, deep=True): loader.construct_object(one, deep=True) for key, one in node.value
+        }
 
     Loader.add_constructor("tag:yaml.org,2002:map", unique)
     Loader.yaml_implicit_resolvers = {

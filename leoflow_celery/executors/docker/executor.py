@@ -143,7 +143,7 @@ class DockerExecutor:
     def _create(self, launch: LaunchSpec, config: Json) -> tuple[str, bool]:
         """The container's state, and whether an earlier delivery had created it."""
         policy = launch.request.image_pull_policy or launch.request.execution.image_pull_policy or "IfNotPresent"
-        image = launch.request.image
+        image = str(config["Image"])
         try:
             if policy == "Always":
                 self._engine.pull(image)

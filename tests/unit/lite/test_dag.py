@@ -200,7 +200,7 @@ def test_one_mistake_is_one_sentence(broken: dict[str, Any], whole: str) -> None
 
 
 def test_a_missing_key_is_named() -> None:
-    for key in ("schema_version", "dag_id", "dag_version", "image", "tasks"):
+    for key in ("schema_version", "dag_id", "dag_version", "tasks"):
         broken = document()
         del broken[key]
         with pytest.raises(InvalidDag, match=key):
