@@ -142,6 +142,8 @@ def _yaml(path: Path) -> Any:
     def unique(loader: Any, node: Any) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = loader.construct_object(key_node, deep=True)
             if key in seen:
                 raise InvalidDag(
