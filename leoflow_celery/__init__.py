@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from leoflow_celery.store.events import EventView
     from leoflow_celery.store.views import RunView, TaskInstanceView
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = [
     "AtCapacity",
     "BrokerUnavailable",
@@ -77,9 +78,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module, metadata
+
+    if name == "__version__":
+        return metadata.version("leoflow-celery")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     home = next((module for module, names in _HOMES.items() if name in names), "leoflow_celery.errors")
     return getattr(import_module(home), name)

@@ -18,6 +18,7 @@ from leoflow_runtime.errors import InvalidResult, RuntimeFailure
 
 #: An exception of one of these names, ours and Airflow's, means: not failed, skipped.
 _SKIP_EXCEPTIONS = ("TaskSkipped", "AirflowSkipException")
+_RESCHEDULE_EXCEPTION = "AirflowRescheduleException"
 _SKIP_NOTE = "leoflow_skipped"
 #: What the agent reads of a reason file is 8 KiB.
 _MAX_SENTENCE_CHARACTERS = 2_000
@@ -102,6 +103,10 @@ def _sentence(error: Exception) -> str:
 
 
 def _user_exception(error: Exception, environ: Mapping[str, str]) -> int:
+    at = getattr(error, "reschedule_date", None)
+    if at is not None and any(cls.__name__ == _RESCHEDULE_EXCEPTION for cls in type(error).__mro__):
+        _leave_reason(environ, "up_for_reschedule", at.isoformat() if at.tzinfo else at.astimezone().isoformat())
+        return 0
     if any(cls.__name__ in _SKIP_EXCEPTIONS for cls in type(error).__mro__):
         sys.stderr.write(f"skipped: {error}\n")
         if environ.get("LEOFLOW_REASON_PATH"):

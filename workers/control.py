@@ -1,5 +1,5 @@
-"""The control plane's worker, with SQL credentials: ``celery -A workers.control worker``."""
+"""``celery -A workers.control worker`` in a checkout and in the images."""
 
-from leoflow_celery.app import create_app
+from leoflow_celery.workers.control import app
 
-app = create_app("dispatch", "results", "maintenance")
+__all__ = ["app"]

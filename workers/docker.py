@@ -1,5 +1,5 @@
-"""The worker of queue ``docker``: ``celery -A workers.docker worker``."""
+"""``celery -A workers.docker worker`` in a checkout and in the images."""
 
-from leoflow_celery.app import create_app
+from leoflow_celery.workers.docker import app
 
-app = create_app("docker")
+__all__ = ["app"]

@@ -1,5 +1,5 @@
-"""The worker of queue ``inline``: ``celery -A workers.inline worker``."""
+"""``celery -A workers.inline worker`` in a checkout and in the images."""
 
-from leoflow_celery.app import create_app
+from leoflow_celery.workers.inline import app
 
-app = create_app("inline")
+__all__ = ["app"]

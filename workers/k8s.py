@@ -1,5 +1,5 @@
-"""The worker of queue ``k8s``: ``celery -A workers.k8s worker``."""
+"""``celery -A workers.k8s worker`` in a checkout and in the images."""
 
-from leoflow_celery.app import create_app
+from leoflow_celery.workers.k8s import app
 
-app = create_app("k8s")
+__all__ = ["app"]

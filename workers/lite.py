@@ -1,5 +1,5 @@
-"""One worker for one machine: subprocess and inline tasks and the control plane, ``celery -A workers.lite worker``."""
+"""``celery -A workers.lite worker`` in a checkout and in the images."""
 
-from leoflow_celery.app import create_app
+from leoflow_celery.workers.lite import app
 
-app = create_app("subprocess", "inline", "dispatch", "results", "maintenance")
+__all__ = ["app"]

@@ -1,5 +1,5 @@
-"""The worker of queue ``subprocess``: ``celery -A workers.subprocess worker``."""
+"""``celery -A workers.subprocess worker`` in a checkout and in the images."""
 
-from leoflow_celery.app import create_app
+from leoflow_celery.workers.subprocess import app
 
-app = create_app("subprocess")
+__all__ = ["app"]

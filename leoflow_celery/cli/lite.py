@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from leoflow_celery.cli.output import echo_json, note
+from leoflow_celery.cli.report import ReportOption, checked_file
 from leoflow_celery.cli.runs import DagArgument, PythonOption, RunIdOption, checked_run_id, drive_and_exit, read_dag
 from leoflow_celery.cli.system import choose
 from leoflow_celery.cli.target import JsonOption, TenantOption
@@ -29,6 +30,7 @@ def run(
     python: PythonOption = None,
     state_dir: StateDirOption = None,
     tenant: TenantOption = "default",
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a DAG on a system of its own, or on the one that 'leoflow lite up' runs in the same state directory.
@@ -39,7 +41,7 @@ def run(
         os.environ["LEOFLOW_PYTHON"] = os.path.abspath(python) if os.sep in python else python
     choose("lite", True, state_dir)
     dag = read_dag(dag_file, python)
-    drive_and_exit(dag, checked_run_id(dag, run_id, tenant), tenant, as_json)
+    drive_and_exit(dag, checked_run_id(dag, run_id, tenant), tenant, as_json, report_file=checked_file(report))
 
 
 @app.command()

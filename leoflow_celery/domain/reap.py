@@ -120,5 +120,5 @@ def unplaced_verdict(queued_seconds: float, staging_claim: str) -> Verdict:
     return Verdict(
         FailureReason.UNSCHEDULABLE,
         f"queued for {queued_seconds:.0f} s: staging volume {staging_claim!r} needs a Docker host, and no docker "
-        "worker has announced itself; start one (celery -A workers.docker worker)",
+        "worker has announced itself; start one (celery -A leoflow_celery.workers.docker worker)",
     )

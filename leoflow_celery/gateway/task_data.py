@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from leoflow_celery import metrics
@@ -73,7 +74,9 @@ def resolve_secrets(request: TaskRequest, values: Mapping[str, str]) -> dict[str
     return {variable: values[name] for variable, name in names.items()}
 
 
-def task_spec(request: TaskRequest, executor: str, secrets: Mapping[str, str]) -> pb.TaskSpec:
+def task_spec(
+    request: TaskRequest, executor: str, secrets: Mapping[str, str], first_reschedule_at: float | None = None
+) -> pb.TaskSpec:
     """A request as the protocol's TaskSpec."""
     environment = dict(request.env)
     if request.staging_claim and executor in _MOUNTS_STAGING:
@@ -92,20 +95,37 @@ def task_spec(request: TaskRequest, executor: str, secrets: Mapping[str, str]) -
         xcom_input_mapping={name: one for name, one in request.xcom_input.items() if isinstance(one, str)},
         execution_timeout_seconds=request.timeout_seconds,
         call_args_json=json.dumps(request.call_args) if request.call_args else "",
+        logical_date=request.logical_date,
+        data_interval_start=request.data_interval_start,
+        data_interval_end=request.data_interval_end,
+        params_json=json.dumps(request.params) if request.params else "",
+        first_reschedule_at=_rfc3339(first_reschedule_at),
+        max_tries=request.max_tries,
+        declared_variables=request.variables or (),
+        declared_connections=request.connections or (),
     )
     if lists := {name: many for name, many in request.xcom_input.items() if not isinstance(many, str)}:
         spec.extra[FAN_IN] = json.dumps(lists)
     if request.http_request is not None:
         spec.extra["http_request"] = request.http_request.model_dump_json()
+    if request.argv:
+        spec.extra["argv"] = list(request.argv)
+        spec.extra["stdin"] = request.stdin
     return spec
+
+
+def _rfc3339(seconds: float | None) -> str:
+    return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What XCom calls need of a request; the same for all launches of a try."""
+    """What other calls need of a request; the same for all launches of a try."""
 
     upstream: frozenset[str]
     schema: dict[str, Any] | None
+    #: The names that it declared; None: all that its tenant and DAG may see.
+    declared: Mapping[Kind, frozenset[str] | None] = field(default_factory=dict)
 
 
 class Specs:
@@ -138,7 +158,7 @@ class Specs:
         if ForeignHolders.is_one(caller.holder) and any(not isinstance(v, str) for v in request.xcom_input.values()):
             return await self._give_up(caller, FailureReason.INVALID_SPEC, LeoflowError(_NO_FAN_IN))
         try:
-            return task_spec(request, view.executor, await self._resolved(caller, request))
+            return task_spec(request, view.executor, await self._resolved(caller, request), view.first_reschedule_at)
         except UnknownSecret as error:
             return await self._give_up(caller, FailureReason.UNKNOWN_SECRET, error)
         except NotPossible as error:
@@ -150,11 +170,16 @@ class Specs:
         if (known := self._wirings.get(key)) is not None:
             return known
         _, request = await self._threads.store(self._read, caller)
-        wiring = Wiring(
-            frozenset(one for many in upstreams(request.xcom_input).values() for one in many), request.xcom_schema
-        )
+        inputs = frozenset(one for many in upstreams(request.xcom_input).values() for one in many)
+        names = {Kind.VARIABLE: request.variables, Kind.CONNECTION: request.connections}
+        declared = {kind: None if known is None else frozenset(known) for kind, known in names.items()}
+        wiring = Wiring(inputs, request.xcom_schema, declared)
         self._wirings.set(key, wiring)
         return wiring
+
+    async def declared(self, caller: Caller, kind: Kind) -> frozenset[str] | None:
+        """The names that the caller's request declared, or None when it did not."""
+        return (await self.wiring(caller)).declared.get(kind)
 
     def _read(self, caller: Caller) -> tuple[TaskInstanceView, TaskRequest]:
         view = self._attempts.get(caller.attempt.task_instance_id, caller.attempt.try_number)

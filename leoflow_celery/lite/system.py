@@ -72,8 +72,8 @@ def children(state: StateDirectory, redis: EmbeddedRedis) -> list[Child]:
             ready=redis.is_ready,
             parent_death_signal=signal.SIGTERM,  # it saves what it holds
         ),
-        Child("worker", (*celery, "-A", "workers.lite", *worker), work_dir=home),
-        Child("beat", (*celery, "-A", "beat_schedule", *beat), work_dir=home),
+        Child("worker", (*celery, "-A", "leoflow_celery.workers.lite", *worker), work_dir=home),
+        Child("beat", (*celery, "-A", "leoflow_celery.beat_schedule", *beat), work_dir=home),
         Child(
             "gateway",
             (sys.executable, "-m", "leoflow_celery.cli", "gateway"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+import leoflow_celery
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,19 +51,36 @@ def test_data_files_that_the_code_opens_are_shipped(setup_cfg: configparser.Conf
 
 def test_every_folder_with_code_is_a_package() -> None:
     """find: skips a folder without __init__.py, and the wheel would miss it without a word."""
-    for root in ("leoflow_celery", "leoflow_runtime", "workers"):
+    for root in ("leoflow_celery", "leoflow_runtime"):
         for path in (ROOT / root).rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), path.parent
 
 
-def test_the_client_libraries_that_exclude_each_other_are_pinned() -> None:
+def test_the_client_libraries_that_exclude_each_other_are_pinned(setup_cfg: configparser.ConfigParser) -> None:
     """kubernetes 37.0.2 and celery 5.7 want different dateutils; unpinned, pip takes an older celery in silence."""
-    requirements = [Requirement(text) for text in metadata.requires("leoflow-celery") or []]
-    by_name = {requirement.name: requirement for requirement in requirements}
-    assert by_name["celery"].specifier.contains("5.7.0")
-    assert not by_name["celery"].specifier.contains("5.6.3")
-    assert by_name["celery"].extras == {"redis"}
-    assert not by_name["kubernetes"].specifier.contains("37.0.2")
+    extras = setup_cfg["options.extras_require"]
+    worker = _by_name(extras["worker"])
+    for name in ("celery", "kombu"):
+        assert worker[name].specifier.contains("5.7.0")
+        assert not worker[name].specifier.contains("5.6.3")
+    for extra in ("kubernetes", "docker", "lite"):
+        assert _by_name(extras[extra])["leoflow-celery"].extras == {"worker"}
+    assert not _by_name(extras["kubernetes"])["kubernetes"].specifier.contains("37.0.2")
+
+
+def test_a_client_installs_beside_other_versions_of_celery(setup_cfg: configparser.ConfigParser) -> None:
+    """Airflow's Celery provider does not import with 5.7, and both must fit into one environment."""
+    celery = _by_name(setup_cfg["options"]["install_requires"])["celery"]
+    assert celery.extras == {"redis"}
+    assert [version for version in ("5.4.0", "5.5.3", "5.6.3", "5.7.0", "5.8.0") if version in celery.specifier] == [
+        "5.5.3",
+        "5.6.3",
+        "5.7.0",
+    ]
+
+
+def _by_name(text: str) -> dict[str, Requirement]:
+    return {requirement.name: requirement for requirement in map(Requirement, lines(text))}
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/adr/README.md"])
@@ -93,6 +113,35 @@ def test_what_is_built_is_whole_and_may_be_uploaded(tmp_path: Path) -> None:
         held = set(wheel.namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "leoflow_celery").rglob("*.py")}
     assert {"leoflow_celery/py.typed", "leoflow_runtime/py.typed", *modules} <= held
+    top = {name.partition("/")[0] for name in held}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"leoflow_celery", "leoflow_runtime"}
+
+
+def test_a_checkouts_entry_points_are_the_installed_ones(setup_cfg: configparser.ConfigParser) -> None:
+    """What a checkout and the images start is what is installed, under a shorter name."""
+    thin = [ROOT / "beat_schedule.py", *sorted((ROOT / "workers").glob("[a-z]*.py"))]
+    installed = [ROOT / "leoflow_celery" / "beat_schedule.py", *(ROOT / "leoflow_celery" / "workers").glob("[a-z]*.py")]
+    assert sorted(path.name for path in thin) == sorted(path.name for path in installed)
+    for path in thin:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert f"from leoflow_celery.{name} import app" in path.read_text().splitlines()
+
+
+def test_the_version_is_said_in_one_place(setup_cfg: configparser.ConfigParser) -> None:
+    version = setup_cfg["metadata"]["version"]
+    assert leoflow_celery.__version__ == metadata.version("leoflow-celery")
+    assert re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_the_metadata_the_makefile_and_ci_name_the_same_pythons(setup_cfg: configparser.ConfigParser) -> None:
+    prefix = "Programming Language :: Python :: 3."
+    named = [line.strip() for line in lines(setup_cfg["metadata"]["classifiers"])]
+    versions = [f"3.{line.removeprefix(prefix)}" for line in named if line.startswith(prefix)]
+    assert versions == ["3.11", "3.12", "3.13", "3.14"]
+    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix["python"] == versions
+    makefile = (ROOT / "Makefile").read_text()
+    assert " ".join(f"python{version}" for version in versions) in makefile
 
 
 def test_the_workflows_of_the_repository_can_be_read() -> None:

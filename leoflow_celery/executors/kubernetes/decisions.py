@@ -249,6 +249,15 @@ def is_missing(expected: ExpectedAttempt, read_at: float, policy: ReconcilePolic
     return expected.launched_before(read_at - policy.margin_seconds)
 
 
+def is_pod_of(pod: PodState, expected: ExpectedAttempt, policy: ReconcilePolicy) -> bool:
+    """Whether a pod of an attempt's name is the one that was launched for it, whatever system it is labelled with.
+
+    One that was made after the launch was recorded is another system's, which runs the same DAG: ours was gone by then.
+    """
+    made_by = (expected.launched_at or 0.0) + policy.margin_seconds
+    return pod.attempt == expected.attempt and pod.created_at <= made_by
+
+
 def missing_outcome(expected: ExpectedAttempt) -> Outcome:
     """To be refined by what the events say."""
     what = "while its task was running" if expected.claimed else "before its agent called"
