@@ -237,6 +237,8 @@ class KubernetesSettings(BaseSettings):
     context: str = ""
     #: Empty: the namespace of the service account or of the context, else "default".
     namespace: str = ""
+    #: The image of a task that names none. Empty: such a task is refused.
+    default_image: str = ""
     connect_timeout_seconds: float = 5
     #: For the server's next word in one call. A list page of 500 pods takes a loaded API server seconds.
     request_timeout_seconds: float = 30
@@ -320,6 +322,8 @@ class DockerSettings(BaseSettings):
     #: Several systems may share an Engine, and none may remove what another one runs: the name of this one, on every
     #: container and volume. Empty: derived from the broker (its address, database and key prefix).
     system: str = ""
+    #: The image of a task that names none. Empty: such a task is refused.
+    default_image: str = ""
     #: Of one call to the Engine; a pull takes longer and has its own.
     request_timeout_seconds: int = 60
     #: Less than the broker's visibility timeout, after which another worker would be asked to start the same task.

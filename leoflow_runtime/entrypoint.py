@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from leoflow_runtime.airflow_sdk import TASK, task_function
 from leoflow_runtime.errors import ImportExited, NotCallable
 
 
@@ -19,6 +20,8 @@ def load_callable(entrypoint: str) -> Callable[..., Any]:
     module_name, colon, path = entrypoint.partition(":")
     if not (module_name and colon and path):
         raise NotCallable(f"entry point {entrypoint!r} is not 'module:callable', for example 'dag:extract'")
+    if path.startswith(TASK):
+        return _undecorated(task_function(module_name, path), entrypoint)
     target = _import_module(module_name)
     for name in path.split("."):
         try:

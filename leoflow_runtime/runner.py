@@ -16,8 +16,8 @@ from leoflow_runtime.arguments import arguments_for
 from leoflow_runtime.entrypoint import load_callable
 from leoflow_runtime.errors import InvalidResult, RuntimeFailure
 
-#: An exception of this name (Airflow's) means: not failed, skipped.
-_SKIP_EXCEPTION = "AirflowSkipException"
+#: An exception of one of these names, ours and Airflow's, means: not failed, skipped.
+_SKIP_EXCEPTIONS = ("TaskSkipped", "AirflowSkipException")
 _RESCHEDULE_EXCEPTION = "AirflowRescheduleException"
 _SKIP_NOTE = "leoflow_skipped"
 #: What the agent reads of a reason file is 8 KiB.
@@ -107,10 +107,10 @@ def _user_exception(error: Exception, environ: Mapping[str, str]) -> int:
     if at is not None and any(cls.__name__ == _RESCHEDULE_EXCEPTION for cls in type(error).__mro__):
         _leave_reason(environ, "up_for_reschedule", at.isoformat() if at.tzinfo else at.astimezone().isoformat())
         return 0
-    if any(cls.__name__ == _SKIP_EXCEPTION for cls in type(error).__mro__):
+    if any(cls.__name__ in _SKIP_EXCEPTIONS for cls in type(error).__mro__):
         sys.stderr.write(f"skipped: {error}\n")
         if environ.get("LEOFLOW_REASON_PATH"):
-            _leave_reason(environ, "skipped")
+            _leave_reason(environ, "skipped", str(error))
         elif path := environ.get("LEOFLOW_RETURN_VALUE_PATH"):
             # An agent that is not ours asks for no reason; the gateway knows this value.
             _write_atomically(path, encode_result({_SKIP_NOTE: str(error)[:_MAX_SENTENCE_CHARACTERS]}))

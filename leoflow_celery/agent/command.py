@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from leoflow_celery.agent.config import AgentConfig
-from leoflow_celery.agent.inputs import Inputs
+from leoflow_celery.agent.inputs import Inputs, declared_inputs
 from leoflow_celery.domain import strict_json
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.protocol import agent_pb2 as pb
@@ -18,6 +18,8 @@ from leoflow_celery.protocol import agent_pb2 as pb
 #: Linux refuses one string over 128 KiB and a few MiB altogether; half of the first leaves room for the name.
 MAX_STRING_BYTES = 65_536
 MAX_TOTAL_BYTES = 524_288
+#: The file in the agent's directory that ``leoflow_runtime.xcom_push`` appends to.
+PUSHED = "pushed.jsonl"
 
 #: As the program of an exec task: the interpreter that python tasks have here.
 PYTHON = "{python}"
@@ -61,6 +63,13 @@ def build_command(
     command.env.update(spec.environment)
     command.env.update(
         LEOFLOW_TASK_INSTANCE_ID=config.task_instance_id,
+        LEOFLOW_TENANT_ID=spec.tenant_id,
+        LEOFLOW_DAG_ID=spec.dag_id,
+        LEOFLOW_DAG_VERSION=spec.dag_version,
+        LEOFLOW_RUN_ID=spec.run_id,
+        LEOFLOW_TASK_ID=spec.task_id,
+        LEOFLOW_TRY_NUMBER=str(spec.try_number or 1),
+        LEOFLOW_PUSH_PATH=str(directory / PUSHED),
         LEOFLOW_RETURN_VALUE_PATH=str(directory / "return_value.json"),
         LEOFLOW_REASON_PATH=str(directory / "reason"),
     )
@@ -183,7 +192,6 @@ def _add_http_request(command: Command, spec: pb.TaskSpec, xcoms: Mapping[str, b
     text = spec.extra.fields["http_request"].string_value
     if "{{" in text:
         text = _filled(text, spec, xcoms)
-    command.env["LEOFLOW_TRY_NUMBER"] = str(spec.try_number or 1)
     command.env["LEOFLOW_TIMEOUT_SECONDS"] = str(spec.execution_timeout_seconds)
     if len(text.encode()) <= MAX_STRING_BYTES:
         command.env["LEOFLOW_HTTP_REQUEST_JSON"] = text
@@ -204,7 +212,7 @@ def _filled(text: str, spec: pb.TaskSpec, xcoms: Mapping[str, bytes]) -> str:
         raise InvalidRequest(f"xcom_input: a value is not JSON: {error}; correct its task", "xcom_input") from error
     args = json.loads(spec.call_args_json or "{}")
     try:
-        values = Values(args, spec.environment, parsed, spec.xcom_input_mapping)
+        values = Values(args, spec.environment, parsed, declared_inputs(spec))
         return HttpRequest.model_validate_json(text).filled(values).model_dump_json()
     except TemplateError as error:
         raise InvalidRequest(str(error), error.field) from None

@@ -21,9 +21,9 @@ from leoflow_celery.agent.command import Command, build_command
 from leoflow_celery.agent.config import AgentConfig
 from leoflow_celery.agent.deadline import Deadline, StopRequest
 from leoflow_celery.agent.heartbeat import FENCED, Heartbeat
-from leoflow_celery.agent.inputs import InputRefused, fetch_inputs
+from leoflow_celery.agent.inputs import InputRefused, declared_inputs, fetch_inputs
 from leoflow_celery.agent.logs import LogShipper, Spool
-from leoflow_celery.agent.report import TerminationLog, push_return_value, report_end, report_state
+from leoflow_celery.agent.report import TerminationLog, push_value, report_end, report_state
 from leoflow_celery.agent.result import outcome_of_defect
 from leoflow_celery.agent.run import TaskRun
 from leoflow_celery.domain.outcome import Outcome
@@ -63,6 +63,8 @@ class Agent:
         self._heartbeat = Heartbeat(plane, stop, config.heartbeat_seconds)
         self._termination = TerminationLog(config.termination_log, config.task_instance_id, config.record_key)
         self.task_run: TaskRun | None = None
+        #: What the task left under other keys than its return value.
+        self._pushed: dict[str, bytes] = {}
 
     async def run(self) -> int:
         """The exit code: 0 when the attempt succeeded, was skipped or was not ours to run, 143 when it was interrupted
@@ -150,13 +152,14 @@ class Agent:
         if outcome.state is not TaskState.SUCCESS:
             return outcome, None
         try:
+            self._pushed = self.task_run.pushed(directory)
             return outcome, self.task_run.return_value(directory)
         except XComRejected as error:
             return Outcome.failed(FailureReason(error.reason), f"the return value was refused: {error}", 0), None
 
     async def _prepare(self, directory: Path) -> tuple[Command, int, tuple[str, ...]]:
         spec = await retried(lambda: self._plane.call("GetTaskSpec", pb.GetTaskSpecRequest()), self._patience())
-        inputs = await fetch_inputs(self._plane, spec.xcom_input_mapping, self._patience())
+        inputs = await fetch_inputs(self._plane, declared_inputs(spec), self._patience())
         for warning in inputs.warnings:
             log.info("%s", warning)
         command = build_command(spec, inputs, self._config, directory, self._environ)
@@ -181,11 +184,11 @@ class Agent:
             shipper.add("agent", f"task stopped: {outcome.message}", pb.LOG_LEVEL_WARN)
             await shipper.drain(shipping, self._patience(_HALF))
             return _INTERRUPTED_EXIT_CODE
-        if value is not None:
+        if value is not None or self._pushed:
             try:
-                outcome = await push_return_value(self._plane, value, self._patience()) or outcome
+                outcome = await self._push(value) or outcome
             except GatewayUnavailable as error:
-                log.error("the return value could not be delivered: %s", error)  # noqa: TRY400
+                log.error("what the task returned could not be delivered: %s", error)  # noqa: TRY400
                 return 1
             except LeoflowError as error:
                 outcome = Outcome.failed(FailureReason.INVALID_XCOM, f"the return value was refused: {error}", 0)
@@ -197,6 +200,13 @@ class Agent:
             return 1
         self._termination.record(outcome, reported=True)
         return 1 if outcome.state is TaskState.FAILED else 0
+
+    async def _push(self, value: bytes | None) -> Outcome | None:
+        """Push what the task leaves, its return value last; a failed outcome for the first that is refused."""
+        for key, pushed in self._pushed.items():
+            if (refused := await push_value(self._plane, pushed, self._patience(), key)) is not None:
+                return refused
+        return None if value is None else await push_value(self._plane, value, self._patience())
 
     def _frame_end(self, outcome: Outcome, shipper: LogShipper) -> None:
         seconds = self.task_run.seconds if self.task_run else 0.0

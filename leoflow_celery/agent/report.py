@@ -85,20 +85,19 @@ class TerminationLog:
         self._written = len(padded)
 
 
-async def push_return_value(plane: ControlPlane, value: bytes, deadline: Deadline) -> Outcome | None:
-    """Push the return value; a failed outcome when it was refused, None when it was taken.
+async def push_value(plane: ControlPlane, value: bytes, deadline: Deadline, key: str = RETURN_VALUE) -> Outcome | None:
+    """Push the return value, or one under another key; a failed outcome when it was refused, None when it was taken.
 
     Raises:
         LeoflowError: the control plane stayed away for too long, or the attempt is no longer ours.
     """
-    request = pb.PushXComRequest(key=RETURN_VALUE, value=value, content_type=JSON_CONTENT_TYPE)
+    request = pb.PushXComRequest(key=key, value=value, content_type=JSON_CONTENT_TYPE)
     answer = await retried(lambda: plane.call("PushXCom", request), deadline)
     if answer.accepted:
         return None
     reason = parse_reason(answer.rejection_reason, FailureReason.INVALID_XCOM)
-    return Outcome.failed(
-        reason, f"the return value ({len(value)} bytes) was refused: {answer.rejection_reason}", exit_code=0
-    )
+    what = "the return value" if key == RETURN_VALUE else f"the XCom {key!r}"
+    return Outcome.failed(reason, f"{what} ({len(value)} bytes) was refused: {answer.rejection_reason}", exit_code=0)
 
 
 async def report_state(plane: ControlPlane, outcome: Outcome, deadline: Deadline) -> pb.ReportStateResponse:

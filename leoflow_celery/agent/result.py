@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import math
 import os
 import signal
@@ -16,11 +17,13 @@ from pathlib import Path
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason, parse_reason
 from leoflow_celery.domain.states import TaskState
-from leoflow_celery.domain.xcom import check_value
+from leoflow_celery.domain.xcom import RETURN_VALUE, check_value
 from leoflow_celery.errors import XComRejected
 
 #: What a gRPC server takes at most by default (4 MiB), with room for the envelope. XCom limits are far below.
 MAX_RETURN_VALUE_BYTES = 4 * 1024 * 1024 - 65_536
+#: Keys of one try beside its return value.
+MAX_PUSHED = 100
 SKIPPED = "skipped"
 RESCHEDULE = "up_for_reschedule"
 
@@ -37,6 +40,33 @@ def read_return_value(path: Path) -> bytes | None:
     value = value.strip()
     check_value(value, max_bytes=MAX_RETURN_VALUE_BYTES)
     return value
+
+
+def read_pushed(path: Path) -> dict[str, bytes]:
+    """Key → value of what a process pushed beside its return value; the last value of a key counts.
+
+    Raises:
+        XComRejected: it is no regular file, too large, or a line is not ``{"key": …, "value": …}``.
+    """
+    content = _read_regular(path, MAX_RETURN_VALUE_BYTES + 1) or b""
+    if len(content) > MAX_RETURN_VALUE_BYTES:
+        raise XComRejected(FailureReason.PAYLOAD_TOO_LARGE, f"more than {MAX_RETURN_VALUE_BYTES} bytes were pushed")
+    found: dict[str, bytes] = {}
+    for number, line in enumerate(filter(bytes.strip, content.splitlines()), 1):
+        try:
+            item = json.loads(line)
+            key, value = item["key"], json.dumps(item["value"], allow_nan=False).encode()
+        except (ValueError, TypeError, KeyError, RecursionError):
+            key = None
+        if not isinstance(key, str) or not key or key == RETURN_VALUE:
+            raise XComRejected(
+                FailureReason.INVALID_XCOM,
+                f'line {number} of LEOFLOW_PUSH_PATH is not {{"key": ..., "value": ...}} with a key of its own',
+            )
+        found[key] = value
+    if len(found) > MAX_PUSHED:
+        raise XComRejected(FailureReason.INVALID_XCOM, f"{len(found)} keys were pushed, the limit is {MAX_PUSHED}")
+    return found
 
 
 def read_reason(path: Path) -> tuple[str, str]:

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from leoflow_celery.agent import linux
-from leoflow_celery.agent.command import Command
+from leoflow_celery.agent.command import PUSHED, Command
 from leoflow_celery.agent.config import AgentConfig
 from leoflow_celery.agent.deadline import StopRequest
 from leoflow_celery.agent.heartbeat import Heartbeat
 from leoflow_celery.agent.logs import AGENT_STREAM, LogShipper
 from leoflow_celery.agent.process import UserProcess
-from leoflow_celery.agent.result import OomWatch, outcome_of_exit, read_reason, read_return_value, shell_exit_code
+from leoflow_celery.agent.result import (
+    OomWatch,
+    outcome_of_exit,
+    read_pushed,
+    read_reason,
+    read_return_value,
+    shell_exit_code,
+)
 from leoflow_celery.agent.stdout_mirror import StdoutMirrors
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
@@ -44,6 +51,10 @@ class TaskRun:
     def return_value(self, directory: Path) -> bytes | None:
         """The value that the process wrote. Raises XComRejected for one that cannot be stored."""
         return read_return_value(directory / "return_value.json")
+
+    def pushed(self, directory: Path) -> dict[str, bytes]:
+        """What the process pushed under other keys. Raises XComRejected for what cannot be stored."""
+        return read_pushed(directory / PUSHED)
 
     async def run(self, command: Command, timeout_seconds: int) -> Outcome:
         """Run the command to its end; never raises for anything the command does."""

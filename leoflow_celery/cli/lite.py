@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from leoflow_celery.cli.output import echo_json, note
 from leoflow_celery.cli.report import ReportOption, checked_file
-from leoflow_celery.cli.runs import DagArgument, RunIdOption, checked_run_id, drive_and_exit
+from leoflow_celery.cli.runs import DagArgument, PythonOption, RunIdOption, checked_run_id, drive_and_exit, read_dag
 from leoflow_celery.cli.system import choose
 from leoflow_celery.cli.target import JsonOption, TenantOption
 
@@ -26,6 +27,7 @@ app = typer.Typer(help="The whole system on one machine, nothing to install.", n
 def run(
     dag_file: DagArgument,
     run_id: RunIdOption = None,
+    python: PythonOption = None,
     state_dir: StateDirOption = None,
     tenant: TenantOption = "default",
     report: ReportOption = None,
@@ -35,10 +37,10 @@ def run(
 
     Exits 0 when the run succeeded, 1 when it failed. Ctrl-C cancels the run.
     """
-    from leoflow_celery.lite.dag import load_dag
-
+    if python is not None:
+        os.environ["LEOFLOW_PYTHON"] = os.path.abspath(python) if os.sep in python else python
     choose("lite", True, state_dir)
-    dag = load_dag(dag_file)
+    dag = read_dag(dag_file, python)
     drive_and_exit(dag, checked_run_id(dag, run_id, tenant), tenant, as_json, report_file=checked_file(report))
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from leoflow_celery.agent.linux import hide_from_our_user
-from leoflow_celery.cli import config, dead_letters, inspect, lite, report, runs, serve, setup, staging, system
+from leoflow_celery.cli import config, dag, dead_letters, inspect, lite, report, runs, serve, setup, staging, system
 from leoflow_celery.cli.output import note
 from leoflow_celery.environment import ENV_FILE, read_env_file
 from leoflow_celery.errors import LeoflowError
@@ -31,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(lite.app, name="lite")
+app.add_typer(dag.app, name="dag")
 app.add_typer(serve.db_app, name="db")
 app.add_typer(dead_letters.app, name="dead-letters")
 _COMMANDS: tuple[Callable[..., None], ...] = (

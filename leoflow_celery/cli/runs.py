@@ -29,12 +29,32 @@ if TYPE_CHECKING:
     from leoflow_celery.lite.dag import Dag
     from leoflow_celery.lite.driver import RunDriver
 
-DagArgument = Annotated[Path, typer.Argument(metavar="DAG.json", help="The compiled DAG.")]
+DagArgument = Annotated[
+    Path, typer.Argument(metavar="DAG", help="A dag.json, the same as YAML, or a .py file of the Airflow Task SDK.")
+]
+PythonOption = Annotated[
+    str | None,
+    typer.Option("--python", help="The interpreter that reads a .py file; default: $LEOFLOW_PYTHON, or leoflow's own."),
+]
 RunIdOption = Annotated[
     str | None, typer.Option("--run-id", help="A new name for the run, or the name of one to go on with.")
 ]
 _SHOWN_VALUE_CHARACTERS = 2_000
 _POLL_SECONDS = 0.2
+
+
+def read_dag(path: Path, python: str | None = None) -> Dag:
+    """The DAG of a dag.json, a YAML file or a Python file; what the compiler remarks goes to stderr.
+
+    Raises:
+        InvalidDag: names the file, the place in it and the fix.
+    """
+    from leoflow_celery.lite.dag_file import load_dag_file
+
+    found = load_dag_file(path, python=python or "")
+    for text in found.notes:
+        note(f"{path}: {text}")
+    return found.dag
 
 
 def new_run_id() -> str:
@@ -45,6 +65,7 @@ def new_run_id() -> str:
 def run(
     dag_file: DagArgument,
     run_id: RunIdOption = None,
+    python: PythonOption = None,
     tenant: TenantOption = "default",
     report_file: ReportOption = None,
     as_json: JsonOption = False,
@@ -54,9 +75,7 @@ def run(
     Ctrl-C stops only this driver: what runs goes on, and the same --run-id picks the run up again. On an embedded
     system Ctrl-C cancels the run, as 'leoflow lite run' does.
     """
-    from leoflow_celery.lite.dag import load_dag
-
-    dag = load_dag(dag_file)
+    dag = read_dag(dag_file, python)
     name = checked_run_id(dag, run_id, tenant)
     again = ("run", str(dag_file), "--run-id", name)
     drive_and_exit(dag, name, tenant, as_json, go_on=again, report_file=checked_file(report_file))

@@ -60,9 +60,9 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a task request."""
     if dag:
-        from leoflow_celery.lite.dag import Dag
+        from leoflow_celery.lite.dag_schema import dag_json_schema
 
-        echo_json(Dag.model_json_schema())
+        echo_json(dag_json_schema())
     else:
         from leoflow_celery.domain.request import request_json_schema
 

@@ -7,6 +7,6 @@
 """
 
 from leoflow_celery.client.client import Client
-from leoflow_celery.client.handle import Handle
+from leoflow_celery.client.handle import Handle, wait
 
-__all__ = ["Client", "Handle"]
+__all__ = ["Client", "Handle", "wait"]

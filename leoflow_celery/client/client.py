@@ -594,12 +594,15 @@ class Client:
         dag_id: str,
         run_id: str,
         task_id: str,
-        try_number: int = 1,
+        try_number: int | None = None,
         tenant_id: str = _STANDARD_TENANT,
         follow: bool = False,
         after: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """A try's log lines after the first ``after``, ``{ts, level, stream, msg}``; with ``follow`` until it ended."""
+        """Log lines of a try (the newest) after the first ``after``, ``{ts, level, stream, msg}``. ``follow``: to its end."""
+        if try_number is None:
+            views = self.task_instances(dag_id, run_id, tenant_id)
+            try_number = next((view.try_number for view in views if view.task_id == task_id), 1)
         key = LogKey(tenant_id, dag_id, run_id, task_id, try_number)
         if not follow:
             return islice(self.services.store.logs.read(key), after, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from redis import exceptions as redis_errors
 
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.states import TaskState
+from leoflow_celery.domain.xcom import RETURN_VALUE
 from leoflow_celery.errors import NotFound, Unavailable, XComRejected
 from leoflow_celery.store.views import failure_of, unreadable
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 #: How long Redis is listened to before SQL is asked: Redis may have lost a result, or be away.
 _FIRST_SLICE_SECONDS, _LAST_SLICE_SECONDS = 1.0, 5.0
+#: How long ``wait`` pauses between two looks.
+_FIRST_LOOK_SECONDS, _LAST_LOOK_SECONDS = 0.1, 2.0
 _AWAY = (
     *(OperationalError, OSError, redis_errors.ConnectionError, redis_errors.TimeoutError),
     *(redis_errors.ReadOnlyError, redis_errors.OutOfMemoryError),
@@ -132,9 +136,47 @@ class Handle:
         """Where the try stands, from SQL."""
         return self.task_instance().state
 
+    def logs(self, follow: bool = False) -> Iterator[dict[str, Any]]:
+        """The log lines of this try, ``{ts, level, stream, msg}``; with ``follow`` until it has ended."""
+        view = self.task_instance()
+        return self.client.logs(view.dag_id, view.run_id, view.task_id, view.try_number, view.tenant_id, follow)
+
+    def xcom(self, key: str = RETURN_VALUE) -> Any:
+        """A value that the task left, its newest; unlike ``get`` it does not wait.
+
+        Raises:
+            NotFound: never pushed, or expired.
+        """
+        view = self.task_instance()
+        return self.client.xcom(view.dag_id, view.run_id, view.task_id, key, view.tenant_id)
+
     def cancel(self) -> bool:
         """Ask the try to stop; False when it had ended already."""
         return self.client.cancel(self.attempt.task_instance_id, self.attempt.try_number)
+
+
+def wait(handles: Iterable[Handle], timeout: float | None = None) -> tuple[list[Handle], list[Handle]]:
+    """Wait until tries have ended, for ``timeout`` seconds at the most: those that have, and those that have not.
+
+    SQL is asked, so it works without Redis. How a try ended, ``Handle.state`` says, and ``Handle.get`` its value.
+
+    >>> wait([])
+    ([], [])
+
+    Raises:
+        NotFound: a try is not recorded (any more).
+        DatabaseUnavailable: SQL does not answer.
+    """
+    every = list(handles)
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    pause, waiting = _FIRST_LOOK_SECONDS, every
+    while True:
+        waiting = [handle for handle in waiting if not handle.task_instance().is_terminal]
+        left = deadline - time.monotonic()
+        if not waiting or left <= 0:
+            return [handle for handle in every if handle not in waiting], waiting
+        time.sleep(min(pause, left))
+        pause = min(1.5 * pause, _LAST_LOOK_SECONDS)
 
 
 def _forget(result: Any) -> None:

@@ -168,7 +168,7 @@ class Values:
     args: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     xcom: Mapping[str, Any] | None = None
-    xcom_names: Mapping[str, str] = field(default_factory=dict)
+    xcom_names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     #: Variables that are known by name only, the secrets of a task that an agent runs.
     secret_names: frozenset[str] = frozenset()
 

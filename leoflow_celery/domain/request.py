@@ -7,10 +7,11 @@ wiring, result callback). Unknown keys are errors; every error names the field, 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from leoflow_celery.domain import strict_json
@@ -44,6 +45,8 @@ from leoflow_celery.domain.http_call import Headers, TemplateError, Url, Values,
 from leoflow_celery.domain.outcome import storable
 from leoflow_celery.errors import InvalidRequest, RequestTooLarge
 
+#: Upstreams of one parameter.
+MAX_FAN_IN = 1_000
 #: 1 MiB: a request travels through the broker; anything bigger belongs in the image or in /staging.
 MAX_REQUEST_BYTES = 1_048_576
 
@@ -71,6 +74,26 @@ class RelaunchMode(StrEnum):
     def permits(self, has_started: bool) -> bool:
         """Whether a launch may follow one whose user code has begun, or has not."""
         return self is RelaunchMode.ALWAYS or (self is RelaunchMode.BEFORE_START and not has_started)
+
+
+def _fan_in(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not 0 < len(value) <= MAX_FAN_IN:
+        raise ValueError(f"is a list of {len(value)} task ids; name 1 to {MAX_FAN_IN} of them")
+    return value
+
+
+TaskId = TypeVar("TaskId")
+#: Where an input comes from: a task, or several whose values make a list in this order. ``Upstreams[PlainIdentifier]``.
+Upstreams = Annotated[
+    Annotated[TaskId, Tag("[one]")] | Annotated[tuple[TaskId, ...], AfterValidator(_fan_in), Tag("[several]")],
+    Discriminator(lambda value: "[several]" if isinstance(value, list | tuple) else "[one]"),
+]
+XComInput = Mapping[str, str | tuple[str, ...]]
+
+
+def upstreams(xcom_input: XComInput) -> dict[str, tuple[str, ...]]:
+    """Parameter → the tasks that its value comes from."""
+    return {name: (source,) if isinstance(source, str) else source for name, source in xcom_input.items()}
 
 
 def _wrong(field: str, text: str) -> PydanticCustomError:
@@ -177,7 +200,7 @@ class HttpRequest(Frozen):
         self,
         call_args: dict[str, Any],
         env: dict[str, str],
-        xcom_input: dict[str, str],
+        xcom_input: XComInput,
         secrets: tuple[SecretReference, ...],
         *,
         has_agent: bool,
@@ -322,8 +345,8 @@ class TaskRequest(Frozen):
     dag_version: Label = ""
     execution_mode: Literal["inline", "pod"] | None = None
     executor: Literal["kubernetes", "docker", "subprocess", "inline"] | None = None
-    #: parameter name → upstream task id
-    xcom_input: Parameters[PlainIdentifier] = Field(default_factory=dict)
+    #: parameter name → upstream task id, or a list of them: the parameter gets the list of their values
+    xcom_input: Parameters[Upstreams[PlainIdentifier]] = Field(default_factory=dict)
     xcom_schema: JsonSchema | None = None
     call_args: JsonObject = Field(default_factory=dict)
     secrets: tuple[SecretReference, ...] = ()
@@ -531,9 +554,13 @@ def invalid_request(error: ValidationError, kind: type[InvalidRequest] = Invalid
     return kind("; ".join(parts), first)
 
 
+#: What pydantic adds to a place: the key of a map, and which of two kinds a value is.
+_UNNAMED = frozenset({"[key]", "[one]", "[several]"})
+
+
 def _path(location: tuple[int | str, ...]) -> str:
     """Where a value is, as text that can be stored; a key that is wrong is named like its value."""
-    return _cut(printable(storable(".".join(str(part) for part in location if part != "[key]"))), _PATH_CHARACTERS)
+    return _cut(printable(storable(".".join(str(part) for part in location if part not in _UNNAMED))), _PATH_CHARACTERS)
 
 
 def _shown(value: Any) -> str:

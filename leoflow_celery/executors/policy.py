@@ -168,7 +168,8 @@ class ExecutorPolicy(Frozen):
         Raises:
             PermanentLaunchError: the image, or an amount, is refused; names field, value and fix.
         """
-        self.check_image(request.image, "image", ids=True)
+        if request.image:  # without one it is the operator's own default
+            self.check_image(request.image, "image", ids=True)
         limits, requests = request.resources.limits, request.resources.requests
         for resource in ("cpu", "memory"):
             for part, amounts in (("limits", limits), ("requests", requests)):

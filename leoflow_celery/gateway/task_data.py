@@ -11,7 +11,7 @@ from typing import Any
 from leoflow_celery import metrics
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
-from leoflow_celery.domain.request import Operator, TaskRequest
+from leoflow_celery.domain.request import Operator, TaskRequest, upstreams
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.xcom import JSON_CONTENT_TYPE, RETURN_VALUE, XComKey, XComValue, check_value, is_json
 from leoflow_celery.errors import Fenced, LeoflowError, NotFound, StoredRequestInvalid, XComRejected
@@ -22,6 +22,7 @@ from leoflow_celery.gateway.secrets import ChannelPolicy, SecretReader, query_of
 from leoflow_celery.gateway.sessions import Caller, Claims, ForeignHolders, Recent
 from leoflow_celery.gateway.threads import Threads
 from leoflow_celery.protocol import agent_pb2 as pb
+from leoflow_celery.protocol.service import FAN_IN
 from leoflow_celery.queueing.messages import open_request
 from leoflow_celery.security import KeyRing
 from leoflow_celery.settings import XComSettings
@@ -38,6 +39,10 @@ _RESOLVED_SOURCE = "env"
 _NEEDS_OUR_AGENT = (
     "operator: an http_api task that runs in a container needs leoflow_celery's agent, and the agent of this image is "
     "another; let it run inline (executor inline, in a DAG execution_mode inline), or use an image with our agent"
+)
+_NO_FAN_IN = (
+    "xcom_input: a list of tasks needs leoflow_celery's agent, and the agent of this image is another; name one task "
+    "for each parameter, or use an image with our agent"
 )
 
 
@@ -87,7 +92,7 @@ def task_spec(
         operator=request.operator.value,
         entrypoint=request.entrypoint,
         environment=environment,
-        xcom_input_mapping=request.xcom_input,
+        xcom_input_mapping={name: one for name, one in request.xcom_input.items() if isinstance(one, str)},
         execution_timeout_seconds=request.timeout_seconds,
         call_args_json=json.dumps(request.call_args) if request.call_args else "",
         logical_date=request.logical_date,
@@ -99,6 +104,8 @@ def task_spec(
         declared_variables=request.variables or (),
         declared_connections=request.connections or (),
     )
+    if lists := {name: many for name, many in request.xcom_input.items() if not isinstance(many, str)}:
+        spec.extra[FAN_IN] = json.dumps(lists)
     if request.http_request is not None:
         spec.extra["http_request"] = request.http_request.model_dump_json()
     if request.argv:
@@ -148,6 +155,8 @@ class Specs:
             raise Fenced(f"attempt {caller.attempt} is not held by the caller (any more)")
         if request.operator is Operator.HTTP_API and ForeignHolders.is_one(caller.holder):
             return await self._give_up(caller, FailureReason.INVALID_SPEC, LeoflowError(_NEEDS_OUR_AGENT))
+        if ForeignHolders.is_one(caller.holder) and any(not isinstance(v, str) for v in request.xcom_input.values()):
+            return await self._give_up(caller, FailureReason.INVALID_SPEC, LeoflowError(_NO_FAN_IN))
         try:
             return task_spec(request, view.executor, await self._resolved(caller, request), view.first_reschedule_at)
         except UnknownSecret as error:
@@ -161,9 +170,10 @@ class Specs:
         if (known := self._wirings.get(key)) is not None:
             return known
         _, request = await self._threads.store(self._read, caller)
+        inputs = frozenset(one for many in upstreams(request.xcom_input).values() for one in many)
         names = {Kind.VARIABLE: request.variables, Kind.CONNECTION: request.connections}
         declared = {kind: None if known is None else frozenset(known) for kind, known in names.items()}
-        wiring = Wiring(frozenset(request.xcom_input.values()), request.xcom_schema, declared)
+        wiring = Wiring(inputs, request.xcom_schema, declared)
         self._wirings.set(key, wiring)
         return wiring
 

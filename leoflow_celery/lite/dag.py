@@ -37,7 +37,9 @@ from leoflow_celery.domain.request import (
     Resources,
     SecretReference,
     TaskRequest,
+    Upstreams,
     invalid_request,
+    upstreams,
 )
 from leoflow_celery.errors import DecryptionFailed, InvalidDag, InvalidRequest
 from leoflow_celery.lite.plan import Retries, TriggerRule
@@ -136,8 +138,8 @@ class TaskSpec(Frozen):
     secrets: tuple[SecretReference, ...] = ()
     resources: Resources = Resources()
     execution: Execution = Execution()
-    #: parameter name → upstream task id
-    xcom_input: Parameters[Id] = Field(default_factory=dict)
+    #: parameter name → upstream task id, or a list of them: the parameter gets the list of their values
+    xcom_input: Parameters[Upstreams[Id]] = Field(default_factory=dict)
     xcom_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
@@ -181,7 +183,8 @@ class Dag(Frozen):
     schema_version: Literal["1.0"]
     dag_id: Id
     dag_version: Annotated[Name, Field(min_length=1)]
-    image: str
+    #: For executors that need one; empty is the default image of the settings.
+    image: str = ""
     tasks: NotEmpty[TaskSpec]
     description: str = ""
     owner: str = ""
@@ -203,7 +206,7 @@ class Dag(Frozen):
             twice = next(task_id for task_id in ids if ids.count(task_id) > 1)
             raise ValueError(f"tasks: task_id {twice!r} occurs more than once; give every task an id of its own")
         for task in self.tasks:
-            for upstream in (*task.depends_on, *task.xcom_input.values()):
+            for upstream in (*task.depends_on, *(one for many in upstreams(task.xcom_input).values() for one in many)):
                 if upstream not in self.by_id:
                     key = "depends_on" if upstream in task.depends_on else "xcom_input"
                     raise ValueError(
@@ -215,9 +218,10 @@ class Dag(Frozen):
         return self
 
     def _check_inputs(self, task: TaskSpec) -> None:
-        missing = set(task.xcom_input.values()) - set(task.depends_on)
+        inputs = [(name, upstream) for name, many in upstreams(task.xcom_input).items() for upstream in many]
+        missing = {upstream for _, upstream in inputs} - set(task.depends_on)
         if missing and (missing := missing - self.ancestors(task.task_id)):
-            parameter, upstream = next(item for item in task.xcom_input.items() if item[1] in missing)
+            parameter, upstream = next(item for item in inputs if item[1] in missing)
             raise ValueError(
                 f"task {task.task_id!r}: xcom_input: parameter {parameter!r} reads {upstream!r}, which does not run "
                 f"before it, so the value may not exist; add {upstream!r} to depends_on"

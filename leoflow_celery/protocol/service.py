@@ -23,6 +23,8 @@ AUTHORIZATION_KEY = "authorization"
 SESSION_KEY = "x-leoflow-session"
 #: What an agent can do, comma separated.
 CAPABILITIES_KEY = "x-leoflow-capabilities"
+#: Entry of TaskSpec.extra: JSON, parameter → the list of tasks whose values it gets as a list.
+FAN_IN = "xcom_input_lists"
 #: It uses the token that an answer brings from its next call on.
 RENEWS_TOKEN = "renewed-token"  # noqa: S105 - a name
 #: Trailing metadata beside RegisterResponse, for an agent that renews: its first renewed token.

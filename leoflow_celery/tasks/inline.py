@@ -156,17 +156,26 @@ def _call(services: Services, view: TaskInstanceView, must_stop: Callable[[], bo
 
 
 def _inputs(services: Services, view: TaskInstanceView, request: TaskRequest) -> dict[str, Any]:
-    """Parameter → value of the task's inputs; one whose task left none is not in it.
+    """Parameter → value of the task's inputs; one whose task left none is not in it, and null in a list of several.
 
     Raises:
         XComRejected: a stored value that is not what its writer said.
     """
     found = {}
-    for parameter, task_id in request.xcom_input.items():
-        stored = _stored(services, XComKey(view.tenant_id, view.dag_id, view.run_id, task_id))
-        if stored is not None:
-            found[parameter] = parse_value(stored)
+    for parameter, source in request.xcom_input.items():
+        if not isinstance(source, str):
+            found[parameter] = [_value(services, view, task_id) for task_id in source]
+        elif (value := _value(services, view, source, _MISSING)) is not _MISSING:
+            found[parameter] = value
     return found
+
+
+_MISSING = object()
+
+
+def _value(services: Services, view: TaskInstanceView, task_id: str, default: Any = None) -> Any:
+    stored = _stored(services, XComKey(view.tenant_id, view.dag_id, view.run_id, task_id))
+    return default if stored is None else parse_value(stored)
 
 
 @patiently(log, _RECORD_SECONDS)

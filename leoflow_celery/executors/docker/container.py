@@ -87,15 +87,17 @@ def build_container(
         PermanentLaunchError: the request asks for something that no container can have, or that the policy refuses.
     """
     request = launch.request
-    if not request.image:
+    image = request.image or settings.default_image
+    if not image:
         raise PermanentLaunchError(
-            FailureReason.INVALID_IMAGE, "image: is empty; a docker task needs the image that has its code"
+            FailureReason.INVALID_IMAGE,
+            "image: is empty; a docker task needs the image that has its code, or LEOFLOW_DOCKER_DEFAULT_IMAGE",
         )
     config = _host_config(request, settings, cpus)
     if bundle:
         config["VolumesFrom"] = [f"{bundle}:ro"]
     return {
-        "Image": request.image,
+        "Image": image,
         **({"Entrypoint": list(INJECTED_AGENT), "Cmd": []} if bundle else {}),
         "Hostname": launch.name,
         "Env": [f"{name}={value}" for name, value in environment.open.items()],

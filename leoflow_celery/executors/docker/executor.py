@@ -84,7 +84,8 @@ class DockerExecutor:
             TransientLaunchError: the Engine is busy or away, or the registry is.
             PermanentLaunchError: the Engine or the registry refused; the message is theirs.
         """
-        launch = replace(launch, request=self._policy.within(launch.request))
+        request = self._policy.within(launch.request)
+        launch = replace(launch, request=request.evolve(image=request.image or self._settings.default_image))
         with self._names.one_at_a_time(launch.name), _launch_errors(), self._admitted(launch.name):
             facts = self._engine.facts()
             environment = build_environment(launch, self._settings, self._image_command(launch))

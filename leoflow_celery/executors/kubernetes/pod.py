@@ -262,7 +262,7 @@ def request_layer(launch: LaunchSpec, settings: KubernetesSettings, base: Json, 
     volumes, mounts = _volumes(request)
     container = {
         "name": TASK_CONTAINER,
-        "image": request.image or None,
+        "image": request.image or settings.default_image or None,
         "imagePullPolicy": request.image_pull_policy or execution.image_pull_policy,
         "env": request_entries(launch, secret),
         "resources": _resources(request.resources),

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from leoflow_celery.protocol import agent_pb2 as pb
-from tests.support.requirements import require
+from tests.support.airflow_python import BUILD_SECONDS, airflow_python
 
-CACHE = Path(__file__).parents[3] / ".cache"
-BUILD_SECONDS = 600
+__all__ = ["airflow_python"]  # a fixture
 
 DAG = """
 from airflow.sdk import DAG, task
@@ -37,32 +32,6 @@ with DAG("sales", schedule=None):
     total(extract())
     nothing_to_do()
 """
-
-
-@pytest.fixture(scope="session")
-def airflow_python() -> Path:
-    """An interpreter with the Task SDK, built once and kept in the repository's ignored cache."""
-    CACHE.mkdir(exist_ok=True)
-    venv = CACHE / "airflow-task-sdk"
-    python = venv / "bin" / "python"
-    with (CACHE / "airflow-task-sdk.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not python.exists() or not _has_sdk(python):
-            _build(venv, python)
-    return python
-
-
-def _has_sdk(python: Path) -> bool:
-    return subprocess.run([python, "-c", "import airflow.sdk"], capture_output=True, check=False).returncode == 0
-
-
-def _build(venv: Path, python: Path) -> None:
-    try:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True, capture_output=True)
-        pip = [python, "-m", "pip", "install", "-q", "apache-airflow-task-sdk"]
-        subprocess.run(pip, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    except (subprocess.SubprocessError, OSError) as error:
-        require("airflow", f"pip cannot install apache-airflow-task-sdk: {getattr(error, 'stderr', '') or error}")
 
 
 @pytest.fixture

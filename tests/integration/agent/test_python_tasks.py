@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from leoflow_celery.protocol import agent_pb2 as pb
+from leoflow_celery.protocol.service import FAN_IN
 from tests.integration.agent.control_plane import Refusal
 
 DAG = """
@@ -28,6 +29,15 @@ def skips():
     raise AirflowSkipException("nothing to do")
 def sizes(**kwargs): return {name: len(value) for name, value in kwargs.items()}
 async def later(): return "now"
+def pushes(key="rows"):
+    import leoflow_runtime
+    leoflow_runtime.xcom_push(key, 1)
+    leoflow_runtime.xcom_push(key, {"n": [2, "é"]})
+    leoflow_runtime.xcom_push("other", None)
+    return leoflow_runtime.context()._asdict()
+def skips_itself():
+    from leoflow_runtime import skip
+    skip("no rows today")
 def forgets():
     os.environ.clear()
     return "kept"
@@ -83,6 +93,14 @@ def test_call_args_over_128_kib_travel_by_file(run, plane):
     assert result(plane) == 300_000
 
 
+def test_an_input_of_several_tasks_is_a_list_in_their_order(run, plane):
+    plane.xcoms.update({f"t{i}": str(i).encode() for i in range(100)})
+    spec = pb.TaskSpec(xcom_input_mapping={"limit": "t7"})
+    spec.extra[FAN_IN] = json.dumps({"rows": ["t9", "absent", "t0", "t9", *(f"t{i}" for i in range(50))]})
+    assert run("plain", xcom_input_mapping=spec.xcom_input_mapping, extra=spec.extra) == 0
+    assert result(plane) == {"rows": [9, None, 0, 9, *range(50)], "limit": 7}
+
+
 def test_an_absent_xcom_leaves_the_default(run, plane):
     assert run("size", xcom_input_mapping={"factor": "absent"}, call_args_json='{"text": "abc"}') == 0
     assert result(plane) == 3
@@ -102,6 +120,45 @@ def test_an_xcom_that_may_not_be_read_fails_the_task(run, plane):
     assert run("plain", xcom_input_mapping={"rows": "extract"}) == 1
     assert plane.final().metadata["x-leoflow-reason"] == "forbidden"
     assert "'rows'" in plane.final().request.error_message
+
+
+def test_a_task_pushes_values_of_its_own_and_knows_which_it_is(run, plane):
+    names = {"tenant_id": "t", "dag_id": "d", "dag_version": "7", "run_id": "r", "task_id": "load", "try_number": 2}
+    assert run("pushes", **names) == 0
+    pushed = {one.key: json.loads(one.value) for one in plane.pushed}
+    assert pushed == {"rows": {"n": [2, "é"]}, "other": None, "return_value": pushed["return_value"]}
+    assert pushed["return_value"].items() >= names.items()
+    assert pushed["return_value"]["task_instance_id"]
+
+
+def test_a_push_that_is_refused_fails_the_task(run, plane):
+    plane.script["PushXCom"] = lambda _: pb.PushXComResponse(accepted=False, rejection_reason="payload_too_large")
+    assert run("pushes") == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "payload_too_large"
+    assert "the XCom 'rows'" in plane.final().request.error_message
+
+
+def test_a_push_of_return_value_is_an_error_of_the_task(run, plane):
+    assert run("pushes", call_args_json='{"key": "return_value"}') == 1
+    assert "return the value instead" in plane.final().request.error_message
+    assert plane.pushed == []
+
+
+def test_a_task_skips_itself_and_says_why(run, plane):
+    assert run("skips_itself") == 0
+    final = plane.final().request
+    assert (final.state, final.error_message) == (pb.TASK_STATE_SKIPPED, "no rows today")
+
+
+def test_a_bash_task_pushes_lines_of_json_and_one_that_is_none_fails_it(plane, start_agent):
+    command = """echo '{"key": "k", "value": [1]}' >> "$LEOFLOW_PUSH_PATH" """
+    plane.spec = pb.TaskSpec(operator="bash", entrypoint=command)
+    assert start_agent().wait() == 0
+    assert [(one.key, one.value) for one in plane.pushed] == [("k", b"[1]")]
+    plane.holder, plane.spec = "", pb.TaskSpec(operator="bash", entrypoint='echo oops >> "$LEOFLOW_PUSH_PATH"')
+    assert start_agent().wait() == 1
+    assert plane.final().metadata["x-leoflow-reason"] == "invalid_xcom"
+    assert "line 1 of LEOFLOW_PUSH_PATH" in plane.final().request.error_message
 
 
 @pytest.mark.parametrize("name", ["nan", "a_set"])

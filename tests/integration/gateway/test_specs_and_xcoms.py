@@ -10,6 +10,7 @@ import grpc
 import pytest
 import sqlalchemy as sa
 
+from leoflow_celery.agent.inputs import declared_inputs
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TaskState
 from leoflow_celery.protocol import agent_pb2 as pb
@@ -154,6 +155,19 @@ class TestXComs:
         assert (found.value, found.size_bytes, found.content_type) == (value, len(value), "application/json")
         assert found.created_at.seconds > 1_700_000_000
         assert consumer.fetch("extract", "return_value").value == value
+
+    def test_an_input_of_several_tasks_lets_each_be_read(self, world: World) -> None:
+        for name in ("left", "right"):
+            producer = world.agent(world.submit(f"ti-{name}", task_id=name))
+            producer.run()
+            producer.push(json.dumps(name).encode())
+        consumer = world.agent(world.submit("ti-b", xcom_input={"both": ["left", "right"], "one": "left"}))
+        consumer.register()
+        spec = consumer.spec()
+        assert dict(spec.xcom_input_mapping) == {"one": "left"}
+        assert declared_inputs(spec) == {"one": "left", "both": ("left", "right")}
+        assert [consumer.fetch(name).value for name in ("left", "right")] == [b'"left"', b'"right"']
+        assert refused(consumer.fetch, "other").code() is grpc.StatusCode.PERMISSION_DENIED
 
     def test_a_task_that_was_not_declared_cannot_be_read(self, world: World) -> None:
         producer = world.agent(world.submit("ti-a", task_id="extract"))

@@ -166,6 +166,9 @@ BAD = [
     ({**BASH, "dag_id": None}, "dag_id", "Input should be a valid string"),
     ({key: value for key, value in BASH.items() if key != "run_id"}, "run_id", "Field required"),
     ({**BASH, "xcom_input": {"x": "a/b"}}, "xcom_input.x", FILE_NAMES),
+    ({**BASH, "xcom_input": {"x": ["a", "a/b"]}}, "xcom_input.x.1", FILE_NAMES),
+    ({**BASH, "xcom_input": {"x": []}}, "xcom_input.x", "is a list of 0 task ids; name 1 to 1000 of them"),
+    ({**BASH, "xcom_input": {"x": 3}}, "xcom_input.x", "valid string"),
     # names
     ({**BASH, "xcom_input": {"x=y": "a"}}, "xcom_input.x=y", f"{NO_NAME} (got 'x=y')"),
     ({**BASH, "xcom_input": {"": "a"}}, "xcom_input.", NO_NAME),

@@ -150,6 +150,16 @@ def test_null_means_not_set_but_a_null_of_the_users_own_is_kept() -> None:
         pytest.param(
             document(BASH, {**PYTHON, "xcom_input": {"x": "a"}}),
             ["'p'", "xcom_input", "'x'", "'a'", "depends_on"],
+            id="an input that does not run before",
+        ),
+        pytest.param(
+            document(BASH, {**PYTHON, "depends_on": ["a"], "xcom_input": {"x": ["a", "nobody"]}}),
+            ["'p'", "xcom_input", "'nobody'"],
+            id="unknown input in a list",
+        ),
+        pytest.param(
+            document(BASH, {**BASH, "task_id": "b"}, {**PYTHON, "depends_on": ["a"], "xcom_input": {"x": ["a", "b"]}}),
+            ["'p'", "xcom_input", "'x'", "'b'", "depends_on"],
             id="input that is no ancestor",
         ),
         pytest.param(
@@ -190,7 +200,7 @@ def test_one_mistake_is_one_sentence(broken: dict[str, Any], whole: str) -> None
 
 
 def test_a_missing_key_is_named() -> None:
-    for key in ("schema_version", "dag_id", "dag_version", "image", "tasks"):
+    for key in ("schema_version", "dag_id", "dag_version", "tasks"):
         broken = document()
         del broken[key]
         with pytest.raises(InvalidDag, match=key):
