@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,10 +36,11 @@ from leoflow_celery.cli.target import (
     TryOption,
 )
 from leoflow_celery.domain.states import RunState
-from leoflow_celery.errors import DecryptionFailed, InvalidRequest, NotFound
+from leoflow_celery.errors import DatabaseUnavailable, DecryptionFailed, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from leoflow_celery.client import Client
+    from leoflow_celery.settings import Settings
     from leoflow_celery.store.views import RunView, TaskInstanceView
 
 
@@ -46,9 +48,28 @@ def open_client() -> Client:
     """A client of the system that the environment describes."""
     from leoflow_celery.app.logging import show_fields_of_warnings
     from leoflow_celery.client import Client
+    from leoflow_celery.settings import Settings
 
     show_fields_of_warnings()
-    return Client.from_environment()
+    settings = Settings.load()
+    _check_file(settings)
+    return Client(settings)
+
+
+def _check_file(settings: Settings) -> None:
+    """Refuse to look at a SQLite file that does not exist: SQLite would create it.
+
+    Raises:
+        DatabaseUnavailable: there is none.
+    """
+    from leoflow_celery.store.database import parse_url
+
+    url = parse_url(settings.database.url.get_secret_value())
+    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
+        raise DatabaseUnavailable(
+            f"the database {url.database} does not exist; set LEOFLOW_DATABASE_URL, or create it with "
+            "'leoflow db upgrade'"
+        )
 
 
 def status(
@@ -61,6 +82,7 @@ def status(
     """Show a run with its tasks, or one task instance with its history."""
     with open_client() as client:
         named = Target.named(client, target, tenant)
+        named.check_try(try_number)
         if gantt:
             show_gantt(client, named, as_json)
             return
@@ -137,13 +159,15 @@ def runs(
     ] = None,
     since: Annotated[
         str | None,
-        typer.Option("--since", metavar="WHEN", help="Only runs started since then: 90s, 15m, 2h, 3d, or a date."),
+        typer.Option("--since", metavar="WHEN", help="Only runs started since then: 90s, 15m, 2h, 3d, 2w, or a date."),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="How many.")] = 20,
     tenant: TenantOption = "default",
     as_json: JsonOption = False,
 ) -> None:
     """List the runs started last, the newest first."""
+    if dag_id == "":
+        raise InvalidRequest("DAG: is empty; name a DAG, or leave it out to list the runs of all", "dag_id")
     start = None if since is None else parse_since(since)
     with open_client() as client:
         found = client.runs(dag_id, states=states or (), since=start, limit=limit, tenant_id=tenant)
@@ -164,25 +188,28 @@ def _run_time(run: RunView) -> str:
     return seconds_text(None if run.ended_at is None else run.ended_at - run.started_at)
 
 
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+#: More than any moment since the epoch needs.
+_AGO = re.compile(r"([0-9]{1,10}(?:\.[0-9]{1,6})?)([smhdw])")
+_SHOWN_CHARACTERS = 40
 
 
 def parse_since(text: str) -> float:
-    """A moment: seconds before now, negative, for ``90s``, ``15m``, ``2h`` or ``3d``; else the epoch seconds of a date.
-
-    A date without a time zone is of this host's.
+    """A moment: seconds before now, negative, for ``90s``, ``15m``, ``2h``, ``3d`` or ``2w``; else the epoch seconds
+    of a date. A date without a time zone is of this host's.
 
     Raises:
         InvalidRequest: neither of them.
     """
-    number, unit = text[:-1], text[-1:]
+    if (match := _AGO.fullmatch(text)) and (ago := float(match[1]) * _UNITS[match[2]]) > 0:
+        return -ago
     try:
-        if unit in _UNITS and (ago := float(number)) > 0 and math.isfinite(ago):
-            return -ago * _UNITS[unit]
         return datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError) as error:
+        shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
         raise InvalidRequest(
-            f"--since: {text!r} is neither a time ago (90s, 15m, 2h, 3d) nor a date (2026-11-27, 2026-11-27T08:00)",
+            f"--since: {shown!r} is neither a time ago (90s, 15m, 2h, 3d, 2w) nor a date "
+            "(2026-11-27, 2026-11-27T08:00)",
             "since",
         ) from error
 
@@ -252,9 +279,8 @@ def logs(
     """Print the log of a task's newest try, or of the one named; of a run, the logs of all its tasks."""
     with open_client() as client:
         named = Target.named(client, target, tenant)
+        named.check_try(try_number)
         if named.is_run:
-            if try_number is not None:
-                raise InvalidRequest("--try: a run has none; name a task as third word", "try")
             _run_logs(client, named, follow, as_json)
             return
         view = named.task_instance(client, try_number)
@@ -362,6 +388,7 @@ def cancel(
     """Ask a task, or every live task of a run, to stop. They end failed with reason cancelled."""
     with open_client() as client:
         named = Target.named(client, target, tenant)
+        named.check_try(try_number)
         views = named.task_instances(client) if named.is_run else [named.task_instance(client, try_number)]
         asked = [view for view in views if client.cancel(view.task_instance_id, view.try_number)]
     if as_json:

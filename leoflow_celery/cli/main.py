@@ -72,12 +72,21 @@ def options(
         bool, typer.Option("--lite", help="Use the state of 'leoflow lite', also after it has stopped.")
     ] = False,
     state_dir: Annotated[
-        Path | None, typer.Option("--state-dir", help="Where that system keeps its state. Implies --lite.")
+        Path | None,
+        typer.Option(
+            "--state-dir",
+            metavar="DIR",
+            parser=system.given_path,
+            help="Where that system keeps its state. Implies --lite.",
+        ),
     ] = None,
     env_file: Annotated[
         Path | None,
         typer.Option(
-            "--env-file", help="Settings from a file of lines NAME=value; LEOFLOW_ENV_FILE does the same everywhere."
+            "--env-file",
+            metavar="FILE",
+            parser=system.given_path,
+            help="Settings from a file of lines NAME=value; LEOFLOW_ENV_FILE does the same everywhere.",
         ),
     ] = None,
     _version: Annotated[

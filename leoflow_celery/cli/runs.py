@@ -6,8 +6,10 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -20,7 +22,7 @@ from leoflow_celery.cli.report import ReportOption, checked_file, write_report
 from leoflow_celery.cli.system import at_work, hint
 from leoflow_celery.cli.target import DagIdArgument, JsonOption, RunArgument, Target, TenantOption
 from leoflow_celery.domain.states import TERMINAL, TERMINAL_RUN, RunState, TaskState
-from leoflow_celery.errors import InvalidRequest, LeoflowError, NotFound
+from leoflow_celery.errors import DecryptionFailed, InvalidRequest, LeoflowError, NotFound
 
 if TYPE_CHECKING:
     from leoflow_celery.cli.progress import Progress
@@ -59,7 +61,8 @@ def run(
     dag = load_dag(dag_file)
     name = checked_run_id(dag, run_id, tenant)
     again = ("run", str(dag_file), "--run-id", name)
-    drive_and_exit(dag, name, tenant, as_json, go_on=again, report_file=checked_file(report_file))
+    check = partial(check_same_version, dag=dag, run_id=name, tenant_id=tenant, dag_file=dag_file)
+    drive_and_exit(dag, name, tenant, as_json, go_on=again, first=check, report_file=checked_file(report_file))
 
 
 def retry(
@@ -88,39 +91,133 @@ def retry(
     from leoflow_celery.lite.dag import kept_dag, load_dag
 
     given = load_dag(dag_file) if dag_file else None
+    with open_client() as client:
+        name = Target.named(client, [dag_id, run_id], tenant).run_id
+        if given is not None and given.dag_id != dag_id:
+            raise InvalidRequest(f"--dag: it is DAG {given.dag_id!r}, but the run belongs to {dag_id!r}", "dag")
+        dag = given or kept_dag(client.dag_of(dag_id, name, tenant))
+        check_tasks(client, dag, name)
+        again = _Retry(dag, name, tenant, tuple(task_ids or ()), failed, downstream, stores=given is not None)
+        if again.is_needless(client):
+            note(f"nothing to run again: no task of run {name} failed; name tasks to run them all the same")
+            raise typer.Exit(0)
+    drive_and_exit(dag, name, tenant, as_json, go_on=("retry", dag_id, name), first=again.clear)
 
-    def clear(client: Client, *, dry_run: bool = False) -> list[ClearedTask]:
+
+@dataclass(frozen=True, slots=True)
+class _Retry:
+    """What ``leoflow retry`` is to change of a run before it goes on."""
+
+    dag: Dag
+    run_id: str
+    tenant_id: str
+    task_ids: tuple[str, ...]
+    failed: bool
+    downstream: bool
+    #: The DAG was given and replaces the one that is kept with the run.
+    stores: bool
+
+    def is_needless(self, client: Client) -> bool:
+        """Whether the run has ended and nothing of it would change.
+
+        Raises:
+            InvalidRequest: a task that was named cannot run again yet, or at all.
+        """
+        chosen, _ = self._choose(client)
+        if chosen or client.run(self.dag.dag_id, self.run_id, self.tenant_id).state not in TERMINAL_RUN:
+            return False
+        return not self.stores or _kept_version(client, self.dag, self.run_id, self.tenant_id) == self.dag
+
+    def clear(self, client: Client) -> None:
+        """Clear what is to run again, say so, and keep the DAG that was given."""
+        _, hopeless = self._choose(client)
+        for task in self._clear(client, hopeless):
+            note(f"{task.task_id}: try {task.next_try} (try {task.ended_try} stays {task.state})")
+        if self.stores:
+            client.create_run(self.dag.dag_id, self.run_id, self.tenant_id, self.dag.dag_version, self.dag)
+
+    def _choose(self, client: Client) -> tuple[set[str], frozenset[str]]:
+        """What is to run again, and what depends on it and still cannot run: that keeps the try it has.
+
+        Raises:
+            InvalidRequest: a task that was named cannot run: an upstream of it failed and is not run again.
+        """
+        from leoflow_celery.lite.plan import cannot_run
+
+        chosen = {task.task_id for task in self._clear(client, frozenset(), dry_run=True)}
+        views = client.task_instances(self.dag.dag_id, self.run_id, self.tenant_id)
+        cleared = client.cleared(self.dag.dag_id, self.run_id, self.tenant_id)
+        states = {view.task_id: view.state for view in views if view.try_number > cleared.get(view.task_id, 0)}
+        hopeless = cannot_run(self.dag, {name: one for name, one in states.items() if name not in chosen}) & chosen
+        for task_id in self.task_ids:
+            if task_id in hopeless:
+                upstreams = [up for up in self.dag.by_id[task_id].depends_on if states.get(up) in _FAILED]
+                raise InvalidRequest(
+                    f"TASK: {task_id!r} cannot run: {', '.join(upstreams) or 'an upstream'} failed; name what failed "
+                    "too, or name no task to run again all that failed",
+                    "task_ids",
+                )
+        return chosen - hopeless, hopeless
+
+    def _clear(self, client: Client, kept: frozenset[str], *, dry_run: bool = False) -> list[ClearedTask]:
         return client.clear(
-            dag_id,
-            name,
-            task_ids or (),
-            failed=failed,
-            downstream=downstream,
-            tenant_id=tenant,
-            dag=given,
+            self.dag.dag_id,
+            self.run_id,
+            self.task_ids,
+            failed=self.failed,
+            downstream=self.downstream,
+            tenant_id=self.tenant_id,
+            dag=_Without(self.dag, kept),
             dry_run=dry_run,
         )
 
-    def clear_and_tell(client: Client) -> None:
-        for task in clear(client):
-            note(f"{task.task_id}: try {task.next_try} (try {task.ended_try} stays {task.state})")
-        if given is not None:
-            client.create_run(dag_id, name, tenant, dag.dag_version, dag)
 
-    with open_client() as client:
-        name = str(Target.named(client, [dag_id, run_id], tenant).run_id)
-        dag = given or kept_dag(client.dag_of(dag_id, name, tenant))
-        _check_same_dag(dag, dag_id)
-        check_tasks(client, dag, name)
-        if not clear(client, dry_run=True) and client.run(dag_id, name, tenant).state in TERMINAL_RUN:
-            note(f"nothing to run again: no task of run {name} failed; name tasks to run them all the same")
-            raise typer.Exit(0)
-    drive_and_exit(dag, name, tenant, as_json, go_on=("retry", dag_id, name), first=clear_and_tell)
+@dataclass(frozen=True, slots=True)
+class _Without:
+    """The graph of a DAG in which nothing leads to some tasks."""
+
+    dag: Dag
+    kept: frozenset[str]
+
+    @property
+    def by_id(self) -> Mapping[str, object]:
+        return self.dag.by_id
+
+    def downstream(self, task_id: str) -> set[str]:
+        return set(self.dag.downstream(task_id)) - self.kept
+
+    def model_dump_json(self, *, exclude_unset: bool) -> str:
+        return self.dag.model_dump_json(exclude_unset=exclude_unset)
 
 
-def _check_same_dag(dag: Dag, dag_id: str) -> None:
-    if dag.dag_id != dag_id:
-        raise InvalidRequest(f"--dag: it is DAG {dag.dag_id!r}, but the run belongs to {dag_id!r}", "dag")
+_FAILED = frozenset({TaskState.FAILED, TaskState.UPSTREAM_FAILED})
+
+
+def _kept_version(client: Client, dag: Dag, run_id: str, tenant_id: str) -> Dag | None:
+    """The DAG that is kept with a run of this one; None: there is no such run, or none that can be read."""
+    from leoflow_celery.lite.dag import kept_dag
+
+    try:
+        return kept_dag(client.dag_of(dag.dag_id, run_id, tenant_id))
+    except (NotFound, DecryptionFailed):
+        return None
+
+
+def check_same_version(client: Client, dag: Dag, run_id: str, tenant_id: str, dag_file: Path) -> None:
+    """Refuse to go on with a run whose DAG was another one.
+
+    Raises:
+        InvalidRequest: the run exists, and the file has changed since.
+    """
+    kept = _kept_version(client, dag, run_id, tenant_id)
+    if kept is not None and kept != dag:
+        state = client.run(dag.dag_id, run_id, tenant_id).state
+        go_on = hint("retry", dag.dag_id, run_id, "--dag", str(dag_file), tenant=tenant_id)
+        raise InvalidRequest(
+            f"--run-id: run {run_id!r} of dag {dag.dag_id!r} ({state}) was started with another content of {dag_file}; "
+            f"choose another id for a new run, or give the run the new content with {go_on}",
+            "run_id",
+        )
 
 
 def rerun(
@@ -190,8 +287,8 @@ def drive_and_exit(
 ) -> NoReturn:
     """Drive a run on the system that the command uses, and exit as it ended.
 
-    ``go_on`` is the command that resumes. ``first`` changes the run, once this command may use the system.
-    ``report_file`` gets the report of the run that ended.
+    ``go_on`` is the command that resumes. ``first`` looks at the run, or changes it, once this command may use
+    the system. ``report_file`` gets the report of the run that ended.
     """
     from leoflow_celery.cli.inspect import open_client
 

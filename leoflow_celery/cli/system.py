@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from leoflow_celery.cli.output import note
 from leoflow_celery.errors import BrokerUnavailable, ConfigurationError, DatabaseUnavailable, LeoflowError, NotFound
 
@@ -38,6 +40,8 @@ _OF_A_SYSTEM = frozenset(
         "xcom",
         "cancel",
         "staging",
+        "config",
+        "dead-letters",
     }
 )
 
@@ -62,6 +66,17 @@ class Embedded:
 
 #: A process is one command.
 _used: Embedded | None = None
+
+
+def given_path(text: str) -> Path:
+    """A path that an option names.
+
+    Raises:
+        BadParameter: it is empty, or holds a character that no path has.
+    """
+    if not text.strip() or not text.isprintable():
+        raise typer.BadParameter(f"{text!r} is not a path; name one, or leave the option out")
+    return Path(text)
 
 
 def find(command: str | None, lite: bool, state_dir: Path | None) -> StateDirectory | None:

@@ -143,3 +143,10 @@ def test_completion_is_quick_however_many_runs_there_are(completed: Settings) ->
         "run-19967"
     )
     assert time.process_time() - before < 0.2
+
+
+def test_a_word_that_no_setting_has_is_said(cli: Cli) -> None:
+    refused = cli("config", "nosuch")
+    assert (refused.code, refused.out) == (2, "")
+    assert "WORD: no setting's name holds 'nosuch'; 'leoflow config' lists all" in refused.err
+    assert "every setting is the default" in cli("config", "lease_seconds", "--changed").err
