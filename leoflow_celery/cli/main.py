@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from leoflow_celery.agent.linux import hide_from_our_user
-from leoflow_celery.cli import config, dead_letters, inspect, lite, report, runs, serve, setup, staging, system
+from leoflow_celery.cli import config, dead_letters, deployment, doctor, lite, logs, report, runs, system, tasks
 from leoflow_celery.cli.output import note
 from leoflow_celery.environment import ENV_FILE, read_env_file
 from leoflow_celery.errors import LeoflowError
@@ -31,27 +31,27 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(lite.app, name="lite")
-app.add_typer(serve.db_app, name="db")
+app.add_typer(deployment.db_app, name="db")
 app.add_typer(dead_letters.app, name="dead-letters")
 _COMMANDS: tuple[Callable[..., None], ...] = (
     runs.run,
     runs.retry,
     runs.rerun,
-    runs.submit,
-    inspect.runs,
-    inspect.tasks,
-    inspect.status,
-    inspect.watch,
+    tasks.submit,
+    runs.runs,
+    tasks.tasks,
+    runs.status,
+    runs.watch,
     report.report,
-    inspect.logs,
-    inspect.xcom,
-    inspect.cancel,
-    staging.staging,
-    serve.gateway,
-    setup.doctor,
+    logs.logs,
+    tasks.xcom,
+    runs.cancel,
+    deployment.staging,
+    deployment.gateway,
+    doctor.doctor,
     config.config,
-    setup.keys,
-    setup.schema,
+    deployment.keys,
+    deployment.schema,
 )
 for _command in _COMMANDS:
     app.command()(_command)

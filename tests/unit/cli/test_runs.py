@@ -62,7 +62,7 @@ class WholeClient(ScriptedClient):
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> WholeClient:
     client = WholeClient()
-    monkeypatch.setattr("leoflow_celery.cli.inspect.open_client", lambda: client)
+    monkeypatch.setattr("leoflow_celery.cli.runs.open_client", lambda: client)
     monkeypatch.setattr("leoflow_celery.lite.driver.Pace", lambda: client.pace)
     return client
 
