@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leoflow_celery.cli.output import echo_json, table
+from leoflow_celery.cli.output import echo_json, note, table
 from leoflow_celery.cli.system import embedded
 from leoflow_celery.cli.target import JsonOption
+from leoflow_celery.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from leoflow_celery.settings import Settings
@@ -48,8 +49,15 @@ def config(
         for one in settings_shown(Settings.load())
         if (not words or any(word.upper() in one.name for word in words)) and not (changed and one.source == "default")
     ]
+    if words and not found and not changed:
+        raise InvalidRequest(
+            f"WORD: no setting's name holds {' or '.join(map(repr, words))}; 'leoflow config' lists all", "words"
+        )
     if as_json:
         echo_json([asdict(one) for one in found])
+        return
+    if not found:
+        note("every setting is the default")
         return
     table("settings", ("setting", "value", "source"), [(one.name, one.value, one.source) for one in found])
 

@@ -8,11 +8,44 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from leoflow_celery.cli.setup import CHECKS
+import typer
+
+from leoflow_celery.cli.output import echo_json, visible
+from leoflow_celery.cli.target import JsonOption
 from leoflow_celery.errors import ConfigurationError, LeoflowError
-from leoflow_celery.settings import Settings
+
+if TYPE_CHECKING:
+    from leoflow_celery.settings import Settings
+
+#: What ``leoflow doctor`` looks at, in this order.
+CHECKS = ("keys", "secrets", "database", "broker", "gateway", "workers", "backends", "clocks", "exchange", "pods")
+
+
+def doctor(
+    ca: Annotated[
+        Path | None, typer.Option("--ca", help="PEM file of the CA that signed the gateway's certificate.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="CHECK", help=f"Only this check: {', '.join(CHECKS)}."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check keys, database, broker, gateway and workers, and say what is wrong and what to do. Exits 1 on a finding."""
+    from leoflow_celery.settings import Settings
+
+    findings = examine(Settings.load(), ca, only or CHECKS)
+    if as_json:
+        echo_json([finding.to_json() for finding in findings])
+    else:
+        for finding in findings:
+            mark = typer.style("ok  ", fg="green") if finding.ok else typer.style("FAIL", fg="red")
+            typer.echo(f"{mark} {finding.check:<9} {visible(finding.sentence)}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
 
 _ANSWER_SECONDS = 3
 _OLDEST_REDIS = (6, 2)

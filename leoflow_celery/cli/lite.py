@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +12,26 @@ import typer
 
 from leoflow_celery.cli.output import echo_json, note
 from leoflow_celery.cli.report import ReportOption, checked_file
-from leoflow_celery.cli.runs import DagArgument, PythonOption, RunIdOption, checked_run_id, drive_and_exit, read_dag
-from leoflow_celery.cli.system import choose
+from leoflow_celery.cli.runs import (
+    DagArgument,
+    PythonOption,
+    RunIdOption,
+    check_same_version,
+    checked_run_id,
+    drive_and_exit,
+    read_dag,
+)
+from leoflow_celery.cli.system import choose, given_path
 from leoflow_celery.cli.target import JsonOption, TenantOption
 
 StateDirOption = Annotated[
     Path | None,
-    typer.Option("--state-dir", help="Where database, logs and keys live; default: $XDG_STATE_HOME/leoflow/lite."),
+    typer.Option(
+        "--state-dir",
+        metavar="DIR",
+        parser=given_path,
+        help="Where database, logs and keys live; default: $XDG_STATE_HOME/leoflow/lite.",
+    ),
 ]
 
 app = typer.Typer(help="The whole system on one machine, nothing to install.", no_args_is_help=True)
@@ -41,7 +55,9 @@ def run(
         os.environ["LEOFLOW_PYTHON"] = os.path.abspath(python) if os.sep in python else python
     choose("lite", True, state_dir)
     dag = read_dag(dag_file, python)
-    drive_and_exit(dag, checked_run_id(dag, run_id, tenant), tenant, as_json, report_file=checked_file(report))
+    name = checked_run_id(dag, run_id, tenant)
+    check = partial(check_same_version, dag=dag, run_id=name, tenant_id=tenant, dag_file=dag_file)
+    drive_and_exit(dag, name, tenant, as_json, first=check, report_file=checked_file(report))
 
 
 @app.command()

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from leoflow_celery.agent.linux import hide_from_our_user
-from leoflow_celery.cli import config, dag, dead_letters, inspect, lite, report, runs, serve, setup, staging, system
+from leoflow_celery.cli import config, dag, dead_letters, deployment, doctor, lite, logs, report, runs, system, tasks
 from leoflow_celery.cli.output import note
 from leoflow_celery.environment import ENV_FILE, read_env_file
 from leoflow_celery.errors import LeoflowError
@@ -32,31 +32,31 @@ app = typer.Typer(
 )
 app.add_typer(lite.app, name="lite")
 app.add_typer(dag.app, name="dag")
-app.add_typer(serve.db_app, name="db")
+app.add_typer(deployment.db_app, name="db")
 app.add_typer(dead_letters.app, name="dead-letters")
 _COMMANDS: tuple[Callable[..., None], ...] = (
     runs.run,
     runs.retry,
     runs.rerun,
-    runs.submit,
-    inspect.runs,
-    inspect.tasks,
-    inspect.status,
-    inspect.watch,
+    tasks.submit,
+    runs.runs,
+    tasks.tasks,
+    runs.status,
+    runs.watch,
     report.report,
-    inspect.logs,
-    inspect.xcom,
-    inspect.cancel,
-    staging.staging,
-    serve.gateway,
-    setup.doctor,
+    logs.logs,
+    tasks.xcom,
+    runs.cancel,
+    deployment.staging,
+    deployment.gateway,
+    doctor.doctor,
     config.config,
-    setup.keys,
-    setup.schema,
+    deployment.keys,
+    deployment.schema,
 )
 for _command in _COMMANDS:
     app.command()(_command)
-app.command(context_settings=serve.FLOWER_CONTEXT)(serve.flower)
+app.command(context_settings=deployment.FLOWER_CONTEXT)(deployment.flower)
 
 
 def _show_version(wanted: bool) -> None:
@@ -74,12 +74,21 @@ def options(
         bool, typer.Option("--lite", help="Use the state of 'leoflow lite', also after it has stopped.")
     ] = False,
     state_dir: Annotated[
-        Path | None, typer.Option("--state-dir", help="Where that system keeps its state. Implies --lite.")
+        Path | None,
+        typer.Option(
+            "--state-dir",
+            metavar="DIR",
+            parser=system.given_path,
+            help="Where that system keeps its state. Implies --lite.",
+        ),
     ] = None,
     env_file: Annotated[
         Path | None,
         typer.Option(
-            "--env-file", help="Settings from a file of lines NAME=value; LEOFLOW_ENV_FILE does the same everywhere."
+            "--env-file",
+            metavar="FILE",
+            parser=system.given_path,
+            help="Settings from a file of lines NAME=value; LEOFLOW_ENV_FILE does the same everywhere.",
         ),
     ] = None,
     _version: Annotated[

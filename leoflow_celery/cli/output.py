@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -28,10 +28,14 @@ STATE_STYLE = {
 #: Never shown: sealed content, and whose turn it is inside the system.
 _HIDDEN = frozenset({"sealed_request", "holder", "lease_until", "send_after", "sent_at"})
 _TIME_FIELDS = frozenset({"at"})
-#: A pipe has no width; a program that reads it wants whole lines.
-_PIPE_WIDTH = 240
-#: Columns that people copy from.
-_UNBROKEN = frozenset({"task", "task instance", "dag", "run"})
+#: Cut with … where a terminal is too narrow; every other column either stays whole or takes more lines.
+_CUT = frozenset({"task", "task instance", "dag", "run", "host", "version", "volume", "where", "id"})
+#: These take more lines.
+_FOLDED = frozenset({"reason", "value", "details", "why", "setting", "source", "note"})
+#: Left out of a terminal that is too narrow for all, the first one first; --json and a pipe have them.
+_LEFT_OUT = ("task instance", "host", "version", "queued")
+#: A column that is cut or folded keeps so many characters, as long as any can be left out.
+_USEFUL_WIDTH, _LEAST_WIDTH, _GAP = 14, 4, 2
 
 
 def visible(text: str) -> str:
@@ -89,21 +93,60 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A Rich table; a column named ``state`` is coloured by its values."""
+    """A Rich table, as wide as the terminal; a pipe gets every cell whole. States are coloured."""
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, _PIPE_WIDTH)
+    cells = [[visible(cell) for cell in row] for row in rows]
+    needed = {
+        name: max([cell_len(name), *(cell_len(row[place]) for row in cells)]) for place, name in enumerate(columns)
+    }
+    if console.is_terminal:
+        needed = fitted_widths(needed, console.width)
+    else:
+        console.width = sum(needed.values()) + _GAP * len(needed)
     found = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        found.add_column(column, overflow="fold", no_wrap=column in _UNBROKEN)
-    for row in rows:
+    for name, width in needed.items():
+        found.add_column(name, width=width, no_wrap=name not in _FOLDED, overflow=_overflow(name))
+    for row in cells:
         # Text, not markup: a message may hold square brackets.
-        found.add_row(*(Text(visible(cell), style=STATE_STYLE.get(cell, "")) for cell in row))
-    console.print(Text("\n".join(map(visible, title.split("\n"))), style="bold"), found, sep="\n")
+        shown = [cell for cell, name in zip(row, columns, strict=True) if name in needed]
+        found.add_row(*(Text(cell, style=STATE_STYLE.get(cell.partition(" (")[0], "")) for cell in shown))
+    heading = Text("\n".join(map(visible, title.split("\n"))), style="bold")
+    console.print(heading, found, sep="\n")
+
+
+def _overflow(column: str) -> Literal["fold", "ellipsis"]:
+    return "fold" if column in _FOLDED else "ellipsis"
+
+
+def fitted_widths(needed: Mapping[str, int], room: int) -> dict[str, int]:
+    """Column → width, so that all fit into ``room``: long ids are cut, long texts folded, and states stay whole.
+
+    Columns that say least are left out before the others become too narrow to be of use.
+    """
+    widths = dict(needed)
+    for spare in (*_LEFT_OUT, ""):
+        elastic = [name for name in widths if name in _CUT or name in _FOLDED]
+        whole = sum(width for name, width in widths.items() if name not in elastic)
+        left = room - whole - _GAP * (len(widths) - 1)
+        shares = _shares({name: widths[name] for name in elastic}, left)
+        if not spare or all(share >= min(widths[name], _USEFUL_WIDTH) for name, share in shares.items()):
+            return widths | shares
+        widths.pop(spare, None)
+    return widths
+
+
+def _shares(needed: Mapping[str, int], room: int) -> dict[str, int]:
+    """``room`` divided: who needs less than an even share leaves the rest to the others."""
+    shares: dict[str, int] = {}
+    for place, name in enumerate(sorted(needed, key=lambda one: needed[one])):
+        even = (room - sum(shares.values())) // (len(needed) - place)
+        shares[name] = min(needed[name], max(even, _LEAST_WIDTH))
+    return shares
 
 
 def seconds_text(seconds: float | None) -> str:

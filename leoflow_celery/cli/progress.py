@@ -82,7 +82,9 @@ def describe(event: RunEvent) -> str:
     """An event as one line."""
     match event:
         case RunStarted():
-            return f"run {event.run_id} of {event.dag_id} {'resumed' if event.resumed else 'started'}"
+            return _started(event)
+        case TaskChanged(state=TaskState.NONE):
+            return f"{event.task_id}: waiting for try {event.try_number}"
         case TaskChanged():
             parts = [f"{event.task_id}: {event.state}", f"(try {event.try_number})" if event.try_number > 1 else ""]
             has_ended = event.seconds is not None and event.state is not TaskState.RUNNING
@@ -94,6 +96,15 @@ def describe(event: RunEvent) -> str:
             return f"waiting: {' '.join(event.why.split())}"
         case RunFinished():
             return f"run ended: {event.state}"
+
+
+def _started(event: RunStarted) -> str:
+    run = f"run {event.run_id} of {event.dag_id}"
+    if event.watched:
+        return f"watching {run}"
+    if event.ended:
+        return f"{run} had ended before: nothing is started"
+    return f"{run} {'resumed' if event.resumed else 'started'}"
 
 
 def _why(event: TaskChanged) -> str:

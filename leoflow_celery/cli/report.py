@@ -38,7 +38,7 @@ def report(
 
     The page needs no network. It holds ids, reasons and log lines, and of XComs the sizes only.
     """
-    from leoflow_celery.cli.inspect import open_client
+    from leoflow_celery.cli.system import open_client
     from leoflow_celery.store.logs import safe_component
 
     with open_client() as client:

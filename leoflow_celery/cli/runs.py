@@ -1,13 +1,14 @@
-"""``leoflow run``, ``retry``, ``rerun`` and ``submit``: start work on the system that the command uses."""
+"""``leoflow run``, ``retry``, ``rerun``, ``runs``, ``status``, ``watch`` and ``cancel``."""
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,19 +16,29 @@ import typer
 
 from leoflow_celery.cli import complete
 from leoflow_celery.cli.complete import LATEST
-from leoflow_celery.cli.output import echo, echo_json, note, view_json
-from leoflow_celery.cli.report import ReportOption, checked_file, write_report
-from leoflow_celery.cli.system import at_work, hint
-from leoflow_celery.cli.target import DagIdArgument, JsonOption, RunArgument, Target, TenantOption
-from leoflow_celery.domain.states import TERMINAL, TERMINAL_RUN, RunState, TaskState
-from leoflow_celery.errors import InvalidRequest, LeoflowError, NotFound
+from leoflow_celery.cli.output import day_and_time, echo, echo_json, note, seconds_text, table, view_json
+from leoflow_celery.cli.report import GanttOption, ReportOption, checked_file, show_gantt, write_report
+from leoflow_celery.cli.system import at_work, hint, open_client
+from leoflow_celery.cli.target import (
+    DagIdArgument,
+    JsonOption,
+    RunArgument,
+    Target,
+    TargetArgument,
+    TenantOption,
+    TryOption,
+)
+from leoflow_celery.cli.tasks import row_of, run_json, run_or_none, show_task_instance
+from leoflow_celery.domain.states import TERMINAL_RUN, RunState, TaskState
+from leoflow_celery.errors import DecryptionFailed, InvalidRequest, LeoflowError, NotFound
 
 if TYPE_CHECKING:
     from leoflow_celery.cli.progress import Progress
-    from leoflow_celery.client import Client, Handle
+    from leoflow_celery.client import Client
     from leoflow_celery.domain.clear import ClearedTask
     from leoflow_celery.lite.dag import Dag
     from leoflow_celery.lite.driver import RunDriver
+    from leoflow_celery.store.views import RunView
 
 DagArgument = Annotated[
     Path, typer.Argument(metavar="DAG", help="A dag.json, the same as YAML, or a .py file of the Airflow Task SDK.")
@@ -40,7 +51,6 @@ RunIdOption = Annotated[
     str | None, typer.Option("--run-id", help="A new name for the run, or the name of one to go on with.")
 ]
 _SHOWN_VALUE_CHARACTERS = 2_000
-_POLL_SECONDS = 0.2
 
 
 def read_dag(path: Path, python: str | None = None) -> Dag:
@@ -78,7 +88,8 @@ def run(
     dag = read_dag(dag_file, python)
     name = checked_run_id(dag, run_id, tenant)
     again = ("run", str(dag_file), "--run-id", name)
-    drive_and_exit(dag, name, tenant, as_json, go_on=again, report_file=checked_file(report_file))
+    check = partial(check_same_version, dag=dag, run_id=name, tenant_id=tenant, dag_file=dag_file)
+    drive_and_exit(dag, name, tenant, as_json, go_on=again, first=check, report_file=checked_file(report_file))
 
 
 def retry(
@@ -103,43 +114,136 @@ def retry(
     Everything else is kept, and so is the staging volume. Earlier tries stay to be looked at ('leoflow tasks --all').
     Exits 0 when the run succeeded, 1 when it failed.
     """
-    from leoflow_celery.cli.inspect import open_client
-    from leoflow_celery.lite.dag import kept_dag, load_dag
+    from leoflow_celery.lite.dag import kept_dag
 
-    given = load_dag(dag_file) if dag_file else None
+    given = read_dag(dag_file) if dag_file else None
+    with open_client() as client:
+        name = Target.named(client, [dag_id, run_id], tenant).run_id
+        if given is not None and given.dag_id != dag_id:
+            raise InvalidRequest(f"--dag: it is DAG {given.dag_id!r}, but the run belongs to {dag_id!r}", "dag")
+        dag = given or kept_dag(client.dag_of(dag_id, name, tenant))
+        check_tasks(client, dag, name)
+        again = _Retry(dag, name, tenant, tuple(task_ids or ()), failed, downstream, stores=given is not None)
+        if again.is_needless(client):
+            note(f"nothing to run again: no task of run {name} failed; name tasks to run them all the same")
+            raise typer.Exit(0)
+    drive_and_exit(dag, name, tenant, as_json, go_on=("retry", dag_id, name), first=again.clear)
 
-    def clear(client: Client, *, dry_run: bool = False) -> list[ClearedTask]:
+
+@dataclass(frozen=True, slots=True)
+class _Retry:
+    """What ``leoflow retry`` is to change of a run before it goes on."""
+
+    dag: Dag
+    run_id: str
+    tenant_id: str
+    task_ids: tuple[str, ...]
+    failed: bool
+    downstream: bool
+    #: The DAG was given and replaces the one that is kept with the run.
+    stores: bool
+
+    def is_needless(self, client: Client) -> bool:
+        """Whether the run has ended and nothing of it would change.
+
+        Raises:
+            InvalidRequest: a task that was named cannot run again yet, or at all.
+        """
+        chosen, _ = self._choose(client)
+        if chosen or client.run(self.dag.dag_id, self.run_id, self.tenant_id).state not in TERMINAL_RUN:
+            return False
+        return not self.stores or _kept_version(client, self.dag, self.run_id, self.tenant_id) == self.dag
+
+    def clear(self, client: Client) -> None:
+        """Clear what is to run again, say so, and keep the DAG that was given."""
+        _, hopeless = self._choose(client)
+        for task in self._clear(client, hopeless):
+            note(f"{task.task_id}: try {task.next_try} (try {task.ended_try} stays {task.state})")
+        if self.stores:
+            client.create_run(self.dag.dag_id, self.run_id, self.tenant_id, self.dag.dag_version, self.dag)
+
+    def _choose(self, client: Client) -> tuple[set[str], frozenset[str]]:
+        """What is to run again, and what depends on it and still cannot run: that keeps the try it has.
+
+        Raises:
+            InvalidRequest: a task that was named cannot run: an upstream of it failed and is not run again.
+        """
+        from leoflow_celery.lite.plan import cannot_run
+
+        chosen = {task.task_id for task in self._clear(client, frozenset(), dry_run=True)}
+        views = client.task_instances(self.dag.dag_id, self.run_id, self.tenant_id)
+        cleared = client.cleared(self.dag.dag_id, self.run_id, self.tenant_id)
+        states = {view.task_id: view.state for view in views if view.try_number > cleared.get(view.task_id, 0)}
+        hopeless = cannot_run(self.dag, {name: one for name, one in states.items() if name not in chosen}) & chosen
+        for task_id in self.task_ids:
+            if task_id in hopeless:
+                upstreams = [up for up in self.dag.by_id[task_id].depends_on if states.get(up) in _FAILED]
+                raise InvalidRequest(
+                    f"TASK: {task_id!r} cannot run: {', '.join(upstreams) or 'an upstream'} failed; name what failed "
+                    "too, or name no task to run again all that failed",
+                    "task_ids",
+                )
+        return chosen - hopeless, hopeless
+
+    def _clear(self, client: Client, kept: frozenset[str], *, dry_run: bool = False) -> list[ClearedTask]:
         return client.clear(
-            dag_id,
-            name,
-            task_ids or (),
-            failed=failed,
-            downstream=downstream,
-            tenant_id=tenant,
-            dag=given,
+            self.dag.dag_id,
+            self.run_id,
+            self.task_ids,
+            failed=self.failed,
+            downstream=self.downstream,
+            tenant_id=self.tenant_id,
+            dag=_Without(self.dag, kept),
             dry_run=dry_run,
         )
 
-    def clear_and_tell(client: Client) -> None:
-        for task in clear(client):
-            note(f"{task.task_id}: try {task.next_try} (try {task.ended_try} stays {task.state})")
-        if given is not None:
-            client.create_run(dag_id, name, tenant, dag.dag_version, dag)
 
-    with open_client() as client:
-        name = str(Target.named(client, [dag_id, run_id], tenant).run_id)
-        dag = given or kept_dag(client.dag_of(dag_id, name, tenant))
-        _check_same_dag(dag, dag_id)
-        check_tasks(client, dag, name)
-        if not clear(client, dry_run=True) and client.run(dag_id, name, tenant).state in TERMINAL_RUN:
-            note(f"nothing to run again: no task of run {name} failed; name tasks to run them all the same")
-            raise typer.Exit(0)
-    drive_and_exit(dag, name, tenant, as_json, go_on=("retry", dag_id, name), first=clear_and_tell)
+@dataclass(frozen=True, slots=True)
+class _Without:
+    """The graph of a DAG in which nothing leads to some tasks."""
+
+    dag: Dag
+    kept: frozenset[str]
+
+    @property
+    def by_id(self) -> Mapping[str, object]:
+        return self.dag.by_id
+
+    def downstream(self, task_id: str) -> set[str]:
+        return set(self.dag.downstream(task_id)) - self.kept
+
+    def model_dump_json(self, *, exclude_unset: bool) -> str:
+        return self.dag.model_dump_json(exclude_unset=exclude_unset)
 
 
-def _check_same_dag(dag: Dag, dag_id: str) -> None:
-    if dag.dag_id != dag_id:
-        raise InvalidRequest(f"--dag: it is DAG {dag.dag_id!r}, but the run belongs to {dag_id!r}", "dag")
+_FAILED = frozenset({TaskState.FAILED, TaskState.UPSTREAM_FAILED})
+
+
+def _kept_version(client: Client, dag: Dag, run_id: str, tenant_id: str) -> Dag | None:
+    """The DAG that is kept with a run of this one; None: there is no such run, or none that can be read."""
+    from leoflow_celery.lite.dag import kept_dag
+
+    try:
+        return kept_dag(client.dag_of(dag.dag_id, run_id, tenant_id))
+    except (NotFound, DecryptionFailed):
+        return None
+
+
+def check_same_version(client: Client, dag: Dag, run_id: str, tenant_id: str, dag_file: Path) -> None:
+    """Refuse to go on with a run whose DAG was another one.
+
+    Raises:
+        InvalidRequest: the run exists, and the file has changed since.
+    """
+    kept = _kept_version(client, dag, run_id, tenant_id)
+    if kept is not None and kept != dag:
+        state = client.run(dag.dag_id, run_id, tenant_id).state
+        go_on = hint("retry", dag.dag_id, run_id, "--dag", str(dag_file), tenant=tenant_id)
+        raise InvalidRequest(
+            f"--run-id: run {run_id!r} of dag {dag.dag_id!r} ({state}) was started with another content of {dag_file}; "
+            f"choose another id for a new run, or give the run the new content with {go_on}",
+            "run_id",
+        )
 
 
 def rerun(
@@ -153,7 +257,6 @@ def rerun(
 
     Exits 0 when the new run succeeded, 1 when it failed.
     """
-    from leoflow_celery.cli.inspect import open_client
     from leoflow_celery.lite.dag import kept_dag
 
     with open_client() as client:
@@ -209,11 +312,9 @@ def drive_and_exit(
 ) -> NoReturn:
     """Drive a run on the system that the command uses, and exit as it ended.
 
-    ``go_on`` is the command that resumes. ``first`` changes the run, once this command may use the system.
-    ``report_file`` gets the report of the run that ended.
+    ``go_on`` is the command that resumes. ``first`` looks at the run, or changes it, once this command may use
+    the system. ``report_file`` gets the report of the run that ended.
     """
-    from leoflow_celery.cli.inspect import open_client
-
     with at_work() as is_embedded, open_client() as client:
         if first is not None:
             first(client)
@@ -241,7 +342,6 @@ def drive(
     client: Client, dag: Dag, run_id: str, tenant_id: str, *, cancel_on_interrupt: bool = False, as_json: bool = False
 ) -> RunState:
     """Drive a run with progress on stderr, and print its XCom values on stdout; as JSON, the run whole."""
-    from leoflow_celery.cli.inspect import run_json
     from leoflow_celery.cli.progress import progress
     from leoflow_celery.lite.driver import RunDriver
 
@@ -302,49 +402,138 @@ def report(client: Client, dag: Dag, run_id: str, tenant_id: str) -> None:
                 note(f"    {line.get('msg', '')}")
 
 
-def submit(
-    request_file: Annotated[str, typer.Argument(metavar="REQUEST.json", help="A task request; - reads stdin.")],
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; exit 1 when the task failed.")] = False,
+def status(
+    target: TargetArgument,
+    tenant: TenantOption = "default",
+    try_number: TryOption = None,
+    gantt: GanttOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Submit one task request. Submitting the same try again starts nothing twice."""
-    from leoflow_celery.cli.inspect import open_client
-
-    content = read_request(request_file)
+    """Show a run with its tasks, or one task instance with its history."""
     with open_client() as client:
-        handle = client.submit(content)
-        if handle.differs:
-            attempt = handle.attempt
-            note(
-                f"{attempt.task_instance_id} try {attempt.try_number} was submitted before with another content, which "
-                f"stays; submit try_number {attempt.try_number + 1} to run this one"
-            )
-        state = _wait(handle) if wait else handle.state()
-        view = handle.task_instance()
+        named = Target.named(client, target, tenant)
+        named.check_try(try_number)
+        if gantt:
+            show_gantt(client, named, as_json)
+            return
+        if not named.is_run:
+            view = named.task_instance(client, try_number)
+            show_task_instance(client, view, as_json)
+            return
+        views = named.task_instances(client)
+        if as_json:
+            echo_json(run_json(client, named.dag_id, named.run_id, named.tenant_id, with_values=False))
+            return
+        run = run_or_none(client, named)
+        cleared = client.cleared(named.dag_id, named.run_id, named.tenant_id)
+    title = f"{named.dag_id} {named.run_id}: {run.state if run else 'no run record (tasks submitted one by one)'}"
+    table(
+        title,
+        ("task", "state", "try", "time", "reason", "host", "task instance"),
+        [row_of(view, cleared) for view in views],
+    )
+
+
+def runs(
+    dag_id: Annotated[
+        str | None, typer.Argument(metavar="[DAG]", help="Only runs of this DAG.", autocompletion=complete.dags)
+    ] = None,
+    states: Annotated[
+        list[RunState] | None, typer.Option("--state", help="Only runs in this state; may be given more than once.")
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--since", metavar="WHEN", help="Only runs started since then: 90s, 15m, 2h, 3d, 2w, or a date."),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="How many.")] = 20,
+    tenant: TenantOption = "default",
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs started last, the newest first."""
+    if dag_id == "":
+        raise InvalidRequest("DAG: is empty; name a DAG, or leave it out to list the runs of all", "dag_id")
+    start = None if since is None else parse_since(since)
+    with open_client() as client:
+        found = client.runs(dag_id, states=states or (), since=start, limit=limit, tenant_id=tenant)
     if as_json:
-        echo_json(view_json(view))
-    else:
-        why = f" - {view.reason}: {view.message}" if view.reason else ""
-        echo(f"{view.task_instance_id} try {view.try_number}: {state}{why} (Celery id {handle.id})")
-    if wait and state is not TaskState.SUCCESS:
-        raise typer.Exit(1)
+        echo_json([view_json(run) for run in found])
+        return
+    if not found:
+        note("no runs" if not (dag_id or states or since) else "no runs that match")
+        return
+    rows = [
+        (run.dag_id, run.run_id, run.state.value, day_and_time(run.started_at), _run_time(run), run.dag_version)
+        for run in found
+    ]
+    table(f"runs of tenant {tenant}", ("dag", "run", "state", "started", "time", "version"), rows)
 
 
-def _wait(handle: Handle) -> TaskState:
-    while (state := handle.state()) not in TERMINAL:
-        time.sleep(_POLL_SECONDS)
-    return state
+def _run_time(run: RunView) -> str:
+    return seconds_text(None if run.ended_at is None else run.ended_at - run.started_at)
 
 
-def read_request(name: str) -> bytes:
-    """The text of a request from a file or, for ``-``, from stdin.
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+#: More than any moment since the epoch needs.
+_AGO = re.compile(r"([0-9]{1,10}(?:\.[0-9]{1,6})?)([smhdw])")
+_SHOWN_CHARACTERS = 40
+
+
+def parse_since(text: str) -> float:
+    """A moment: seconds before now, negative, for ``90s``, ``15m``, ``2h``, ``3d`` or ``2w``; else the epoch seconds
+    of a date. A date without a time zone is of this host's.
 
     Raises:
-        InvalidRequest: the file cannot be read.
+        InvalidRequest: neither of them.
     """
-    if name == "-":
-        return sys.stdin.buffer.read()
+    if (match := _AGO.fullmatch(text)) and (ago := float(match[1]) * _UNITS[match[2]]) > 0:
+        return -ago
     try:
-        return Path(name).read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"{name}: cannot be read: {error.strerror}; give a file or - for stdin") from error
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError) as error:
+        shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+        raise InvalidRequest(
+            f"--since: {shown!r} is neither a time ago (90s, 15m, 2h, 3d, 2w) nor a date "
+            "(2026-11-27, 2026-11-27T08:00)",
+            "since",
+        ) from error
+
+
+def watch(
+    dag_id: DagIdArgument, run_id: RunArgument, tenant: TenantOption = "default", as_json: JsonOption = False
+) -> None:
+    """Follow a run that another process drives, until it has ended. Exits 0 when it succeeded, 1 when it failed.
+
+    Ctrl-C ends the watching only. --json prints every change as a line of JSON.
+    """
+    from leoflow_celery.cli.progress import json_lines, progress
+    from leoflow_celery.lite.dag import kept_dag
+    from leoflow_celery.lite.driver import watch_run
+
+    with open_client() as client:
+        named = Target.named(client, [dag_id, run_id], tenant)
+        try:
+            dag = kept_dag(client.dag_of(named.dag_id, named.run_id, tenant))
+        except (NotFound, DecryptionFailed):
+            dag = None
+        known = dag.order if dag else [view.task_id for view in named.task_instances(client)]
+        with json_lines() if as_json else progress(known) as shown:
+            state = watch_run(client, named.dag_id, named.run_id, shown, dag=dag, tenant_id=tenant)
+    raise typer.Exit(0 if state is RunState.SUCCESS else 1)
+
+
+def cancel(
+    target: TargetArgument, try_number: TryOption = None, tenant: TenantOption = "default", as_json: JsonOption = False
+) -> None:
+    """Ask a task, or every live task of a run, to stop. They end failed with reason cancelled."""
+    with open_client() as client:
+        named = Target.named(client, target, tenant)
+        named.check_try(try_number)
+        views = named.task_instances(client) if named.is_run else [named.task_instance(client, try_number)]
+        asked = [view for view in views if client.cancel(view.task_instance_id, view.try_number)]
+    if as_json:
+        echo_json([view_json(view) for view in asked])
+        return
+    for view in asked:
+        echo(f"asked {view.task_id} (try {view.try_number}) to stop")
+    if not asked:
+        note("nothing to cancel: every task named has ended")

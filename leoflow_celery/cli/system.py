@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from leoflow_celery.cli.output import note
 from leoflow_celery.errors import BrokerUnavailable, ConfigurationError, DatabaseUnavailable, LeoflowError, NotFound
 
 if TYPE_CHECKING:
+    from leoflow_celery.client import Client
     from leoflow_celery.lite.state import StateDirectory
+    from leoflow_celery.settings import Settings
 
 #: Whoever sets one of these means a deployed system.
 _DEPLOYED = ("LEOFLOW_DATABASE_URL", "LEOFLOW_BROKER_URL", "LEOFLOW_JWT_SECRET", "LEOFLOW_SEAL_KEYS")
@@ -38,6 +42,8 @@ _OF_A_SYSTEM = frozenset(
         "xcom",
         "cancel",
         "staging",
+        "config",
+        "dead-letters",
     }
 )
 
@@ -62,6 +68,17 @@ class Embedded:
 
 #: A process is one command.
 _used: Embedded | None = None
+
+
+def given_path(text: str) -> Path:
+    """A path that an option names.
+
+    Raises:
+        BadParameter: it is empty, or holds a character that no path has.
+    """
+    if not text.strip() or not text.isprintable():
+        raise typer.BadParameter(f"{text!r} is not a path; name one, or leave the option out")
+    return Path(text)
 
 
 def find(command: str | None, lite: bool, state_dir: Path | None) -> StateDirectory | None:
@@ -148,3 +165,31 @@ def own_or_running(state: StateDirectory) -> Iterator[None]:
             note(f"using the system of 'leoflow lite up' (process {error.holder.pid})")
             state.use()
         yield
+
+
+def open_client() -> Client:
+    """A client of the system that the environment describes."""
+    from leoflow_celery.app.logging import show_fields_of_warnings
+    from leoflow_celery.client import Client
+    from leoflow_celery.settings import Settings
+
+    show_fields_of_warnings()
+    settings = Settings.load()
+    _check_file(settings)
+    return Client(settings)
+
+
+def _check_file(settings: Settings) -> None:
+    """Refuse to look at a SQLite file that does not exist: SQLite would create it.
+
+    Raises:
+        DatabaseUnavailable: there is none.
+    """
+    from leoflow_celery.store.database import parse_url
+
+    url = parse_url(settings.database.url.get_secret_value())
+    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
+        raise DatabaseUnavailable(
+            f"the database {url.database} does not exist; set LEOFLOW_DATABASE_URL, or create it with "
+            "'leoflow db upgrade'"
+        )

@@ -51,8 +51,12 @@ class Target:
         """The target of one, two or three words.
 
         Raises:
-            InvalidRequest: more words.
+            InvalidRequest: more words, or an empty one.
         """
+        if not all(words):
+            raise InvalidRequest(
+                "TARGET: a word is empty; name a task instance id, or DAG RUN, or DAG RUN TASK", "TARGET"
+            )
         match words:
             case [only]:
                 return cls(tenant_id, task_instance_id=only)
@@ -69,7 +73,7 @@ class Target:
         """The target of these words, with the run that ``latest`` stands for.
 
         Raises:
-            InvalidRequest: more than three words.
+            InvalidRequest: more than three words, or an empty one.
             NotFound: the DAG has no run.
         """
         found = cls.parse(words, tenant_id)
@@ -80,6 +84,15 @@ class Target:
     @property
     def is_run(self) -> bool:
         return self.task_instance_id is None and self.task_id is None
+
+    def check_try(self, try_number: int | None) -> None:
+        """Refuse ``--try`` of a run.
+
+        Raises:
+            InvalidRequest: a run was named, and a try.
+        """
+        if self.is_run and try_number is not None:
+            raise InvalidRequest("--try: a run has no tries; name one of its tasks as third word", "try")
 
     def task_instance(self, client: Client, try_number: int | None = None) -> TaskInstanceView:
         """The try that was named.

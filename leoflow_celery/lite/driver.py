@@ -23,12 +23,17 @@ from leoflow_celery.lite.plan import Plan, TaskStatus, effective_state, plan_run
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """The run exists. ``resumed`` is True when an earlier driver had started it."""
+    """The run exists. ``resumed``: an earlier driver had started it. ``ended``: and it has ended since.
+
+    ``watched``: somebody else drives it.
+    """
 
     dag_id: str
     run_id: str
     tenant_id: str
     resumed: bool
+    ended: bool = False
+    watched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +211,14 @@ class RunDriver:
             resumed = False
             version = self._dag.dag_version
             state = self._client.create_run(self._dag.dag_id, self._run_id, self._tenant_id, version, self._dag).state
-        self._emit(RunStarted(self._dag.dag_id, self._run_id, self._tenant_id, resumed))
-        if state not in TERMINAL_RUN:
-            return None
-        records = self._read()
-        if any(self._is_cleared(record) for record in records.values()):
-            # Another driver ended the run after the clear had opened it.
+        records = self._read() if state in TERMINAL_RUN else {}
+        # Another driver may have ended the run after a clear had opened it.
+        has_cleared = any(self._is_cleared(record) for record in records.values())
+        has_ended = state in TERMINAL_RUN and not has_cleared
+        self._emit(RunStarted(self._dag.dag_id, self._run_id, self._tenant_id, resumed, ended=has_ended))
+        if has_cleared:
             self._open_again()
+        if not has_ended:
             return None
         self._show(records)
         self._emit(RunFinished(state))
@@ -384,7 +390,7 @@ def watch_run(
     """
     pace = pace or Pace(poll_seconds=0.5, pause=time.sleep)
     shown: dict[str, tuple[int, TaskState]] = {}
-    on_event(RunStarted(dag_id, run_id, tenant_id, resumed=True))
+    on_event(RunStarted(dag_id, run_id, tenant_id, resumed=True, watched=True))
     while True:
         try:
             state = _run_state(client, dag_id, run_id, tenant_id)

@@ -108,6 +108,16 @@ def plan_run(dag: PlannedDag, statuses: Mapping[str, TaskStatus]) -> Plan:
     return Plan(tuple(start), tuple(retry), tuple(skip), tuple(upstream_failed), run_state(states.values()))
 
 
+def cannot_run(dag: PlannedDag, states: Mapping[str, TaskState]) -> frozenset[str]:
+    """The tasks without a state that these states of the others leave ``upstream_failed``, whatever happens next."""
+    plan = plan_run(dag, {task_id: TaskStatus(state, _NO_TRY_LEFT) for task_id, state in states.items()})
+    return frozenset(plan.upstream_failed)
+
+
+#: A number behind every retry that a DAG may ask for.
+_NO_TRY_LEFT = 2**31
+
+
 def effective_state(status: TaskStatus, retries: Retries) -> TaskState:
     """The state of a task rather than of its newest try: failed with tries left is up_for_retry."""
     if status.state is _S.FAILED and status.try_number <= retries.count and may_retry(status.reason):

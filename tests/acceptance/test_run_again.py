@@ -29,12 +29,13 @@ class Embedded:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.state = directory / "leoflow" / "lite"
+        self.cwd: Path | None = None
         self.env = {**os.environ, "XDG_STATE_HOME": str(directory), "COLUMNS": "220"}
 
     def __call__(self, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [*LEOFLOW, *map(str, arguments)]
         ended = subprocess.run(
-            command, env=self.env, capture_output=True, text=True, timeout=90 * PATIENCE, check=False
+            command, env=self.env, cwd=self.cwd, capture_output=True, text=True, timeout=90 * PATIENCE, check=False
         )
         assert ended.returncode == code, ended.stdout + ended.stderr
         return ended
@@ -116,6 +117,21 @@ def test_a_bad_run_id_is_refused_before_anything_starts(leoflow: Embedded, tmp_p
         assert said in refused.stderr
         assert "starting" not in refused.stderr
     assert not leoflow.state.exists()
+
+
+def test_every_command_finds_the_only_system_and_looking_makes_none(leoflow: Embedded, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    nowhere.mkdir()
+    leoflow.cwd = nowhere
+    for command in (["runs"], ["status", "d", "r"], ["logs", "d", "latest"], ["cancel", "d", "r"]):
+        assert "'leoflow lite run DAG.json' needs no settings" in leoflow(*command, code=2).stderr
+    assert not list(nowhere.iterdir())
+    assert not leoflow.state.exists()
+    leoflow("lite", "run", write_dag(tmp_path, bash("a", "true")), "--run-id", "r")
+    sources = {one["name"]: one["source"] for one in leoflow.json("config")}
+    assert sources["LEOFLOW_DATABASE_URL"] == f"embedded system {leoflow.state}"
+    assert "start the system with 'leoflow lite up'" in leoflow("dead-letters", "list", code=2).stderr
+    assert not list(nowhere.iterdir())
 
 
 def test_the_remark_after_ctrl_c_stays_on_the_screen(leoflow: Embedded, tmp_path: Path) -> None:
@@ -234,6 +250,45 @@ def flawed_dag(directory: Path) -> Path:
     )
 
 
+def check_only_what_can_run(leoflow: Any, directory: Path) -> None:
+    """A task below a failed one that is kept gets no try that could only be upstream_failed."""
+    (directory / "below").mkdir()
+    tasks = (
+        bash("bad", "exit 3"),
+        bash("good", "true"),
+        bash("both", "true", "bad", "good"),
+        bash("end", "true", "good"),
+    )
+    leoflow("run", write_dag(directory / "below", *tasks, dag_id="below"), "--run-id", "r", code=1)
+    refused = leoflow("retry", "below", "r", "both", code=2).stderr
+    assert "TASK: 'both' cannot run: bad failed; name what failed too" in refused
+    leoflow("retry", "below", "r", "good", "--downstream", code=1)
+    assert leoflow.states("below", "r") == {
+        "bad": ("failed", 1),
+        "good": ("success", 2),
+        "both": ("upstream_failed", 1),
+        "end": ("success", 2),
+    }
+
+
+def check_a_new_version(leoflow: Any, directory: Path) -> None:
+    """A run that succeeded takes a new version of its DAG, whose new tasks run."""
+    (directory / "new").mkdir()
+    dag = write_dag(directory / "new", bash("a", "true"), dag_id="new")
+    leoflow("run", dag, "--run-id", "r")
+    assert "nothing to run again" in leoflow("retry", "new", "r", "--dag", dag).stderr
+    write_dag(directory / "new", bash("a", "true"), bash("b", "true", "a"), dag_id="new", dag_version="2")
+    refused = leoflow("run", dag, "--run-id", "r", code=2).stderr
+    assert "was started with another content" in refused
+    assert f"retry new r --dag {dag}'" in refused
+    leoflow("retry", "new", "r", "--dag", dag)
+    assert leoflow.states("new", "r") == {"a": ("success", 1), "b": ("success", 1)}
+    assert leoflow.json("status", "new", "r")["run"]["dag_version"] == "2"
+    dag.unlink()
+    leoflow("retry", "new", "r", "b")  # it is kept with the run
+    assert "had ended before: nothing is started" not in leoflow("watch", "new", "r").stderr
+
+
 def check_retry(leoflow: Any, directory: Path) -> None:
     """The same on every system: ``leoflow`` runs commands on it."""
     dag = flawed_dag(directory)
@@ -273,6 +328,8 @@ def check_retry(leoflow: Any, directory: Path) -> None:
     assert "report: try 3" in more.stderr
     assert times(directory, "load", "clean", "report", "notify", "other") == [1, 3, 2, 3, 2]
 
+    check_only_what_can_run(leoflow, directory)
+    check_a_new_version(leoflow, directory)
     new = leoflow.json("rerun", "d", "r", "--run-id", "copy")
     assert (new["run"]["run_id"], new["run"]["state"]) == ("copy", "success")
     assert times(directory, "load", "clean", "report", "notify", "other") == [2, 4, 3, 4, 3]
@@ -378,7 +435,8 @@ def test_a_try_submitted_again_with_other_content_says_so(up: Embedded, tmp_path
     again = up("submit", path)
     assert "ti try 1 was submitted before with another content, which stays; submit try_number 2" in again.stderr
     assert "success" in again.stdout
-    settings = {one["name"]: one for one in json.loads(up("--lite", "config", "--json").stdout)}
+    assert up.json("dead-letters", "list") == []
+    settings = {one["name"]: one for one in up.json("config")}
     assert settings["LEOFLOW_SEAL_KEYS"]["value"] == "***"
     assert settings["LEOFLOW_DATABASE_URL"] == {
         "name": "LEOFLOW_DATABASE_URL",

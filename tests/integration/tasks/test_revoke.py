@@ -14,7 +14,7 @@ from celery import Celery
 from celery.result import AsyncResult
 
 from leoflow_celery.app import create_app
-from leoflow_celery.cli.setup import keys_for
+from leoflow_celery.cli.deployment import keys_for
 from leoflow_celery.client import Handle
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import TaskState

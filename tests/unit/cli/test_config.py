@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.unit.cli.test_inspect import request_of
 
 from leoflow_celery.cli import complete
 from leoflow_celery.cli.config import masked
 from leoflow_celery.client import Client
 from leoflow_celery.settings import Settings, variables
 from tests.unit.cli.conftest import Cli
-from tests.unit.cli.test_inspect import request_of
 
 
 def shown(cli: Cli, *arguments: str) -> dict[str, tuple[str, str]]:
@@ -143,3 +143,10 @@ def test_completion_is_quick_however_many_runs_there_are(completed: Settings) ->
         "run-19967"
     )
     assert time.process_time() - before < 0.2
+
+
+def test_a_word_that_no_setting_has_is_said(cli: Cli) -> None:
+    refused = cli("config", "nosuch")
+    assert (refused.code, refused.out) == (2, "")
+    assert "WORD: no setting's name holds 'nosuch'; 'leoflow config' lists all" in refused.err
+    assert "every setting is the default" in cli("config", "lease_seconds", "--changed").err

@@ -149,7 +149,7 @@ def test_without_any_settings_the_error_names_the_system_that_needs_none(
 
 
 def test_doctor_names_every_check_that_only_takes(cli: Cli) -> None:
-    from leoflow_celery.cli.setup import CHECKS
+    from leoflow_celery.cli.doctor import CHECKS
 
     text = " ".join(cli("doctor", "--help").out.replace("│", " ").split())
     assert f"Only this check: {', '.join(CHECKS)}." in text

@@ -171,3 +171,16 @@ def test_a_killed_holder_leaves_no_lock(state: StateDirectory) -> None:
     assert json.loads(state.lock_path.read_text())["command"] == "up"
     with exclusive(state.lock_path, "run"):
         pass
+
+
+@pytest.mark.parametrize("given", ["", " ", "a\x1b[2J"])
+def test_a_directory_that_is_not_a_path_is_refused(cli: Cli, given: str) -> None:
+    for command in (
+        ["--state-dir", given, "runs"],
+        ["lite", "env", "--state-dir", given],
+        ["--env-file", given, "runs"],
+    ):
+        refused = cli(*command)
+        assert refused.code == 2
+        assert "is not a path" in refused.err
+        assert "\x1b[2J" not in refused.err

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from rich.console import Console
 
-from leoflow_celery.cli.progress import LiveProgress, PlainProgress
+from leoflow_celery.cli.progress import LiveProgress, PlainProgress, describe
 from leoflow_celery.domain.states import RunState, TaskState
 from leoflow_celery.lite.driver import RetryPlanned, RunEvent, RunFinished, RunStarted, TaskChanged, Waiting
 
@@ -78,3 +79,16 @@ def test_a_run_larger_than_the_terminal_shows_what_needs_attention() -> None:
     assert "t400" in text
     assert "t450" in text
     assert "21 of 500 done" in text
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (RunStarted("d", "r", "default", resumed=True, watched=True), "watching run r of d"),
+        (RunStarted("d", "r", "default", resumed=True, ended=True), "run r of d had ended before: nothing is started"),
+        (RunStarted("d", "r", "default", resumed=True), "run r of d resumed"),
+        (TaskChanged("a", TaskState.NONE, 2), "a: waiting for try 2"),
+    ],
+)
+def test_lines_say_who_does_what(event: RunEvent, line: str) -> None:
+    assert describe(event) == line

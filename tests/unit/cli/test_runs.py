@@ -13,10 +13,13 @@ from typing import Any, Self
 import pytest
 
 from leoflow_celery.cli import runs
+from leoflow_celery.domain.clear import KeptDag
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import RunState
+from leoflow_celery.errors import NotFound
+from leoflow_celery.lite.dag import Dag
 from leoflow_celery.settings import Settings
-from leoflow_celery.testing.scripted import End, ScriptedClient
+from leoflow_celery.testing.scripted import End, ScriptedClient, ScriptedRun
 from tests.unit.cli.conftest import Cli
 
 TASK = {"task_id": "a", "type": "bash", "entrypoint": "true"}
@@ -28,6 +31,20 @@ class WholeClient(ScriptedClient):
 
     settings: Settings = field(default_factory=Settings)
     closed: bool = False
+    kept: dict[str, KeptDag] = field(default_factory=dict)
+
+    def create_run(
+        self, dag_id: str, run_id: str, tenant_id: str = "default", dag_version: str = "", dag: Dag | None = None
+    ) -> ScriptedRun:
+        if dag is not None:
+            self.kept[run_id] = KeptDag(json.loads(dag.model_dump_json(exclude_unset=True)))
+        return super().create_run(dag_id, run_id, tenant_id, dag_version, dag)
+
+    def dag_of(self, _dag_id: str, run_id: str, _tenant_id: str = "default") -> KeptDag:
+        try:
+            return self.kept[run_id]
+        except KeyError as error:
+            raise NotFound(run_id) from error
 
     def xcoms(self, *_: str) -> list[tuple[str, str, Any, float]]:
         return [("a", "return_value", {"rows": 3}, 0.0)]
@@ -45,7 +62,7 @@ class WholeClient(ScriptedClient):
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> WholeClient:
     client = WholeClient()
-    monkeypatch.setattr("leoflow_celery.cli.inspect.open_client", lambda: client)
+    monkeypatch.setattr("leoflow_celery.cli.runs.open_client", lambda: client)
     monkeypatch.setattr("leoflow_celery.lite.driver.Pace", lambda: client.pace)
     return client
 
@@ -101,6 +118,21 @@ def test_ctrl_c_leaves_the_run_alone_and_says_how_to_go_on(
     again = cli("run", str(dag_file), "--run-id", "r7")
     assert again.code == 0
     assert "run r7 of d resumed" in again.err
+    assert client.started == [("a", 1)]
+
+
+def test_a_run_that_ended_starts_nothing_and_takes_no_other_file(
+    cli: Cli, client: WholeClient, dag_file: Path, tmp_path: Path
+) -> None:
+    assert cli("run", str(dag_file), "--run-id", "r7").code == 0
+    again = cli("run", str(dag_file), "--run-id", "r7")
+    assert again.code == 0
+    assert "run r7 of d had ended before: nothing is started" in again.err
+    write_dag(tmp_path, TASK, {**TASK, "task_id": "b"})
+    refused = cli("run", str(dag_file), "--run-id", "r7")
+    assert refused.code == 2
+    assert "--run-id: run 'r7' of dag 'd' (success) was started with another content" in refused.err
+    assert f"'leoflow retry d r7 --dag {dag_file}'" in refused.err
     assert client.started == [("a", 1)]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from leoflow_celery.cli.output import fitted_widths
 from leoflow_celery.client import Client
 from leoflow_celery.domain.outcome import Outcome
 from leoflow_celery.domain.reasons import FailureReason
@@ -206,6 +208,42 @@ def test_runs_are_listed_and_latest_stands_for_the_newest(cli: Cli, client: Clie
     assert "line of try 2" in cli("logs", "sales", "latest", "load").out
     lines = cli("logs", "sales", "r1").out.splitlines()
     assert lines == [line for line in lines if line.startswith("load#2 | ")] != []
-    assert "--try: a run has none" in cli("logs", "sales", "r1", "--try", "1").err
+    for command in (["logs"], ["status"], ["status", "--gantt"], ["cancel"]):
+        refused = cli(*command, "sales", "r1", "--try", "1")
+        assert (refused.code, "--try: a run has no tries" in refused.err) == (2, True)
     assert "dag 'nope' (tenant 'default') has no run" in cli("status", "nope", "latest").err
-    assert "--since: '5' is neither" in cli("runs", "--since", "5").err
+    assert [run["run_id"] for run in json.loads(cli("runs", "--since", "2w", "--json").out)] == ["s1", "r1"]
+    for since in ("5", "1_0d", "0h", "-1h", "1e3s", "nan", "infd", "1" * 5_000 + "d", "1d" + "x" * 5_000):
+        refused = cli("runs", "--since", since)
+        assert (refused.code, f"--since: '{since[:5]}"[:12] in refused.err) == (2, True)
+        assert "neither a time ago" in refused.err
+        assert len(refused.err) < 200
+    for words in (["runs", ""], ["tasks", "sales", ""], ["status", ""], ["logs", "", "r1"]):
+        refused = cli(*words)
+        assert (refused.code, "is empty" in refused.err) == (2, True), words
+
+
+def test_looking_creates_no_database(
+    cli: Cli, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEOFLOW_DATABASE_URL", "sqlite:///leoflow.db")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in (["runs"], ["status", "d", "r"], ["tasks", "d", "latest"], ["staging"], ["xcom", "d", "r"]):
+        refused = cli(*command)
+        assert (refused.code, "the database leoflow.db does not exist" in refused.err) == (2, True)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_table_fits_the_terminal_and_keeps_its_states() -> None:
+    needed = {"task": 60, "state": 15, "try": 3, "queued": 19, "time": 8, "reason": 120, "host": 40}
+    for room in (60, 80, 120, 200):
+        widths = fitted_widths(needed, room)
+        assert sum(widths.values()) + 2 * (len(widths) - 1) <= room
+        assert (widths["state"], widths["try"]) == (15, 3)
+        assert widths["task"] >= (14 if room >= 80 else 10)
+    assert list(fitted_widths(needed, 80)) == ["task", "state", "try", "time", "reason"]
+    assert list(fitted_widths(needed, 120)) == list(needed)
+    assert fitted_widths({"task": 5, "state": 7}, 80) == {"task": 5, "state": 7}
+    # Nothing more can be left out: what remains is as narrow as it must be.
+    assert fitted_widths({"dag": 200, "run": 300, "state": 7}, 30) == {"dag": 9, "run": 10, "state": 7}
