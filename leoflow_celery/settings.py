@@ -279,9 +279,10 @@ class KubernetesSettings(BaseSettings):
     startup_patience_seconds: float = 30
     #: How long an ended pod stays for people to look at.
     finished_grace_seconds: float = 600
-    #: Keep a deleted pod in sight, by a finalizer, until its end is recorded. Needs to patch pods; without that right
-    #: no pod is held. Off: pods that are held when the system is removed for good have to be let go by hand.
-    hold_pods: bool = False
+    #: Keep a deleted pod in sight, by a finalizer, until its end is recorded: else a drained node takes successes with
+    #: it, and their tasks run again. Needs to patch pods; without that right no pod is held. Off before the system is
+    #: removed for good: pods that are held then have to be let go by hand.
+    hold_pods: bool = True
     #: Refuse a staging claim at once when no storage class can serve it. Needs to read storage classes, which belong to
     #: the cluster; without that right nothing is checked. Off: for volumes that an administrator made by hand.
     check_storage_class: bool = True

@@ -12,7 +12,8 @@ only. What it is told comes through the environment:
 ``LEOFLOW_SOURCE_DIR``       searched for the module before anything else (optional)
 ``LEOFLOW_RETURN_VALUE_PATH``  where a result that is not None is written as JSON
 ``LEOFLOW_REASON_PATH``      where a reason beyond the exit code is left (``invalid_xcom``, ``invalid_spec``,
-                             ``skipped`` or none), and on the next lines a sentence: ``ValueError: bad row``
+                             ``skipped``, ``up_for_reschedule`` or none), and on the next lines a sentence:
+                             ``ValueError: bad row``
 ===========================  ==========================================================================================
 
 Exit codes: 0 done, 1 the callable raised (its traceback is on stderr), 2 it could not be called (module, attribute or

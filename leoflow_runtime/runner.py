@@ -18,6 +18,8 @@ from leoflow_runtime.errors import InvalidResult, RuntimeFailure
 
 #: An exception of this name (Airflow's) means: not failed, skipped.
 _SKIP_EXCEPTION = "AirflowSkipException"
+_RESCHEDULE_EXCEPTION = "AirflowRescheduleException"
+_SKIP_NOTE = "leoflow_skipped"
 #: What the agent reads of a reason file is 8 KiB.
 _MAX_SENTENCE_CHARACTERS = 2_000
 
@@ -101,9 +103,17 @@ def _sentence(error: Exception) -> str:
 
 
 def _user_exception(error: Exception, environ: Mapping[str, str]) -> int:
+    at = getattr(error, "reschedule_date", None)
+    if at is not None and any(cls.__name__ == _RESCHEDULE_EXCEPTION for cls in type(error).__mro__):
+        _leave_reason(environ, "up_for_reschedule", at.isoformat() if at.tzinfo else at.astimezone().isoformat())
+        return 0
     if any(cls.__name__ == _SKIP_EXCEPTION for cls in type(error).__mro__):
         sys.stderr.write(f"skipped: {error}\n")
-        _leave_reason(environ, "skipped")
+        if environ.get("LEOFLOW_REASON_PATH"):
+            _leave_reason(environ, "skipped")
+        elif path := environ.get("LEOFLOW_RETURN_VALUE_PATH"):
+            # An agent that is not ours asks for no reason; the gateway knows this value.
+            _write_atomically(path, encode_result({_SKIP_NOTE: str(error)[:_MAX_SENTENCE_CHARACTERS]}))
         return 0
     _leave_reason(environ, "", _sentence(error))
     trace = error.__traceback__

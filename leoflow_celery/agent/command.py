@@ -18,6 +18,9 @@ from leoflow_celery.protocol import agent_pb2 as pb
 MAX_STRING_BYTES = 65_536
 MAX_TOTAL_BYTES = 524_288
 
+#: As the program of an exec task: the interpreter that python tasks have here.
+PYTHON = "{python}"
+
 _AGENT_ONLY = ("LEOFLOW_AGENT_", "LEOFLOW_XCOM_", "LEOFLOW_XCOMFILE_", "LEOFLOW_CALL_ARGS_")
 _AGENT_ONLY_NAMES = frozenset({"LEOFLOW_CONTROL_PLANE_ADDR", "LEOFLOW_TERMINATION_LOG", "LEOFLOW_PYTHON"})
 
@@ -29,6 +32,8 @@ class Command:
     argv: list[str]
     env: dict[str, str]
     files: dict[str, bytes] = field(default_factory=dict)
+    #: What the process reads from its standard input.
+    stdin: bytes = field(default=b"", repr=False)
 
     def write_files(self) -> None:
         for path, content in self.files.items():
@@ -49,6 +54,7 @@ def build_command(
     command = Command([], _inherited(environ))
     command.env.update({f"AIRFLOW_VAR_{key.upper()}": value for key, value in inputs.variables.items()})
     command.env.update({f"AIRFLOW_CONN_{key.upper()}": value for key, value in inputs.connections.items()})
+    command.env.update(_of_run(spec))
     command.env.update(spec.environment)
     command.env.update(
         LEOFLOW_TASK_INSTANCE_ID=config.task_instance_id,
@@ -60,6 +66,24 @@ def build_command(
     _add_operator(command, spec, inputs, config, directory)
     _check(command)
     return command
+
+
+def _of_run(spec: pb.TaskSpec) -> dict[str, str]:
+    """What the task is told about its run, where the request says it; times are RFC 3339."""
+    values = {
+        "LEOFLOW_TS": spec.logical_date,
+        "LEOFLOW_DS": spec.logical_date[:10],
+        "LEOFLOW_DATA_INTERVAL_START": spec.data_interval_start,
+        "LEOFLOW_DATA_INTERVAL_END": spec.data_interval_end,
+        "LEOFLOW_PARAMS": spec.params_json,
+        "LEOFLOW_FIRST_RESCHEDULE_AT": spec.first_reschedule_at,
+        "LEOFLOW_MAX_TRIES": str(spec.max_tries or ""),
+        "LEOFLOW_TRY_NUMBER": str(spec.try_number or ""),
+        "LEOFLOW_DAG_ID": spec.dag_id,
+        "LEOFLOW_RUN_ID": spec.run_id,
+        "LEOFLOW_TASK_ID": spec.task_id,
+    }
+    return {name: value for name, value in values.items() if value}
 
 
 def _check(command: Command) -> None:
@@ -128,12 +152,21 @@ def _add_operator(command: Command, spec: pb.TaskSpec, inputs: Inputs, config: A
             command.env["PYTHONPATH"] = ":".join(path for path in paths if path)
         case "bash":
             command.argv = ["bash", *_script(command, spec.entrypoint, directory)]
+        case "exec":
+            command.argv = [value.string_value for value in spec.extra.fields["argv"].list_value.values]
+            command.stdin = spec.extra.fields["stdin"].string_value.encode()
+            if command.argv[:1] == [PYTHON]:
+                command.argv[0] = config.python
+            if not command.argv:
+                raise InvalidRequest("argv: is empty; an exec task needs a program and its arguments", "argv")
         case "http_api":
             # -I: no module beside the user's code can stand in for one of ours.
             command.argv = [sys.executable, "-I", "-m", "leoflow_celery.executors.inline_http"]
             _add_http_request(command, spec, inputs.xcoms, directory)
         case other:
-            raise InvalidRequest(f"operator {other!r} is not known to this agent: python, bash or http_api", "operator")
+            raise InvalidRequest(
+                f"operator {other!r} is not known to this agent: python, bash, exec or http_api", "operator"
+            )
 
 
 def _add_http_request(command: Command, spec: pb.TaskSpec, xcoms: Mapping[str, bytes], directory: Path) -> None:

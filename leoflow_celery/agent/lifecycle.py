@@ -202,7 +202,8 @@ class Agent:
             shipper.add("agent", f"task failed in {seconds:.2f}s: {outcome.message}", pb.LOG_LEVEL_ERROR)
         else:
             word = "succeeded" if outcome.state is TaskState.SUCCESS else outcome.state.value
-            shipper.add("agent", f"task {word} in {seconds:.2f}s")
+            later = f"; it looks again at {outcome.message}" if outcome.reschedule_at is not None else ""
+            shipper.add("agent", f"task {word} in {seconds:.2f}s{later}")
 
     def _patience(self, share: float = 1.0) -> Deadline:
         return Deadline(self._stop, self._config.report_deadline_seconds * share)

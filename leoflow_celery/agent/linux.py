@@ -32,11 +32,11 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def children() -> list[int]:
-    """The process ids of our living and dead children."""
+def children(pid: int | str = "self") -> list[int]:
+    """The process ids of the living and dead children of a process, ours unless said."""
     found: list[int] = []
     with contextlib.suppress(OSError):
-        for task in Path("/proc/self/task").iterdir():
+        for task in Path(f"/proc/{pid}/task").iterdir():
             found.extend(int(pid) for pid in (task / "children").read_text().split())
     return found
 
@@ -66,10 +66,18 @@ def kill_descendants(patience_seconds: float = 1.0, spare: frozenset[int] = froz
                 os.waitpid(pid, os.WNOHANG)
 
 
-def volunteer_for_oom_kill(pid: int) -> None:
-    """Let the kernel, out of memory, choose this process and what it starts before us: somebody has to tell."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+def offer_children_to_oom_kill() -> None:
+    """Let the kernel, out of memory, choose what we started before us: somebody has to tell.
+
+    All of it alike, or the kernel takes a small shell before its child that eats the memory. A process first, then what
+    it had started before that; what it starts later inherits it.
+    """
+    pending = children()
+    while pending:
+        pid = pending.pop()
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+        pending += children(pid)
 
 
 def oom_kills(root: Path = Path("/")) -> int:

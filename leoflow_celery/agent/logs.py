@@ -16,6 +16,8 @@ from leoflow_celery.agent.deadline import Deadline
 from leoflow_celery.errors import ClaimRefused, GatewayUnavailable, InvalidToken, LeoflowError
 from leoflow_celery.protocol import agent_pb2 as pb
 
+log = logging.getLogger(__name__)
+
 #: Where no directory can be written, the spool is memory; it must stay small then.
 _MAX_MEMORY_BYTES = 4 * 1024 * 1024
 _COMPACT_AFTER = 8_192
@@ -106,8 +108,6 @@ def _open(capacity: int) -> tuple[int, int]:
         return os.memfd_create("leoflow-spool"), min(capacity, _MAX_MEMORY_BYTES)
     return descriptor, capacity
 
-
-log = logging.getLogger(__name__)
 
 AGENT_STREAM = "agent"
 _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 2.0

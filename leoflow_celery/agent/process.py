@@ -28,25 +28,32 @@ Sink = Callable[[str], None]
 class UserProcess:
     """A running command. Create and use it in the event loop's thread, which must be the main one (signals)."""
 
-    def __init__(self, argv: list[str], env: Mapping[str, str]) -> None:
-        """Start it. Raises OSError when it cannot be executed."""
+    def __init__(self, argv: list[str], env: Mapping[str, str], stdin: bytes = b"") -> None:
+        """Start it; ``stdin`` is what it reads. Raises OSError when it cannot be executed."""
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._pipes: list[_Pipe] = []
         self._popen = subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            # A pipe, not a file: what was read cannot be read again, by whatever the process starts.
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=env,
             start_new_session=True,
         )
-        linux.volunteer_for_oom_kill(self._popen.pid)
+        linux.offer_children_to_oom_kill()
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # it may have ended before the handler was there
+        self._stdin = stdin
 
     async def read_output(self, stdout: Sink, stderr: Sink, throttled: Callable[[], bool]) -> None:
-        """Send every line to its sink; stop reading for a while whenever ``throttled`` says so."""
+        """Send every line to its sink; stop reading for a while whenever ``throttled`` says so. Give it its input."""
+        if self._popen.stdin is not None:
+            writer, _ = await self._loop.connect_write_pipe(asyncio.BaseProtocol, self._popen.stdin)
+            writer.write(self._stdin)
+            writer.write_eof()  # closed once it was read; a process that does not read it is no error
+            self._stdin = b""
         for pipe, sink in ((self._popen.stdout, stdout), (self._popen.stderr, stderr)):
             self._pipes.append(await _Pipe.connect(pipe, sink, throttled))
 

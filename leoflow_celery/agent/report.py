@@ -23,6 +23,7 @@ _WIRE_STATE = {
     TaskState.SUCCESS: pb.TASK_STATE_SUCCESS,
     TaskState.FAILED: pb.TASK_STATE_FAILED,
     TaskState.SKIPPED: pb.TASK_STATE_SKIPPED,
+    TaskState.UP_FOR_RESCHEDULE: pb.TASK_STATE_UP_FOR_RESCHEDULE,
 }
 
 
@@ -110,6 +111,8 @@ async def report_state(plane: ControlPlane, outcome: Outcome, deadline: Deadline
         state=_WIRE_STATE[outcome.state], exit_code=outcome.exit_code or 0, error_message=outcome.message
     )
     request.occurred_at.GetCurrentTime()
+    if outcome.reschedule_at is not None:
+        request.reschedule_at.FromMicroseconds(int(outcome.reschedule_at * 1e6))
     metadata = [(REASON_KEY, outcome.reason.value)] if outcome.reason else []
     answer: pb.ReportStateResponse = await retried(lambda: plane.call("ReportState", request, metadata), deadline)
     return answer

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import signal
 import stat
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from leoflow_celery.domain.outcome import Outcome
@@ -20,6 +22,7 @@ from leoflow_celery.errors import XComRejected
 #: What a gRPC server takes at most by default (4 MiB), with room for the envelope. XCom limits are far below.
 MAX_RETURN_VALUE_BYTES = 4 * 1024 * 1024 - 65_536
 SKIPPED = "skipped"
+RESCHEDULE = "up_for_reschedule"
 
 
 def read_return_value(path: Path) -> bytes | None:
@@ -101,6 +104,8 @@ def outcome_of_exit(
     ``oom_killed``: the kernel killed a process of the task for memory; ``outlived``: and the task went on after that.
     """
     reason, message = named
+    if exit_code == 0 and reason == RESCHEDULE:
+        return _reschedule(message)
     if exit_code == 0:
         return Outcome(TaskState.SKIPPED, message=message) if reason == SKIPPED else Outcome.success()
     described = describe_exit(exit_code)
@@ -113,6 +118,16 @@ def outcome_of_exit(
         if exit_code == shell_exit_code(-signal.SIGKILL) or (exit_code == -signal.SIGKILL and not outlived):
             default = FailureReason.OOM_KILLED
     return Outcome.failed(parse_reason(reason, default), described, shell_exit_code(exit_code))
+
+
+def _reschedule(text: str) -> Outcome:
+    """The task looks again at a time that it left behind: RFC 3339 with an offset, or epoch seconds."""
+    with contextlib.suppress(ValueError, OverflowError):
+        at = float(text) if text.replace(".", "", 1).isdigit() else datetime.fromisoformat(text).timestamp()
+        if math.isfinite(at):
+            return Outcome(TaskState.UP_FOR_RESCHEDULE, message=text, exit_code=0, reschedule_at=at)
+    message = f"the time to look again, {text[:80]!r}, is not RFC 3339 (2030-01-31T12:00:00+00:00) or epoch seconds"
+    return Outcome.failed(FailureReason.NON_ZERO_EXIT, message, 0)
 
 
 def outcome_of_defect(error: Exception, exit_code: int | None) -> Outcome:

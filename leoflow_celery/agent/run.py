@@ -50,7 +50,7 @@ class TaskRun:
         self._shipper.add(AGENT_STREAM, "task started")
         started, watch = time.monotonic(), OomWatch(linux.oom_kills)
         try:
-            self._process = UserProcess(command.argv, command.env)
+            self._process = UserProcess(command.argv, command.env, command.stdin)
         except OSError as error:
             return _cannot_execute(command.argv[0], error)
         await self._process.read_output(self._stdout, self._stderr, self._shipper.throttled)

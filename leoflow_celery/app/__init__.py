@@ -9,15 +9,19 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import celery
+import kombu
 from celery import Celery
 
-from leoflow_celery.app import transport
 from leoflow_celery.app.config import INCLUDE_OF_QUEUE, celery_config
-from leoflow_celery.app.extras import steps_of
+from leoflow_celery.errors import ConfigurationError
 from leoflow_celery.services import Services
 from leoflow_celery.settings import Settings
 
 __all__ = ["LeoflowCelery", "create_app"]
+
+#: What ``transport`` and the parts of a worker are written for. An app that only sends works with others as well.
+_WORKER_VERSION = "5.7."
 
 
 class LeoflowCelery(Celery):
@@ -62,17 +66,40 @@ def create_app(*queues: str, settings: Settings | None = None) -> LeoflowCelery:
         ConfigurationError: a setting is wrong.
     """
     settings = settings or Settings.load()
-    transport.register()
+    amqp = _prepare_transport(queues)
     include = sorted({module for queue in queues for module in INCLUDE_OF_QUEUE[queue]})
-    app = LeoflowCelery("leoflow_celery", include=include, set_as_current=bool(queues))
+    app = LeoflowCelery("leoflow_celery", include=include, set_as_current=bool(queues), amqp=amqp)
     app.settings = settings
     app.conf.update(celery_config(settings, queues))
     if queues:
+        from leoflow_celery.app.extras import steps_of
+
         # Not task_queues: a worker must be able to send to queues that it does not consume.
         app.select_queues(list(queues))
+        app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "leoflow_celery.app.consumer:ResultBackend")
         for blueprint, steps in steps_of(queues).items():
             app.steps[blueprint] |= steps
     return app
+
+
+def _prepare_transport(queues: tuple[str, ...]) -> str | None:
+    """Make this process speak to Redis as our workers do; the class of ``app.amqp``, None for ours.
+
+    With another Celery the process sends as that does: whoever shares the environment with it keeps what it expects.
+    """
+    versions = {"celery": celery.__version__, "kombu": kombu.__version__}  # type: ignore[attr-defined]
+    if all(version.startswith(_WORKER_VERSION) for version in versions.values()):
+        from leoflow_celery.app import transport
+
+        transport.register()
+        return None
+    if queues:
+        found = ", ".join(f"{name} {version}" for name, version in versions.items())
+        raise ConfigurationError(
+            f"a worker needs celery 5.7 and kombu 5.7, and this environment has {found}; "
+            "pip install 'leoflow-celery[worker]' in an environment of its own"
+        )
+    return "celery.app.amqp:AMQP"
 
 
 def __getattr__(name: str) -> LeoflowCelery:

@@ -14,6 +14,8 @@ fails when a release makes it needless:
 - No news of workers. Mingle and gossip believe what anybody says: that tasks are revoked, or what the time is. Nothing
   of ours needs them, and without them a worker starts a second sooner.
 - Events in groups: a message per event costs a busy worker as much as the task.
+- A success is written without a look at what was there. Celery reads first, so that a late message does not take the
+  place of a success; a success of ours is the only one that SQL has, however often it is written.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from contextlib import suppress
 from functools import partial, wraps
 from typing import Any
 
+from celery.backends.redis import RedisBackend
+from celery.states import SUCCESS
 from celery.worker.consumer import Consumer as CeleryConsumer
+from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import RedisError
 
 from leoflow_celery.queueing.dead_letters import Door
@@ -39,6 +44,21 @@ _EVENT_GROUP_SECONDS = 0.1
 _ACKNOWLEDGE_AGAIN_SECONDS = 1.0
 #: What code raises that a message surprised. Anything else is no message's fault.
 _SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+
+
+class ResultBackend(RedisBackend):
+    """Celery's results in Redis, as a worker writes them."""
+
+    def _store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any
+    ) -> Any:
+        inside: Any = self
+        if state != SUCCESS:
+            return super()._store_result(task_id, result, state, traceback, request, **kwargs)  # type: ignore[misc]
+        meta = inside._get_result_meta(result=result, state=state, traceback=traceback, request=request)
+        meta["task_id"] = bytes_to_str(task_id)
+        inside._set_with_state(inside.get_key_for_task(task_id), inside.encode(meta), state)
+        return result
 
 
 class Consumer(CeleryConsumer):

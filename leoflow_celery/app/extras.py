@@ -6,6 +6,7 @@ those of ``consumer`` as long as a connection to the broker. ``steps_of`` says w
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,6 +124,14 @@ class AliveFile(bootsteps.StartStopStep):
             self._timer = None
 
 
+class SettledHeap(bootsteps.StartStopStep):
+    """Lets the garbage collector pass over what was loaded: it lives as long as the process."""
+
+    def start(self, _worker: Any) -> None:
+        gc.collect()
+        gc.freeze()
+
+
 class CloseServices(bootsteps.Step):
     """Closes the app's services when the worker has ended its tasks and left the broker.
 
@@ -154,7 +163,8 @@ def record_expired(queue: str, task: str, celery_task_id: str) -> None:
 
 def steps_of(queues: Sequence[str]) -> dict[str, set[Any]]:
     """The extra steps of a worker of these queues, by blueprint: classes, or where to find them."""
-    worker: set[Any] = {LogFields, BackEndFiles, BrokerRights, MetricsEndpoint, CloseServices, _READ_CLOCKS}
+    worker: set[Any] = {LogFields, BackEndFiles, BrokerRights, MetricsEndpoint, SettledHeap, CloseServices}
+    worker.add(_READ_CLOCKS)
     consumer: set[Any] = {AliveFile}
     if MAINTENANCE_QUEUE in queues:
         worker.add(_GAUGES)

@@ -65,7 +65,8 @@ def examine(settings: Settings, ca: Path | None = None, only: Sequence[str] = CH
         findings.append(_clocks(settings, findings))
     if "exchange" in only and (settings.kubernetes.exchanges_tokens or len(only) < len(CHECKS)):
         findings.append(_guarded("exchange", lambda: check_exchange(settings)))
-    if "pods" in only and (settings.kubernetes.hold_pods or len(only) < len(CHECKS)):
+    holds = settings.kubernetes.hold_pods and settings.dispatch.executor_type == "kubernetes"
+    if "pods" in only and (holds or len(only) < len(CHECKS)):
         findings.append(_guarded("pods", lambda: check_held_pods(settings)))
     return findings
 
@@ -464,8 +465,9 @@ def check_exchange(settings: Settings) -> Finding:
 
 
 def check_held_pods(settings: Settings) -> Finding:
-    """No deleted pod is kept by our finalizer because no reconcile lets it go."""
+    """Pods are held until their end is recorded, and no deleted one is because no reconcile lets it go."""
     from leoflow_celery.executors.kubernetes.client import KubernetesApi
+    from leoflow_celery.executors.kubernetes.errors import ApiError
     from leoflow_celery.executors.kubernetes.labels import MANAGED_SELECTOR, of_system
     from leoflow_celery.executors.kubernetes.parse_pod import observe
 
@@ -479,8 +481,22 @@ def check_held_pods(settings: Settings) -> Finding:
         pages = api.list_pages(api.pods_path(), operation="list_pods", label_selector=selector)
         held = [pod for page in pages for pod in map(observe, page["items"]) if pod.held]
         now = api.clock.time()
+        may = api.may_release_pods()
+    except ApiError as error:
+        if error.status != 403:
+            raise
+        return Finding(
+            "pods", True, f"not asked: this process may not list pods ({error}); ask where the k8s worker runs"
+        )
     finally:
         api.close()
+    if settings.kubernetes.hold_pods and not may:
+        text = (
+            f"no pod of namespace {api.namespace} is held until its end is recorded, and a drained node may run a task "
+            "twice: grant 'patch' on pods to the k8s worker (deploy/kubernetes/tasks/role.yaml), or set "
+            "LEOFLOW_KUBERNETES_HOLD_PODS=false"
+        )
+        return Finding("pods", False, text)
     deleted = [(pod.name, pod.deletion_due_at) for pod in held if pod.deletion_due_at is not None]
     stuck = sorted(name for name, due_at in deleted if now - due_at > _HELD_SECONDS)
     if not stuck:

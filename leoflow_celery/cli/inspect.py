@@ -24,6 +24,7 @@ from leoflow_celery.cli.output import (
     view_json,
     visible,
 )
+from leoflow_celery.cli.report import GanttOption, show_gantt
 from leoflow_celery.cli.target import (
     DagIdArgument,
     JsonOption,
@@ -51,11 +52,18 @@ def open_client() -> Client:
 
 
 def status(
-    target: TargetArgument, tenant: TenantOption = "default", try_number: TryOption = None, as_json: JsonOption = False
+    target: TargetArgument,
+    tenant: TenantOption = "default",
+    try_number: TryOption = None,
+    gantt: GanttOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show a run with its tasks, or one task instance with its history."""
     with open_client() as client:
         named = Target.named(client, target, tenant)
+        if gantt:
+            show_gantt(client, named, as_json)
+            return
         if not named.is_run:
             view = named.task_instance(client, try_number)
             _show_task_instance(client, view, as_json)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from leoflow_celery.cli.output import echo_json, note
+from leoflow_celery.cli.report import ReportOption, checked_file
 from leoflow_celery.cli.runs import DagArgument, RunIdOption, checked_run_id, drive_and_exit
 from leoflow_celery.cli.system import choose
 from leoflow_celery.cli.target import JsonOption, TenantOption
@@ -27,6 +28,7 @@ def run(
     run_id: RunIdOption = None,
     state_dir: StateDirOption = None,
     tenant: TenantOption = "default",
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a DAG on a system of its own, or on the one that 'leoflow lite up' runs in the same state directory.
@@ -37,7 +39,7 @@ def run(
 
     choose("lite", True, state_dir)
     dag = load_dag(dag_file)
-    drive_and_exit(dag, checked_run_id(dag, run_id, tenant), tenant, as_json)
+    drive_and_exit(dag, checked_run_id(dag, run_id, tenant), tenant, as_json, report_file=checked_file(report))
 
 
 @app.command()

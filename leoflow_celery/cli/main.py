@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from leoflow_celery.agent.linux import hide_from_our_user
-from leoflow_celery.cli import config, dead_letters, inspect, lite, runs, serve, setup, staging, system
+from leoflow_celery.cli import config, dead_letters, inspect, lite, report, runs, serve, setup, staging, system
 from leoflow_celery.cli.output import note
 from leoflow_celery.environment import ENV_FILE, read_env_file
 from leoflow_celery.errors import LeoflowError
@@ -42,6 +42,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     inspect.tasks,
     inspect.status,
     inspect.watch,
+    report.report,
     inspect.logs,
     inspect.xcom,
     inspect.cancel,

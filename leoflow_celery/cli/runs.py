@@ -16,10 +16,11 @@ import typer
 from leoflow_celery.cli import complete
 from leoflow_celery.cli.complete import LATEST
 from leoflow_celery.cli.output import echo, echo_json, note, view_json
+from leoflow_celery.cli.report import ReportOption, checked_file, write_report
 from leoflow_celery.cli.system import at_work, hint
 from leoflow_celery.cli.target import DagIdArgument, JsonOption, RunArgument, Target, TenantOption
 from leoflow_celery.domain.states import TERMINAL, TERMINAL_RUN, RunState, TaskState
-from leoflow_celery.errors import InvalidRequest, NotFound
+from leoflow_celery.errors import InvalidRequest, LeoflowError, NotFound
 
 if TYPE_CHECKING:
     from leoflow_celery.cli.progress import Progress
@@ -42,7 +43,11 @@ def new_run_id() -> str:
 
 
 def run(
-    dag_file: DagArgument, run_id: RunIdOption = None, tenant: TenantOption = "default", as_json: JsonOption = False
+    dag_file: DagArgument,
+    run_id: RunIdOption = None,
+    tenant: TenantOption = "default",
+    report_file: ReportOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a DAG on the deployed system and wait for its end. Exits 0 when the run succeeded, 1 when it failed.
 
@@ -53,7 +58,8 @@ def run(
 
     dag = load_dag(dag_file)
     name = checked_run_id(dag, run_id, tenant)
-    drive_and_exit(dag, name, tenant, as_json, go_on=("run", str(dag_file), "--run-id", name))
+    again = ("run", str(dag_file), "--run-id", name)
+    drive_and_exit(dag, name, tenant, as_json, go_on=again, report_file=checked_file(report_file))
 
 
 def retry(
@@ -180,10 +186,12 @@ def drive_and_exit(
     *,
     go_on: Sequence[str] = (),
     first: Callable[[Client], None] | None = None,
+    report_file: Path | None = None,
 ) -> NoReturn:
     """Drive a run on the system that the command uses, and exit as it ended.
 
     ``go_on`` is the command that resumes. ``first`` changes the run, once this command may use the system.
+    ``report_file`` gets the report of the run that ended.
     """
     from leoflow_celery.cli.inspect import open_client
 
@@ -198,6 +206,11 @@ def drive_and_exit(
                 go_on_with = f"go on with {hint(*go_on, tenant=tenant_id)}, or stop with {stop}"
                 note(f"interrupted: running tasks go on, nothing new starts; {go_on_with}")
             raise
+        if report_file is not None:
+            try:
+                write_report(client, dag.dag_id, run_id, tenant_id, report_file)
+            except LeoflowError as error:  # the run ended as it did
+                note(f"no report: {error}")
     if is_embedded or state is not RunState.SUCCESS:
         note(f"logs: {hint('logs', dag.dag_id, run_id, tenant=tenant_id)}")
     if state is not RunState.SUCCESS:

@@ -24,7 +24,21 @@ if TYPE_CHECKING:
 _DEPLOYED = ("LEOFLOW_DATABASE_URL", "LEOFLOW_BROKER_URL", "LEOFLOW_JWT_SECRET", "LEOFLOW_SEAL_KEYS")
 #: Commands that look at a run or drive one; what sets a system up never looks for another.
 _OF_A_SYSTEM = frozenset(
-    {"run", "submit", "rerun", "retry", "runs", "tasks", "status", "watch", "logs", "xcom", "cancel", "staging"}
+    {
+        "run",
+        "submit",
+        "rerun",
+        "retry",
+        "runs",
+        "tasks",
+        "status",
+        "watch",
+        "report",
+        "logs",
+        "xcom",
+        "cancel",
+        "staging",
+    }
 )
 
 #: Commands that make an embedded system where there is none yet.

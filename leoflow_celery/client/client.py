@@ -7,12 +7,15 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, cast
 
 from leoflow_celery import metrics
 from leoflow_celery.app import LeoflowCelery, create_app
 from leoflow_celery.client.handle import Handle
+from leoflow_celery.client.waiting import Sender, Within
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.canvas import check_signatures
 from leoflow_celery.domain.clear import ClearedTask, KeptDag, RunGraph, Selection
@@ -40,10 +43,13 @@ from leoflow_celery.queueing.messages import open_dag, open_request, seal_dag, s
 from leoflow_celery.queueing.publisher import LaunchOrder, Publisher
 from leoflow_celery.settings import Settings
 from leoflow_celery.store.database import batched
+from leoflow_celery.store.ends import Ends
 from leoflow_celery.store.events import EventView
 from leoflow_celery.store.logs import LogKey, LogReader
 from leoflow_celery.store.submissions import NewTry
 from leoflow_celery.store.views import RunView, Submitted, TaskInstanceView
+
+log = logging.getLogger(__name__)
 
 
 def signatures(field: str, given: Any) -> list[dict[str, Any]]:
@@ -100,7 +106,6 @@ def count_submitted(tries: Sequence[NewTry], submitted: Sequence[Submitted], sta
             metrics.record_transition(TaskState.NONE, TaskState.QUEUED, item.request.dag_id)
 
 
-log = logging.getLogger(__name__)
 _STANDARD_TENANT = "default"
 #: More make a submit no faster, and let the first of them wait for the last.
 _MESSAGES_AT_ONCE = 50
@@ -118,6 +123,22 @@ def _content(request: TaskRequest) -> dict[str, Any]:
     return request.model_dump(exclude={"agent_token"})
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an executor has to do: tries that wait for a worker, and tries that were started."""
+
+    executor: ExecutorType
+    waiting: int
+    running: int
+    #: How many may wait; None: any number.
+    limit: int | None = None
+
+    @property
+    def free(self) -> int | None:
+        """How many more may be submitted; None: any number."""
+        return None if self.limit is None else max(0, self.limit - self.waiting)
+
+
 class Client:
     """Submits and observes task instances. Thread-safe; close it, or use it as a context manager."""
 
@@ -127,6 +148,7 @@ class Client:
         self.app = app or create_app(settings=settings)
         self.settings, self.services = self.app.settings, self.app.services
         self.publisher = Publisher(self.app, self.services)
+        self._sender = Sender(self._send)
 
     @classmethod
     def from_environment(cls) -> Client:
@@ -169,24 +191,38 @@ class Client:
         # A token is made anew for each submission.
         return _content(recorded) != _content(request)
 
-    def submit_many(self, requests: Iterable[TaskRequest | dict[str, Any]]) -> list[Handle]:
+    def submit_many(
+        self, requests: Iterable[TaskRequest | dict[str, Any]], *, send: Literal["now", "later"] = "now"
+    ) -> list[Handle]:
         """Like ``submit`` for many requests, recorded in one transaction: all of them or none.
 
+        With ``send="later"`` this returns when they are recorded, and a thread of this client sends them: the broker is
+        not asked for anything, so a queue's limit is not looked at (``capacity`` tells). What the thread cannot send,
+        or has not sent when the process dies, is sent by the control plane.
+
         Raises:
-            The same as ``submit``.
+            The same as ``submit``; without BrokerUnavailable and AtCapacity for ``send="later"``.
         """
-        return self._submit(requests, {})
+        return self._submit(requests, {}, send_later=send == "later")
 
     def _submit(
-        self, requests: Iterable[TaskRequest | dict[str, Any] | str | bytes], context: dict[str, Any]
+        self,
+        requests: Iterable[TaskRequest | dict[str, Any] | str | bytes],
+        context: dict[str, Any],
+        *,
+        send_later: bool = False,
     ) -> list[Handle]:
         started = time.monotonic()
         with refusals_counted():
             tries = [self._new_try(parse_request(request), context) for request in requests]
-            self._check_capacity({item.executor for item in tries}, len(tries))
+            if not send_later:
+                self._check_capacity({item.executor for item in tries}, len(tries))
         submitted = self.services.store.submissions.record(tries)
         try:
-            self._send(tries, submitted)
+            if send_later:
+                self._sender.send(tries, submitted)
+            else:
+                self._send(tries, submitted)
         finally:
             count_submitted(tries, submitted, started)
         return [Handle(self, done.attempt, done.celery_task_id, done.created) for done in submitted]
@@ -266,17 +302,106 @@ class Client:
         Raises:
             NotFound: no such task instance or try.
         """
+        view = self._request_cancel(task_instance_id, try_number)
+        if view is not None:
+            self._stop([view])
+        return view is not None
+
+    def cancel_many(self, task_instance_ids: Iterable[str]) -> list[str]:
+        """Ask the newest try of each of these task instances to stop; the ids of those that had not ended.
+
+        An id that nobody knows is left out. When this returns, SQL has it: nothing of them starts any more. Telling
+        the servers that run them is left to a thread of this client, and to maintenance.
+        """
+        asked: list[TaskInstanceView] = []
+        for one in task_instance_ids:
+            try:
+                view = self._request_cancel(one, None)
+            except NotFound:
+                continue
+            if view is not None:
+                asked.append(view)
+        if asked:
+            self._sender.run(partial(self._stop, asked))
+        return [view.task_instance_id for view in asked]
+
+    def _request_cancel(self, task_instance_id: str, try_number: int | None) -> TaskInstanceView | None:
+        """The try that was asked to stop; None when it had ended."""
         before = self.task_instance(task_instance_id, try_number)
         if before.is_terminal:
-            return False
-        view = self.services.store.attempts.request_cancel(task_instance_id, before.try_number)
-        try:
-            self.publisher.stop(view)
+            return None
+        return self.services.store.attempts.request_cancel(task_instance_id, before.try_number)
+
+    def _stop(self, views: Sequence[TaskInstanceView]) -> None:
+        for view in views:
+            try:
+                self.publisher.stop(view)
+                if view.is_terminal:
+                    self.publisher.advance_try(view.task_instance_id, view.try_number)
+            except BrokerUnavailable as error:  # maintenance does both later, also for the rest of them
+                log.warning("cancel.delayed", extra={"attempt": str(view.attempt), "error": str(error)})
+                return
+
+    def refresh(
+        self,
+        task_instance_id: str,
+        try_number: int | None = None,
+        *,
+        stdin: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Replace the standard input or the environment that the next launch of a try gets; False when it had ended.
+
+        A launch that waits for a worker gets the new ones as well: an agent reads them when it begins. One that runs
+        keeps what it has. For what is good for some time only, such as a token.
+
+        >>> from leoflow_celery.client import Client
+        >>> with Client.from_environment() as client:                          # doctest: +SKIP
+        ...     client.refresh("ti-1", stdin=new_input)
+
+        Raises:
+            NotFound: no such task instance or try.
+            InvalidRequest: the new values break a rule of the request.
+        """
+        changes: dict[str, Any] = {} if stdin is None else {"stdin": stdin}
+        if env is not None:
+            changes["env"] = dict(env)
+        while True:
+            view = self.task_instance(task_instance_id, try_number)
             if view.is_terminal:
-                self.publisher.advance_try(view.task_instance_id, view.try_number)
-        except BrokerUnavailable as error:  # maintenance does both later
-            log.warning("cancel.delayed", extra={"attempt": str(view.attempt), "error": str(error)})
-        return True
+                return False
+            request = open_request(self.services.keys, view.sealed_request)
+            sealed = seal_request(self.services.keys, parse_request({**request.model_dump(mode="json"), **changes}))
+            if self.services.store.submissions.replace_request(view, sealed):
+                return True
+
+    def capacity(self, executor: ExecutorType | str) -> Capacity:
+        """What an executor has to do, from SQL: what waits, what runs, and the limit of its queue, if it has one.
+
+        Raises:
+            InvalidRequest: no such executor.
+        """
+        try:
+            executor = ExecutorType(executor)
+        except ValueError:
+            raise InvalidRequest(
+                f"executor: {executor!r} is not an executor; use kubernetes, docker, subprocess or inline", "executor"
+            ) from None
+        waiting, running = self.services.store.submissions.live(executor)
+        limit = self.settings.dispatch.queue_limits.get(QUEUE_OF[executor])
+        return Capacity(executor, waiting, running, limit or None)
+
+    def within(self, seconds: float) -> Client:
+        """This client with a limit: each of its calls answers, or raises Unavailable after so many seconds.
+
+        What was asked may still be done after that; every call here may be repeated. An iterator (``logs``) is limited
+        until it is there, not while it is read. For who must not wait, such as the loop of a scheduler.
+
+        >>> from leoflow_celery.client import Client
+        >>> with Client.from_environment() as client:                          # doctest: +SKIP
+        ...     client.within(1.0).submit_many(requests, send="later")
+        """
+        return cast(Client, Within(self, seconds))
 
     def release_staging(self, claim_name: str) -> int:
         """Take a Docker volume from a host that is gone for good: its tasks go to another host, without its data.
@@ -301,6 +426,28 @@ class Client:
     def task_instances(self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT) -> list[TaskInstanceView]:
         """The newest try of each task of a run."""
         return self.services.store.runs.task_instances(tenant_id, dag_id, run_id)
+
+    def ended(self, task_instance_ids: Collection[str]) -> list[TaskInstanceView]:
+        """Those tries of these task instances that are over. An id that nobody knows is left out."""
+        return self.services.store.ends.ended(task_instance_ids)
+
+    def ends(self, after: int | None = None, owner: str | None = None, limit: int = 500) -> Ends:
+        """A page of the feed of ends: each end once, in the order in which they were recorded.
+
+        Give the ``cursor`` of one page as ``after`` of the next. It may be kept over a restart: no end is missed and
+        none comes twice. 0 begins with the first end that is kept, None with what ends from now on. Ends that history
+        retention removed are left out.
+
+        >>> from leoflow_celery.client import Client
+        >>> with Client.from_environment() as client:                          # doctest: +SKIP
+        ...     page = client.ends(after=0, owner="my-scheduler")
+        ...     for view in page.tries:
+        ...         print(view.task_instance_id, view.state, view.reason)
+
+        Args:
+            owner: of requests with this ``owner`` only; None: of all.
+        """
+        return self.services.store.ends.read(after, owner, limit)
 
     def events(self, task_instance_id: str) -> list[EventView]:
         """The history of a task instance, oldest first."""
@@ -450,12 +597,24 @@ class Client:
         try_number: int = 1,
         tenant_id: str = _STANDARD_TENANT,
         follow: bool = False,
+        after: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """A try's log lines, ``{ts, level, stream, msg}``; with ``follow`` until the try has ended."""
+        """A try's log lines after the first ``after``, ``{ts, level, stream, msg}``; with ``follow`` until it ended."""
         key = LogKey(tenant_id, dag_id, run_id, task_id, try_number)
         if not follow:
-            return self.services.store.logs.read(key)
-        return self.services.store.logs.follow(key, lambda: self._ended(key))
+            return islice(self.services.store.logs.read(key), after, None)
+        return islice(self.services.store.logs.follow(key, lambda: self._ended(key)), after, None)
+
+    def task_logs(
+        self, task_instance_id: str, try_number: int | None = None, *, after: int = 0, follow: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """The same for a task instance by its id, of its newest try unless named.
+
+        Raises:
+            NotFound: no such task instance or try.
+        """
+        key = self.task_instance(task_instance_id, try_number).log_key
+        return self.logs(*key.of_task, key.try_number, key.tenant_id, follow, after)
 
     def run_logs(
         self, dag_id: str, run_id: str, tenant_id: str = _STANDARD_TENANT, follow: bool = False
@@ -498,7 +657,8 @@ class Client:
     # -- life ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release what it holds. What is to be sent later gets a moment; after that the control plane sends it."""
+        self._sender.close()
         if self._owns_app:
             self.app.close()
 

@@ -13,8 +13,8 @@ from leoflow_celery.domain.attempt import AttemptId
 class ExpectedAttempt:
     """One live attempt. Times are seconds since the epoch.
 
-    ``launched_at`` is None while no executor has said that it started it. ``host`` is where that executor was; empty
-    when it is not known, or when it does not matter.
+    ``launched_at`` is None while no executor has said that it started it. ``host`` is where that executor was, and
+    ``place`` where on its server it started it (a namespace); empty when it is not known, or when it does not matter.
     """
 
     attempt: AttemptId
@@ -22,6 +22,7 @@ class ExpectedAttempt:
     launched_at: float | None = None
     claimed: bool = False
     host: str = ""
+    place: str = ""
 
     def launched_before(self, moment: float) -> bool:
         """Whether it must exist if it was started and still lives."""
@@ -69,6 +70,7 @@ class Expectation:
                 one.launched_at,
                 one.claimed,
                 one.host,
+                one.place,
             ]
             for one in self.attempts.values()
         ]
@@ -76,8 +78,10 @@ class Expectation:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Expectation:
-        rows = (
-            ExpectedAttempt(AttemptId(ti, number, launch), name, launched_at, claimed, host)
-            for ti, number, launch, name, launched_at, claimed, host in data["attempts"]
-        )
+        """Raises KeyError or ValueError for what ``to_json`` did not write."""
+        rows = []
+        for row in data["attempts"]:
+            # The version before wrote no place.
+            ti, number, launch, name, launched_at, claimed, host, place = row if len(row) != 7 else [*row, ""]
+            rows.append(ExpectedAttempt(AttemptId(ti, number, launch), name, launched_at, claimed, host, place))
         return cls.of(float(data["read_at"]), rows)

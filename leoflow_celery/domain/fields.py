@@ -9,6 +9,7 @@ import ipaddress
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationInfo
@@ -175,6 +176,21 @@ def _environment(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+_MAX_MOMENT_CHARACTERS = 64
+
+
+def _moment(text: str) -> str:
+    """A time as RFC 3339 writes it, or empty."""
+    if text:
+        try:
+            has_offset = datetime.fromisoformat(text).utcoffset() is not None
+        except ValueError:
+            has_offset = False
+        if not has_offset or len(text) > _MAX_MOMENT_CHARACTERS:
+            raise ValueError(f"is not a time with an offset, like 2030-01-31T12:00:00+00:00 (got {text[:80]!r})")
+    return text
+
+
 def _plain_json(value: JsonValue) -> JsonValue:
     strict_json.check(value)
     return value
@@ -270,6 +286,7 @@ Parameters = Annotated[dict[VariableName, Item], AfterValidator(_parameters)]
 #: Not by min_length: pydantic counts the valid items only, and would call a list of wrong ones too short as well.
 NotEmpty = Annotated[tuple[Item, ...], AfterValidator(_not_empty), Field(json_schema_extra={"minItems": 1})]
 Json = Annotated[JsonValue, AfterValidator(_plain_json)]
+Moment = Annotated[str, AfterValidator(_moment)]
 JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_plain_json)]
 PodPart = Annotated[JsonObject, AfterValidator(_pod_part)]
 JsonSchema = Annotated[dict[str, JsonValue], AfterValidator(_schema)]

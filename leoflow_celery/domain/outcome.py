@@ -28,6 +28,7 @@ def exit_code_of(value: Any) -> int | None:
 class Outcome:
     """The end of one attempt: success, skipped or failed with a reason.
 
+    ``reschedule_at`` (epoch seconds, by the task's clock) is for ``up_for_reschedule``, which does not end the try.
     ``last_event`` is the backend's own last word (a pod event, a container error); ``log_tail`` the last log lines
     when nobody shipped them.
     """
@@ -38,6 +39,7 @@ class Outcome:
     exit_code: int | None = None
     last_event: str = ""
     log_tail: tuple[str, ...] = ()
+    reschedule_at: float | None = None
 
     def __post_init__(self) -> None:
         message = storable(self.message)

@@ -26,6 +26,7 @@ from leoflow_celery.domain.fields import (
     JsonObject,
     JsonSchema,
     Label,
+    Moment,
     MountPath,
     Name,
     NotEmpty,
@@ -53,6 +54,23 @@ class Operator(StrEnum):
     PYTHON = "python"
     BASH = "bash"
     HTTP_API = "http_api"
+    EXEC = "exec"
+
+
+class RelaunchMode(StrEnum):
+    """When the system starts a try again after an infrastructure failure or an OOM kill.
+
+    ``before_start``: while none of its user code has begun. A scheduler that must be told of every second start of the
+    user's code wants that.
+    """
+
+    ALWAYS = "always"
+    BEFORE_START = "before_start"
+    NEVER = "never"
+
+    def permits(self, has_started: bool) -> bool:
+        """Whether a launch may follow one whose user code has begun, or has not."""
+        return self is RelaunchMode.ALWAYS or (self is RelaunchMode.BEFORE_START and not has_started)
 
 
 def _wrong(field: str, text: str) -> PydanticCustomError:
@@ -139,6 +157,11 @@ class HttpRequest(Frozen):
     def may_be_repeated(self) -> bool:
         """Whether making the call twice is the same as making it once (RFC 9110, 9.2.2)."""
         return self.method not in ("POST", "PATCH")
+
+    @property
+    def may_be_made_again(self) -> bool:
+        """Whether one try may make the call again when nobody knows whether it was made."""
+        return self.may_be_repeated or (self.attempts or 1) > 1
 
     def filled(self, values: Values) -> HttpRequest:
         """The call with its values, as it is sent.
@@ -269,11 +292,15 @@ class TaskRequest(Frozen):
     entrypoint: Text = ""
     env: Environment = Field(default_factory=dict)
     resources: Resources = Resources()
-    execution: Execution = Execution()
+    execution: Execution = Field(default_factory=Execution)  # a default that is unhashable is copied deeply each time
     #: 0 means no limit.
     timeout_seconds: Annotated[int, Field(ge=0, le=30 * 24 * 3600)] = 0
     source: Text = ""
     http_request: HttpRequest | None = None
+    #: exec: the program and its arguments. No shell sees them, and everybody who may look at processes does.
+    argv: tuple[Text, ...] = ()
+    #: exec: what the program reads from its standard input. It travels sealed and is neither argument nor environment.
+    stdin: Text = ""
 
     #: Filled in at dispatch when empty.
     control_plane_addr: Label = ""
@@ -296,15 +323,30 @@ class TaskRequest(Frozen):
     xcom_schema: JsonSchema | None = None
     call_args: JsonObject = Field(default_factory=dict)
     secrets: tuple[SecretReference, ...] = ()
+    #: Variables and connections that the task uses: no others are handed out. None: all of its tenant and DAG.
+    variables: tuple[Name, ...] | None = None
+    connections: tuple[Name, ...] | None = None
+    #: Parameters of the run.
+    params: JsonObject = Field(default_factory=dict)
+    #: What the run stands for, and the times its data is of: RFC 3339 with an offset.
+    logical_date: Moment = ""
+    data_interval_start: Moment = ""
+    data_interval_end: Moment = ""
+    #: How many tries the scheduler gives the task, for the task to know; 0: it does not say.
+    max_tries: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     result_callback: ResultCallback | None = None
     #: Part of a Pod object, merged over the pod of this request (strategic merge); for the kubernetes executor.
     pod_override: PodPart = Field(default_factory=dict)
     #: GPUs, /dev/shm, ulimits, names and mounts of this container; for the docker executor.
-    docker_override: DockerOverride = DockerOverride()
+    docker_override: DockerOverride = Field(default_factory=DockerOverride)
     #: Start again with so many times the memory limit after an OOM kill; None is the system's setting, 1 is off.
     oom_memory_factor: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] | None = None
     #: Celery priority on Redis: 0 is served first, 9 last.
     priority: Annotated[int, Field(ge=0, le=9)] = 3
+    #: Whose task it is: a scheduler that shares this system with others reads the ends of its own (``Client.ends``).
+    owner: Name = ""
+    #: When the system itself may start the try again; the scheduler's retries are its own.
+    relaunch: RelaunchMode = RelaunchMode.ALWAYS
 
     @model_validator(mode="after")
     def _operator_fields(self) -> TaskRequest:
@@ -321,12 +363,24 @@ class TaskRequest(Frozen):
                     raise _wrong("entrypoint", "is empty; a bash task needs the command to run")
             case Operator.HTTP_API:
                 self._check_call()
+            case Operator.EXEC:
+                self._check_argv()
+        if self.operator is not Operator.EXEC:
+            for field in ("argv", "stdin"):
+                if getattr(self, field):
+                    raise _wrong(field, f"is for exec tasks; remove it from this {self.operator} task")
         if self.http_request is not None and self.operator is not Operator.HTTP_API:
             raise _wrong("http_request", f"a {self.operator} task makes no call; remove it or set operator http_api")
         if self.operator is not Operator.HTTP_API and (self.execution_mode == "inline" or self.executor == "inline"):
             field = "executor" if self.executor == "inline" else "execution_mode"
             raise _wrong(field, f"'inline' is for http_api tasks; a {self.operator} task is run by an agent")
         return self
+
+    def _check_argv(self) -> None:
+        if not self.argv or not self.argv[0]:
+            raise _wrong("argv", "is empty; an exec task needs a program and its arguments, as a list")
+        if self.entrypoint:
+            raise _wrong("entrypoint", "an exec task runs argv; remove it, or set another operator")
 
     def _check_call(self) -> None:
         if self.http_request is None:
@@ -335,6 +389,12 @@ class TaskRequest(Frozen):
             if getattr(self, field):
                 raise _wrong(field, "an http_api task runs no code; remove it, or set another operator")
         has_agent = self.execution_mode == "pod" or self.executor not in (None, "inline")
+        for field in ("variables", "connections", "params"):
+            if getattr(self, field) and not has_agent:
+                raise _wrong(
+                    field,
+                    "an inline call has no place for it; remove it, or let an agent run the task (executor)",
+                )
         try:
             self.http_request.check_values(self.call_args, self.env, self.xcom_input, self.secrets, has_agent=has_agent)
         except TemplateError as error:
@@ -427,7 +487,9 @@ def check_size(size_bytes: int) -> None:
 
 
 #: Values of these fields may be secret and are never repeated in a message.
-_SECRET_FIELDS = frozenset({"env", "pod_override", "headers", "body", "agent_token", "call_args", "source", "url"})
+_SECRET_FIELDS = frozenset(
+    {"env", "pod_override", "headers", "body", "agent_token", "call_args", "source", "url", "stdin"}
+)
 #: Text where an object or a list belongs is that object's content, quoted once too often.
 _SHAPE_ERRORS = frozenset({"model_type", "dict_type", "tuple_type", "list_type"})
 _PATH_CHARACTERS = 200

@@ -9,7 +9,7 @@ its end, an active run keeps it, and a volume whose run is unknown goes when it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -75,18 +75,33 @@ def staging_decision(
     return None
 
 
+#: A server's clock and the times of its volumes are read in whole seconds.
+_WHOLE_SECONDS = 2.0
+
+
 @dataclass(frozen=True, slots=True)
 class StagingPlan:
     """What a back end is asked: delete these claims (name → reason), and what neither list knows once it is old.
 
     ``keep`` are all other active claims of SQL at ``read_at``; a labelled volume in neither that is older than
-    ``orphan_seconds`` at that moment is an orphan.
+    ``orphan_seconds`` at that moment is an orphan. ``age_seconds`` is how long ago that was, when it was sent and when
+    a worker got it; None when nobody said so.
     """
 
     read_at: float
     delete: dict[str, str] = field(default_factory=dict)
     keep: frozenset[str] = frozenset()
     orphan_seconds: float = 24 * 3600
+    age_seconds: float | None = None
+
+    def by_clock_of(self, server_now: float, seconds_since: float) -> StagingPlan:
+        """The same with ``read_at`` as a server's clock showed it then, which its volumes' times are compared with.
+
+        ``server_now`` is what that shows now, ``seconds_since`` how long ago the worker got the plan.
+        """
+        if self.age_seconds is None:
+            return self
+        return replace(self, read_at=server_now - seconds_since - self.age_seconds - _WHOLE_SECONDS)
 
     def is_orphan(self, name: str, created_at: float) -> bool:
         """Whether a labelled volume is one that SQL does not know and never will."""
@@ -109,8 +124,16 @@ class StagingPlan:
             "delete": self.delete,
             "keep": sorted(self.keep),
             "orphan_seconds": self.orphan_seconds,
+            "age_seconds": self.age_seconds,
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> StagingPlan:
-        return cls(float(data["read_at"]), dict(data["delete"]), frozenset(data["keep"]), float(data["orphan_seconds"]))
+        age = data.get("age_seconds")
+        return cls(
+            float(data["read_at"]),
+            dict(data["delete"]),
+            frozenset(data["keep"]),
+            float(data["orphan_seconds"]),
+            None if age is None else float(age),
+        )

@@ -21,6 +21,8 @@ class TaskState(StrEnum):
     SKIPPED = "skipped"
     UPSTREAM_FAILED = "upstream_failed"
     UP_FOR_RETRY = "up_for_retry"
+    #: What an agent reports of a task that released its place until later; the row is queued again at once.
+    UP_FOR_RESCHEDULE = "up_for_reschedule"
 
 
 class RunState(StrEnum):
@@ -44,6 +46,7 @@ TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     _S.QUEUED: frozenset({_S.QUEUED, _S.RUNNING, _S.SUCCESS, _S.FAILED, _S.SKIPPED}),
     _S.RUNNING: frozenset({_S.QUEUED, _S.RUNNING, _S.SUCCESS, _S.FAILED, _S.SKIPPED}),
     _S.UP_FOR_RETRY: frozenset({_S.SCHEDULED, _S.QUEUED}),
+    _S.UP_FOR_RESCHEDULE: frozenset({_S.QUEUED}),
     _S.SUCCESS: frozenset(),
     _S.FAILED: frozenset(),
     _S.SKIPPED: frozenset(),

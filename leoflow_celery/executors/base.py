@@ -72,12 +72,13 @@ class LaunchSpec:
 class Launched:
     """The attempt is started. ``already`` is True when an earlier delivery had started it.
 
-    ``host`` is the executor's own (see ``ReconcilableExecutor.host``).
+    ``host`` is the executor's own (see ``ReconcilableExecutor.host``), ``place`` where on its server it started it.
     """
 
     external_name: str
     already: bool = False
     host: str = ""
+    place: str = ""
     details: dict[str, str] = field(default_factory=dict)
 
 

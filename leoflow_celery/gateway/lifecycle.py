@@ -73,6 +73,8 @@ _ENDS = {
 }
 
 
+_STATES = {pb.TASK_STATE_RUNNING, pb.TASK_STATE_UP_FOR_RESCHEDULE, *_ENDS}
+_MAX_RESCHEDULE_SECONDS = 31 * 86_400.0
 _AFTER_EXIT_0 = {FailureReason.INVALID_XCOM, FailureReason.PAYLOAD_TOO_LARGE, FailureReason.SCHEMA_MISMATCH}
 
 
@@ -92,6 +94,12 @@ def outcome_of(request: pb.ReportStateRequest, reason: str) -> Outcome:
         message = f"the task exited with code {request.exit_code}"
     # The field has no "none": 0 of a failure is one only where the process succeeded and its value was refused.
     return Outcome.failed(found, message, request.exit_code or (0 if found in _AFTER_EXIT_0 else None))
+
+
+def seconds_until(request: pb.ReportStateRequest) -> float:
+    """How long until the task looks again, at most a month. Both times are by the agent's clock, where it says both."""
+    now = request.occurred_at.ToMicroseconds() / 1e6 if request.HasField("occurred_at") else time.time()
+    return min(max(request.reschedule_at.ToMicroseconds() / 1e6 - now, 0.0), _MAX_RESCHEDULE_SECONDS)
 
 
 class Lifecycle:
@@ -141,13 +149,21 @@ class Lifecycle:
 
     async def report_state(self, caller: Caller, request: pb.ReportStateRequest) -> pb.ReportStateResponse:
         """Record that the task runs, or how it ended."""
-        if request.state != pb.TASK_STATE_RUNNING and request.state not in _ENDS:
-            raise InvalidArgument(f"state {request.state} is not RUNNING, SUCCESS, FAILED or SKIPPED")
+        if request.state not in _STATES:
+            raise InvalidArgument(
+                f"state {request.state} is not RUNNING, SUCCESS, FAILED, SKIPPED or UP_FOR_RESCHEDULE"
+            )
+        if request.state == pb.TASK_STATE_UP_FOR_RESCHEDULE and not request.HasField("reschedule_at"):
+            raise InvalidArgument("reschedule_at is missing: the time at which the task looks again")
         if not await self._may_report(caller):
             return await self._refuse(caller)
         if request.state == pb.TASK_STATE_RUNNING:
             return await self._start(caller)
+        if request.state == pb.TASK_STATE_UP_FOR_RESCHEDULE:
+            return await self._reschedule(caller, seconds_until(request))
         outcome = outcome_of(request, caller.reason)
+        if self._foreign.is_one(caller.holder):
+            outcome = self._better_known(caller, outcome)
         await self._holder_logs.settle(caller.attempt, caller.holder)
         finished = await self._threads.store(self._finish, caller, outcome)
         if not finished.recorded:
@@ -157,6 +173,28 @@ class Lifecycle:
         self._count(finished, outcome)
         self._nudge.finished(caller.attempt)
         return pb.ReportStateResponse(acknowledged=True)
+
+    async def _reschedule(self, caller: Caller, delay_seconds: float) -> pb.ReportStateResponse:
+        await self._holder_logs.settle(caller.attempt, caller.holder)
+        reschedule = self._store.attempts.reschedule
+        finished = await self._threads.store(reschedule, caller.attempt, caller.holder, delay_seconds)
+        if not finished.recorded:
+            return await self._refuse(caller)
+        self._registry.stop(caller.holder, Stop.ENDED if finished.relaunch is None else Stop.FENCED)
+        self._nudge.finished(caller.attempt)
+        return pb.ReportStateResponse(acknowledged=True)
+
+    def _better_known(self, caller: Caller, outcome: Outcome) -> Outcome:
+        """An agent without our metadata has no word for some ends; what it did before says them."""
+        skipped = self._foreign.skipped.get(caller.holder)
+        if outcome.state is TaskState.SUCCESS and skipped is not None:
+            return Outcome(
+                TaskState.SKIPPED, message=clean(skipped, MAX_MESSAGE_CHARACTERS), exit_code=outcome.exit_code
+            )
+        refused = self._foreign.refused_values.get(caller.holder)
+        if outcome.state is TaskState.FAILED and not outcome.exit_code and refused is not None:
+            return Outcome.failed(FailureReason(refused), outcome.message, 0)
+        return outcome
 
     async def _may_report(self, caller: Caller) -> bool:
         """Whether a report is the holder's, as far as is known: the write itself decides.

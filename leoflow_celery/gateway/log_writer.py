@@ -21,6 +21,18 @@ from leoflow_celery.gateway.threads import LOG_THREADS
 from leoflow_celery.protocol import agent_pb2 as pb
 from leoflow_celery.store.logs import LogKey, LogRecord, LogStore, LogWriter, cut_text, refine_level
 
+log = logging.getLogger(__name__)
+
+#: How long lines gather. Readers that follow a log see a line well within half a second.
+_GATHER_SECONDS = 0.05
+#: Above this much waiting for the disk, a stream is not read on.
+_MAX_WAITING_BYTES = 256 * 1024
+#: How long a report, or the next holder of a log, waits for a write that is under way.
+_SLOW_DISK_SECONDS = 5.0
+_STREAM_CHARACTERS = 32
+_STREAMS = frozenset({"stdout", "stderr", "agent"})
+#: What a line costs in memory beside its text.
+_LINE_OVERHEAD_BYTES = 200
 #: How far back a line can be written and not acknowledged: more than a stream may have waiting, each
 #: character as its escape of six bytes.
 TAIL_BYTES = 1 << 21
@@ -80,26 +92,22 @@ class Replay:
         return ()
 
 
-log = logging.getLogger(__name__)
-
-#: How long lines gather. Readers that follow a log see a line well within half a second.
-_GATHER_SECONDS = 0.05
-#: Above this much waiting for the disk, a stream is not read on.
-_MAX_WAITING_BYTES = 256 * 1024
-#: How long a report, or the next holder of a log, waits for a write that is under way.
-_SLOW_DISK_SECONDS = 5.0
-_STREAM_CHARACTERS = 32
-#: What a line costs in memory beside its text.
-_LINE_OVERHEAD_BYTES = 200
+def _count_of(line: pb.LogLine) -> str:
+    """Which count the number of a line belongs to; few, whatever streams are named."""
+    return line.stream if line.stream in _STREAMS else ""
 
 
 class HolderLog:
     """The lines of one holder between the wire and the disk; shared by its streams when it has several."""
 
-    def __init__(self, holder: str, key: LogKey, attempt: AttemptId, received: int, compare: bool) -> None:
-        """``received``: the last line taken earlier. ``compare``: lines on disk may come again (see ``Replay``)."""
+    def __init__(self, holder: str, key: LogKey, attempt: AttemptId, received: int | None, numbered: bool) -> None:
+        """``received``: the last line taken earlier; None: lines that are on disk may come again (see ``Replay``).
+
+        ``numbered``: one count for all lines, as our agent numbers them. Others count standard output and error apart.
+        """
         self.holder, self.key, self.attempt = holder, key, attempt
-        self.received = self.written = received
+        self.received = self.written = received or 0
+        self._received_of: dict[str, int] | None = None if numbered else {}
         self.error: OSError | None = None
         self.listeners: set[asyncio.Event] = set()
         self.room = asyncio.Event()
@@ -107,7 +115,7 @@ class HolderLog:
         self.busy = self.fenced = False
         self.waiting: list[pb.LogLine] = []
         self._waiting_bytes = 0
-        self._compare = compare
+        self._compare = received is None
         self._replay: Replay | None = None
         self._writer: LogWriter | None = None
 
@@ -118,14 +126,20 @@ class HolderLog:
 
     def take(self, line: pb.LogLine) -> bool:
         """Keep a line for the next write; False for one that was taken before, after a write that failed or a fence."""
-        if self.fenced or self.error is not None or 0 < line.line_number <= self.received:
+        if self.fenced or self.error is not None or 0 < line.line_number <= self._last(line):
             return False
         self.received = max(self.received, line.line_number)
+        if self._received_of is not None:
+            self._received_of[_count_of(line)] = line.line_number
         self.waiting.append(line)
         self._waiting_bytes += len(line.message) + _LINE_OVERHEAD_BYTES
         if self._waiting_bytes > _MAX_WAITING_BYTES:
             self.room.clear()
         return True
+
+    def _last(self, line: pb.LogLine) -> int:
+        """The number of the line that was taken before this one."""
+        return self.received if self._received_of is None else self._received_of.get(_count_of(line), 0)
 
     def fence(self) -> None:
         """Somebody else writes this log now: nothing is taken any more, and what waits is dropped."""
@@ -202,7 +216,7 @@ class HolderLogs:
         entry = self._logs.get(holder) if numbered else None
         if entry is None or entry.error is not None or entry.fenced:
             received = self._received.get(holder) if numbered else None
-            entry = HolderLog(holder, key, attempt, received or 0, compare=received is None)
+            entry = HolderLog(holder, key, attempt, received, numbered)
             if numbered:
                 self._logs[holder] = entry
             else:

@@ -18,7 +18,6 @@ from leoflow_celery.errors import Fenced, GatewayUnavailable, Unavailable
 from leoflow_celery.gateway.log_writer import HolderLog, HolderLogs
 from leoflow_celery.gateway.rpc import InvalidArgument, decoded
 from leoflow_celery.gateway.sessions import (
-    FOREIGN_PREFIX,
     Caller,
     Claims,
     ForeignHolders,
@@ -127,7 +126,7 @@ class LogStreams:
     async def _serve(self, caller: Caller, context: Any) -> None:
         caller = await self._holder(caller)
         wake = asyncio.Event()
-        is_foreign = caller.holder.startswith(FOREIGN_PREFIX)
+        is_foreign = self._foreign.is_one(caller.holder)
         entry = self._holder_logs.open(caller.holder, caller.log_key, caller.attempt, wake, numbered=not is_foreign)
         stream = OpenStream(Beat(caller.attempt, caller.holder), entry, wake)
         self._open.add(stream)

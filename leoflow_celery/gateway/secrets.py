@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -81,11 +81,15 @@ class ChannelPolicy:
             )
 
 
+#: Which names a caller's request declared; None: it declared none, and gets what its tenant and DAG may see.
+DeclaredNames = Callable[[Caller, Kind], Awaitable[frozenset[str] | None]]
+
+
 class SecretMethods:
     """The two methods that hand out what the caller's tenant and DAG may see."""
 
-    def __init__(self, policy: ChannelPolicy, claims: Claims, secrets: SecretReader) -> None:
-        self._policy, self._claims, self._secrets = policy, claims, secrets
+    def __init__(self, policy: ChannelPolicy, claims: Claims, secrets: SecretReader, declared: DeclaredNames) -> None:
+        self._policy, self._claims, self._secrets, self._declared = policy, claims, secrets, declared
 
     async def get_variables(self, caller: Caller, _: pb.GetVariablesRequest) -> pb.GetVariablesResponse:
         return pb.GetVariablesResponse(variables=await self._values(caller, Kind.VARIABLE))
@@ -96,8 +100,8 @@ class SecretMethods:
     async def _values(self, caller: Caller, kind: Kind) -> dict[str, str]:
         self._policy.check(kind.directory)
         await self._claims.require(caller)
-        # A request that declares which names it uses narrows the question here, with ``names``.
-        return await self._secrets.get(query_of(caller.identity, kind))
+        names = await self._declared(caller, kind)
+        return {} if names == frozenset() else await self._secrets.get(query_of(caller.identity, kind, names))
 
 
 def query_of(identity: AgentIdentity, kind: Kind, names: frozenset[str] | None = None) -> Query:

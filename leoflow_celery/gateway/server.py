@@ -221,8 +221,8 @@ class GatewayServer:
     def _unary(self, settings: Settings, policy: ChannelPolicy) -> dict[str, Unary]:
         store, threads, gateway = self._services.store, self._threads, settings.gateway
         specs = Specs(store.attempts, self._services.keys, policy, self._secrets, self._nudge, threads)
-        xcoms = XComMethods(store, specs, self._claims, threads, settings.xcom)
-        secrets = SecretMethods(policy, self._claims, self._secrets)
+        xcoms = XComMethods(store, specs, self._claims, self._foreign, threads, settings.xcom)
+        secrets = SecretMethods(policy, self._claims, self._secrets, specs.declared)
         lifecycle = Lifecycle(
             store,
             self._services.tokens,

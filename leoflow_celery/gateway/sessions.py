@@ -194,6 +194,10 @@ class ForeignHolders:
         self.gateway = uuid.uuid4().hex[:12]
         self._by_peer: Recent[tuple[AttemptId, str], str] = Recent()
         self._lost: Recent[str, bool] = Recent()
+        #: Why the return value of a holder was refused: it cannot say so when it reports the failure.
+        self.refused_values: Recent[str, str] = Recent(4_096)
+        #: Why a holder's task skipped itself: it cannot say so when it reports success.
+        self.skipped: Recent[str, str] = Recent(4_096)
 
     def known(self, caller: Caller) -> str:
         """The holder of this attempt that this connection registered as, or empty."""
@@ -217,6 +221,10 @@ class ForeignHolders:
 
     def forget(self, caller: Caller) -> None:
         self._by_peer.pop((caller.attempt, caller.peer()))
+
+    @staticmethod
+    def is_one(holder: str) -> bool:
+        return holder.startswith(FOREIGN_PREFIX)
 
     def lose(self, holder: str) -> None:
         """The holder's log stream broke off: so did its connection, until it calls again."""

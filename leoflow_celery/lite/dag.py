@@ -140,6 +140,8 @@ class TaskSpec(Frozen):
 
     @model_validator(mode="after")
     def _fields_of_type(self) -> TaskSpec:
+        if self.type is Operator.EXEC:
+            raise ValueError("type: a dag.json has no exec tasks; use python, bash or http_api")
         if self.type is Operator.HTTP_API:
             if self.http_request is None:
                 raise ValueError("http_request: is missing; an http_api task needs one with method and url")

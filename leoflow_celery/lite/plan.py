@@ -6,7 +6,7 @@ depend on the order in which its tasks happen to end.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -23,6 +23,13 @@ class TriggerRule(StrEnum):
     ALL_DONE = "all_done"
     ONE_SUCCESS = "one_success"
     ONE_FAILED = "one_failed"
+    ONE_DONE = "one_done"
+    NONE_FAILED = "none_failed"
+    NONE_FAILED_MIN_ONE_SUCCESS = "none_failed_min_one_success"
+    NONE_SKIPPED = "none_skipped"
+    ALL_SKIPPED = "all_skipped"
+    ALL_DONE_MIN_ONE_SUCCESS = "all_done_min_one_success"
+    ALWAYS = "always"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,32 +123,47 @@ def may_retry(reason: FailureReason | None) -> bool:
 def trigger(rule: TriggerRule, upstreams: Collection[TaskState]) -> TaskState | None:
     """What becomes of a task that has not started: scheduled, skipped, upstream_failed, or None to wait.
 
-    ``all_success`` gives up at the first failure; everything else waits until all upstreams are done, because a
-    failure that is still to come would outrank a skip.
+    One row of ``_RULES`` says it all. A task is decided at once when no later end could decide otherwise; everything
+    else waits until all upstreams are done.
     """
-    if rule is not TriggerRule.ALL_DONE:
-        hopeless = {_S.UPSTREAM_FAILED, _S.FAILED} if rule is TriggerRule.ALL_SUCCESS else {_S.UPSTREAM_FAILED}
-        if not hopeless.isdisjoint(upstreams):
-            return _S.UPSTREAM_FAILED
-    if not TERMINAL.issuperset(upstreams):
-        return None
-    if not upstreams or _fires(rule, upstreams):
+    if rule is TriggerRule.ALWAYS or not upstreams:
         return _S.SCHEDULED
-    return _S.SKIPPED
+    at_once, at_the_end = _RULES[rule]
+    for state, decision in at_once.items():
+        if state in upstreams:
+            return decision
+    return at_the_end(set(upstreams)) if TERMINAL.issuperset(upstreams) else None
 
 
-def _fires(rule: TriggerRule, done: Collection[TaskState]) -> bool:
-    match rule:
-        case TriggerRule.ALL_SUCCESS:
-            return all(state is _S.SUCCESS for state in done)
-        case TriggerRule.ALL_FAILED:
-            return all(state is _S.FAILED for state in done)
-        case TriggerRule.ONE_SUCCESS:
-            return _S.SUCCESS in done
-        case TriggerRule.ONE_FAILED:
-            return _S.FAILED in done
-        case TriggerRule.ALL_DONE:
-            return True
+_Decision = tuple[dict[TaskState, TaskState], Callable[[set[TaskState]], TaskState]]
+_OK, _BAD, _SKIP, _UP, _START = _S.SUCCESS, _S.FAILED, _S.SKIPPED, _S.UPSTREAM_FAILED, _S.SCHEDULED
+
+
+def _start_if(
+    fires: Callable[[set[TaskState]], bool], otherwise: TaskState = _SKIP
+) -> Callable[[set[TaskState]], TaskState]:
+    return lambda done: _START if fires(done) else otherwise
+
+
+def _start(_: set[TaskState]) -> TaskState:
+    return _START
+
+
+#: Rule → what one upstream in a state decides at once (the first that is found), and what they decide when all are
+#: done. In the five oldest rules an upstream_failed upstream outranks all but all_done; the others are Airflow's.
+_RULES: dict[TriggerRule, _Decision] = {
+    TriggerRule.ALL_SUCCESS: ({_UP: _UP, _BAD: _UP}, _start_if(lambda done: done == {_OK})),
+    TriggerRule.ALL_FAILED: ({_UP: _UP}, _start_if(lambda done: done == {_BAD})),
+    TriggerRule.ALL_DONE: ({}, _start),
+    TriggerRule.ONE_SUCCESS: ({_UP: _UP}, _start_if(lambda done: _OK in done)),
+    TriggerRule.ONE_FAILED: ({_UP: _UP}, _start_if(lambda done: _BAD in done)),
+    TriggerRule.ONE_DONE: ({_OK: _START, _BAD: _START}, lambda _: _SKIP),
+    TriggerRule.NONE_FAILED: ({_UP: _UP, _BAD: _UP}, _start),
+    TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS: ({_UP: _UP, _BAD: _UP}, _start_if(lambda done: _OK in done)),
+    TriggerRule.NONE_SKIPPED: ({_SKIP: _SKIP}, _start),
+    TriggerRule.ALL_SKIPPED: ({_OK: _SKIP, _BAD: _SKIP, _UP: _SKIP}, _start),
+    TriggerRule.ALL_DONE_MIN_ONE_SUCCESS: ({_SKIP: _SKIP}, _start_if(lambda done: _OK in done, _UP)),
+}
 
 
 def run_state(states: Collection[TaskState]) -> RunState | None:

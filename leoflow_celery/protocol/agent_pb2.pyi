@@ -6,7 +6,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -26,6 +26,7 @@ class TaskState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_STATE_SUCCESS: _ClassVar[TaskState]
     TASK_STATE_FAILED: _ClassVar[TaskState]
     TASK_STATE_SKIPPED: _ClassVar[TaskState]
+    TASK_STATE_UP_FOR_RESCHEDULE: _ClassVar[TaskState]
 LOG_LEVEL_UNSPECIFIED: LogLevel
 LOG_LEVEL_DEBUG: LogLevel
 LOG_LEVEL_INFO: LogLevel
@@ -36,6 +37,7 @@ TASK_STATE_RUNNING: TaskState
 TASK_STATE_SUCCESS: TaskState
 TASK_STATE_FAILED: TaskState
 TASK_STATE_SKIPPED: TaskState
+TASK_STATE_UP_FOR_RESCHEDULE: TaskState
 
 class RegisterRequest(_message.Message):
     __slots__ = ("agent_version", "hostname", "environment")
@@ -67,7 +69,7 @@ class GetTaskSpecRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TaskSpec(_message.Message):
-    __slots__ = ("tenant_id", "dag_id", "dag_version", "run_id", "task_id", "try_number", "operator", "entrypoint", "environment", "xcom_input_mapping", "execution_timeout_seconds", "extra", "call_args_json")
+    __slots__ = ("tenant_id", "dag_id", "dag_version", "run_id", "task_id", "try_number", "operator", "entrypoint", "environment", "xcom_input_mapping", "execution_timeout_seconds", "extra", "call_args_json", "logical_date", "data_interval_start", "data_interval_end", "params_json", "first_reschedule_at", "max_tries", "declared_variables", "declared_connections")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +97,14 @@ class TaskSpec(_message.Message):
     EXECUTION_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     EXTRA_FIELD_NUMBER: _ClassVar[int]
     CALL_ARGS_JSON_FIELD_NUMBER: _ClassVar[int]
+    LOGICAL_DATE_FIELD_NUMBER: _ClassVar[int]
+    DATA_INTERVAL_START_FIELD_NUMBER: _ClassVar[int]
+    DATA_INTERVAL_END_FIELD_NUMBER: _ClassVar[int]
+    PARAMS_JSON_FIELD_NUMBER: _ClassVar[int]
+    FIRST_RESCHEDULE_AT_FIELD_NUMBER: _ClassVar[int]
+    MAX_TRIES_FIELD_NUMBER: _ClassVar[int]
+    DECLARED_VARIABLES_FIELD_NUMBER: _ClassVar[int]
+    DECLARED_CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     tenant_id: str
     dag_id: str
     dag_version: str
@@ -108,7 +118,15 @@ class TaskSpec(_message.Message):
     execution_timeout_seconds: int
     extra: _struct_pb2.Struct
     call_args_json: str
-    def __init__(self, tenant_id: _Optional[str] = ..., dag_id: _Optional[str] = ..., dag_version: _Optional[str] = ..., run_id: _Optional[str] = ..., task_id: _Optional[str] = ..., try_number: _Optional[int] = ..., operator: _Optional[str] = ..., entrypoint: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., xcom_input_mapping: _Optional[_Mapping[str, str]] = ..., execution_timeout_seconds: _Optional[int] = ..., extra: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., call_args_json: _Optional[str] = ...) -> None: ...
+    logical_date: str
+    data_interval_start: str
+    data_interval_end: str
+    params_json: str
+    first_reschedule_at: str
+    max_tries: int
+    declared_variables: _containers.RepeatedScalarFieldContainer[str]
+    declared_connections: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, tenant_id: _Optional[str] = ..., dag_id: _Optional[str] = ..., dag_version: _Optional[str] = ..., run_id: _Optional[str] = ..., task_id: _Optional[str] = ..., try_number: _Optional[int] = ..., operator: _Optional[str] = ..., entrypoint: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., xcom_input_mapping: _Optional[_Mapping[str, str]] = ..., execution_timeout_seconds: _Optional[int] = ..., extra: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., call_args_json: _Optional[str] = ..., logical_date: _Optional[str] = ..., data_interval_start: _Optional[str] = ..., data_interval_end: _Optional[str] = ..., params_json: _Optional[str] = ..., first_reschedule_at: _Optional[str] = ..., max_tries: _Optional[int] = ..., declared_variables: _Optional[_Iterable[str]] = ..., declared_connections: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FetchXComRequest(_message.Message):
     __slots__ = ("upstream_task_id", "key")
@@ -171,16 +189,18 @@ class LogAck(_message.Message):
     def __init__(self, acknowledged_through_line: _Optional[int] = ...) -> None: ...
 
 class ReportStateRequest(_message.Message):
-    __slots__ = ("state", "exit_code", "error_message", "occurred_at")
+    __slots__ = ("state", "exit_code", "error_message", "occurred_at", "reschedule_at")
     STATE_FIELD_NUMBER: _ClassVar[int]
     EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
     ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     OCCURRED_AT_FIELD_NUMBER: _ClassVar[int]
+    RESCHEDULE_AT_FIELD_NUMBER: _ClassVar[int]
     state: TaskState
     exit_code: int
     error_message: str
     occurred_at: _timestamp_pb2.Timestamp
-    def __init__(self, state: _Optional[_Union[TaskState, str]] = ..., exit_code: _Optional[int] = ..., error_message: _Optional[str] = ..., occurred_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    reschedule_at: _timestamp_pb2.Timestamp
+    def __init__(self, state: _Optional[_Union[TaskState, str]] = ..., exit_code: _Optional[int] = ..., error_message: _Optional[str] = ..., occurred_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reschedule_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class ReportStateResponse(_message.Message):
     __slots__ = ("acknowledged", "should_terminate")

@@ -205,11 +205,15 @@ class CollectStaging:
     plan: StagingPlan
 
     def to_json(self) -> dict[str, Any]:
-        return self.plan.to_json()
+        return {**self.plan.to_json(), "said_at": broker_clock.time()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(StagingPlan.from_json(data))
+        plan = StagingPlan.from_json(data)
+        if plan.age_seconds is None:  # by the version before
+            return cls(plan)
+        on_its_way = max(0.0, broker_clock.time() - float(data["said_at"]))
+        return cls(replace(plan, age_seconds=plan.age_seconds + on_its_way))
 
 
 @dataclass(frozen=True, slots=True)

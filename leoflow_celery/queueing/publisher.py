@@ -106,9 +106,11 @@ class Publisher:
         """
         try:
             with self._app.producer_pool.acquire(block=True) as producer:
+                if not hasattr(producer, "batch"):
+                    return False  # the producer of another Celery
                 connection: Any = producer.connection
                 connection.ensure_connection(max_retries=1, interval_start=0)
-                with producer.batch(len(orders) * _COMMANDS_PER_LAUNCH):  # type: ignore[attr-defined]
+                with producer.batch(len(orders) * _COMMANDS_PER_LAUNCH):
                     for order in orders:
                         self._launch(order, producer=producer, retry=False)
         except (BrokerUnavailable, KombuError, RedisError, OSError) as error:

@@ -18,6 +18,7 @@ from leoflow_celery.store.attempts import AttemptStore
 from leoflow_celery.store.claims import ClaimStore
 from leoflow_celery.store.completions import CompletionStore
 from leoflow_celery.store.database import Database
+from leoflow_celery.store.ends import EndStore
 from leoflow_celery.store.events import EventStore, HistoryStore
 from leoflow_celery.store.leases import LeaseStore
 from leoflow_celery.store.logs import LogLimits, LogStore
@@ -93,6 +94,10 @@ class Store:
     @cached_property
     def completions(self) -> CompletionStore:
         return CompletionStore(self.database)
+
+    @cached_property
+    def ends(self) -> EndStore:
+        return EndStore(self.database)
 
     @cached_property
     def events(self) -> EventStore:

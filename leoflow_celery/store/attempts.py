@@ -17,6 +17,7 @@ from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.outcome import Outcome, storable
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.relaunch import Relaunch, RelaunchPolicy, relaunch_decision
+from leoflow_celery.domain.request import RelaunchMode
 from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import TERMINAL, TaskState
 from leoflow_celery.domain.xcom import XComKey, XComValue
@@ -107,7 +108,8 @@ ANY = FinishCondition()
 
 
 def _back_end_parameters(back_end: str) -> dict[str, object]:
-    return {"p_back_end": back_end, "p_back_end_queue": BackEnd.parse(back_end).queue}
+    named = BackEnd.parse(back_end)
+    return {"p_back_end": back_end, "p_back_end_places": f"{named}/%", "p_back_end_queue": named.queue}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,8 @@ class AttemptStore:
     ) -> TaskInstanceView:
         """Make ``holder`` the only one who may run the attempt; again by the same holder is fine.
 
-        With ``start`` the attempt is running at once (inline tasks, which have no agent to report it).
+        With ``start`` the attempt is running at once (inline tasks, which have no agent to report it), and is never
+        taken from a holder, however silent: the reaper says whether its call may be made again.
 
         Raises:
             ClaimRefused: why is unknown, terminal, superseded (a later launch or try exists) or held (by a live holder,
@@ -190,18 +193,27 @@ class AttemptStore:
             "p_hostname": storable(hostname)[:_HOSTNAME_CHARACTERS],
             "p_lease": lease_seconds,
         }
-        with self._database.transaction() as connection:
-            free = _read(connection, task_instance_sql.claim(ClaimMode.UNCLAIMED, start), parameters)
-            again = free or _read(connection, task_instance_sql.claim(ClaimMode.SAME_HOLDER, start), parameters)
-            view = again or _read(connection, task_instance_sql.claim(ClaimMode.EXPIRED, start), parameters)
-            if view is None:
-                raise self._refusal(connection, attempt)
-            if not again and not self._presence.may_judge(view.executor, lease_seconds, connection):
-                # This takes the claim back: after an outage a holder that lives has an old lease too.
-                raise ClaimRefused("held", f"attempt {attempt} is held, and its holder's heartbeats may come late")
-            # The same holder asking again begins nothing: what it pushed meanwhile stays.
-            if free or not again:
-                self._begin(connection, view, replaces=not free)
+        claimed = self._database.grouped(lambda connection: self._claim(connection, attempt, parameters, start=start))
+        if isinstance(claimed, ClaimRefused):
+            raise claimed
+        return claimed
+
+    def _claim(
+        self, connection: sa.Connection, attempt: AttemptId, parameters: dict[str, Any], *, start: bool
+    ) -> TaskInstanceView | ClaimRefused:
+        free = _read(connection, task_instance_sql.claim(ClaimMode.UNCLAIMED, start), parameters)
+        again = free or _read(connection, task_instance_sql.claim(ClaimMode.SAME_HOLDER, start), parameters)
+        view = again or (
+            None if start else _read(connection, task_instance_sql.claim(ClaimMode.EXPIRED, start=False), parameters)
+        )
+        if view is None:
+            return self._refusal(connection, attempt)
+        if not again and not self._presence.may_judge(view.executor, parameters["p_lease"], connection):
+            # Raised, which takes the claim back: after an outage a holder that lives has an old lease too.
+            raise ClaimRefused("held", f"attempt {attempt} is held, and its holder's heartbeats may come late")
+        # The same holder asking again begins nothing: what it pushed meanwhile stays.
+        if free or not again:
+            self._begin(connection, view, replaces=not free)
         return view
 
     def _begin(self, connection: sa.Connection, view: TaskInstanceView, *, replaces: bool) -> None:
@@ -271,14 +283,24 @@ class AttemptStore:
                 f"state: {outcome.state} is no end of an attempt; use success, failed or skipped", "state"
             )
         end = _End(attempt, outcome, condition, may_relaunch)
-        with self._database.transaction() as connection:
-            finished, current = self._end(connection, end, seen)
-            if finished is None:
-                return self._too_late(connection, end, current)
-            self._xcom.put(xcoms, connection)
-            if lease_completions is not None and finished.relaunch is None:
-                waiting = take_of_try(connection, lease_completions, attempt.task_instance_id, attempt.try_number)
-                finished = replace(finished, waiting=tuple(waiting))
+        return self._database.grouped(lambda connection: self._finish(connection, end, xcoms, seen, lease_completions))
+
+    def _finish(
+        self,
+        connection: sa.Connection,
+        end: _End,
+        xcoms: Sequence[tuple[XComKey, XComValue]],
+        seen: TaskInstanceView | None,
+        lease_completions: float | None,
+    ) -> Finished:
+        finished, current = self._end(connection, end, seen)
+        if finished is None:
+            return self._too_late(connection, end, current)
+        self._xcom.put(xcoms, connection)
+        if lease_completions is not None and finished.relaunch is None:
+            attempt = end.attempt
+            waiting = take_of_try(connection, lease_completions, attempt.task_instance_id, attempt.try_number)
+            finished = replace(finished, waiting=tuple(waiting))
         return finished
 
     def _end(
@@ -306,8 +328,10 @@ class AttemptStore:
         if view.cancel_requested_at is not None:
             return outcome.evolve(reason=FailureReason.CANCELLED, message=_cancelled_message(outcome)), None
         reason = outcome.reason or FailureReason.NON_ZERO_EXIT
-        relaunch = relaunch_decision(reason, end.attempt.launch, self._policy, view.memory)
-        return outcome.evolve(reason=reason), relaunch if end.may_relaunch else None
+        spent = end.attempt.launch - view.reschedules
+        relaunch = relaunch_decision(reason, spent, self._policy, view.memory)
+        may_relaunch = end.may_relaunch and RelaunchMode(view.relaunch).permits(view.started_at is not None)
+        return outcome.evolve(reason=reason), relaunch if may_relaunch else None
 
     @staticmethod
     def _write(
@@ -315,9 +339,10 @@ class AttemptStore:
     ) -> Finished | None:
         conditions = end.condition.names() | ({"uncancelled"} if uncancelled else set())
         if relaunch:
+            conditions |= {"startable"}
             statement = task_instance_sql.next_launch(conditions)
             growths = int(relaunch.growth is not None)
-            values: dict[str, object] = {"p_delay": relaunch.delay_seconds, "p_growths": growths}
+            values: dict[str, object] = {"p_delay": relaunch.delay_seconds, "p_growths": growths, "p_reschedules": 0}
         else:
             statement = task_instance_sql.end(outcome.state, conditions)
             values = _end_parameters(outcome)
@@ -329,6 +354,33 @@ class AttemptStore:
         growth = {"memory_limit": str(relaunch.growth)} if relaunch and relaunch.growth else {}
         append_event(connection, end.attempt, name, {**outcome.to_json(), **growth})
         return Finished(True, relaunch, view)
+
+    def reschedule(self, attempt: AttemptId, holder: str, delay_seconds: float) -> Finished:
+        """The task of a holder released its place: the next launch of the same try begins after a delay.
+
+        No retry and no relaunch is spent. A try that was asked to stop meanwhile ends as cancelled instead. Again by
+        the same holder (its acknowledgement was lost) finds the next launch, and is not recorded.
+        """
+        relaunch = Relaunch(delay_seconds)
+        conditions = FinishCondition(holder=holder)
+        parameters = {
+            **attempt_parameters(attempt),
+            **conditions.parameters(),
+            "p_delay": delay_seconds,
+            "p_growths": 0,
+            "p_reschedules": 1,
+        }
+        with self._database.transaction() as connection:
+            statement = task_instance_sql.next_launch(conditions.names() | {"uncancelled"})
+            view = _read(connection, statement, parameters)
+            if view is not None:
+                append_event(connection, attempt, "rescheduled", {"seconds": round(delay_seconds, 3)})
+                return Finished(True, relaunch, view)
+        cancelled = Outcome.failed(FailureReason.CANCELLED, "cancelled before its task looked again")
+        current = self.get(attempt.task_instance_id, attempt.try_number)
+        if current.attempt != attempt or current.cancel_requested_at is None or current.is_terminal:
+            return Finished(False, None, current)
+        return self.finish(attempt, cancelled, conditions, may_relaunch=False)
 
     def _too_late(self, connection: sa.Connection, end: _End, current: TaskInstanceView | None) -> Finished:
         select = task_instance_sql.select_try(newest=False)

@@ -20,7 +20,7 @@ from leoflow_celery.domain.request import check_celery_id
 from leoflow_celery.errors import InvalidRequest
 from leoflow_celery.store.database import CHUNK_ROWS, Database, batched
 from leoflow_celery.store.models import DatabaseTime, TaskCompletion, table_of
-from leoflow_celery.store.task_instance_sql import ended_try, value_is_replaced
+from leoflow_celery.store.task_instance_sql import ended_try, ids_of_run, value_is_replaced
 
 _TABLE = table_of(TaskCompletion)
 #: As many are taken at once: what a worker does in a small part of a lease.
@@ -90,6 +90,16 @@ class CompletionStore:
                 rows = connection.execute(query.where(_TABLE.c.celery_task_id.in_(chunk)))
                 found |= {name: (task_instance_id, number) for name, task_instance_id, number in rows}
         return found
+
+    def done_of_run(self, tenant_id: str, dag_id: str, run_id: str) -> dict[tuple[str, int], float]:
+        """When the result of each try of a run was handed to the last one who waited for it, once all have it."""
+        ids = ids_of_run(tenant_id, dag_id, run_id)
+        number, done_at = _TABLE.c.try_number, sa.func.max(_TABLE.c.done_at, type_=_TABLE.c.done_at.type)
+        query = sa.select(_TABLE.c.task_instance_id, number, done_at).where(_TABLE.c.task_instance_id.in_(ids))
+        all_have_it = sa.func.count() == sa.func.count(_TABLE.c.done_at)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.group_by(_TABLE.c.task_instance_id, number).having(all_have_it))
+            return {(task_instance_id, number): at for task_instance_id, number, at in rows}
 
     def is_registered(self, celery_task_id: str) -> bool:
         """Whether an id waits for a try, or did."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -23,6 +23,7 @@ from leoflow_celery.errors import ConfigurationError, DatabaseUnavailable
 from leoflow_celery.settings import DatabaseSettings
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 #: Rows per statement: far below every database's limit of bound parameters.
 CHUNK_ROWS = 500
@@ -48,6 +49,30 @@ def parse_url(text: str) -> URL:
     return url
 
 
+class _Work(Generic[Result]):
+    """What one thread wants to write, and what came of it."""
+
+    def __init__(self, work: Callable[[sa.Connection], Result]) -> None:
+        self._work = work
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+        #: Woken: it is done, or the thread is to do it, and what waits besides.
+        self.woken = threading.Event()
+        self.is_done = False
+
+    def run(self, connection: sa.Connection) -> None:
+        self._result = self._work(connection)
+
+    def done(self, error: BaseException | None = None) -> None:
+        self._error, self.is_done = error, True
+        self.woken.set()
+
+    def result(self) -> Result:
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+
 class Database:
     """An engine with the pragmas, timeouts and error mapping this system relies on."""
 
@@ -57,6 +82,9 @@ class Database:
         self.engine = self._engine(settings)
         self._timeout_seconds = settings.timeout_seconds
         self._writer = threading.Lock()
+        self._grouping = threading.Lock()
+        self._waiting: list[_Work[Any]] = []
+        self._is_led = False
         #: INSERT with ON CONFLICT, which both databases spell the same way.
         self.insert: Any = sqlite.insert if self.is_sqlite else postgresql.insert
 
@@ -97,6 +125,74 @@ class Database:
         """
         with self._mapped_errors(), self._turn(), self.engine.begin() as connection:
             yield connection
+
+    def grouped(self, work: Callable[[sa.Connection], Result]) -> Result:
+        """``work`` in a transaction, which on SQLite it shares with what other threads want to write at that moment.
+
+        SQLite has one writer, and most of the cost of a short transaction is its turn, its begin and its commit. Nobody
+        hears of a result before the commit. If one of a group raises, each is done again in a transaction of its own:
+        ``work`` may run twice, and does nothing but to ask and to write over its connection.
+
+        Raises:
+            DatabaseUnavailable: the server did not answer, or a lock was not to be had in time.
+            Whatever ``work`` raises.
+        """
+        if not self.is_sqlite:
+            with self.transaction() as connection:
+                return work(connection)
+        mine = _Work(work)
+        with self._grouping:
+            self._waiting.append(mine)
+            leads, self._is_led = not self._is_led, True
+        if not leads:
+            mine.woken.wait()
+        if not mine.is_done:
+            self._lead()
+        return mine.result()
+
+    def _lead(self) -> None:
+        """Do what waits when it is our turn, and let somebody who came meanwhile lead the next group."""
+        group: list[_Work[Any]] = []
+        try:
+            with self._mapped_errors(), self._turn():
+                with self._grouping:
+                    group, self._waiting = self._waiting, []
+                self._write(group)
+        except BaseException as error:  # noqa: BLE001 - each of them raises it in its own thread
+            with self._grouping:
+                group, self._waiting = group or self._waiting, self._waiting if group else []
+            for one in group:
+                if not one.is_done:
+                    one.done(error)
+        finally:
+            with self._grouping:
+                following = self._waiting[0] if self._waiting else None
+                self._is_led = following is not None
+            if following is not None:
+                following.woken.set()
+
+    def _write(self, group: Sequence[_Work[Any]]) -> None:
+        try:
+            with self.engine.begin() as connection:
+                for one in group:
+                    one.run(connection)
+        except Exception as error:
+            if len(group) == 1 or isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError)):
+                raise
+            for one in group:
+                self._write_alone(one)
+            return
+        for one in group:
+            one.done()
+
+    def _write_alone(self, one: _Work[Any]) -> None:
+        try:
+            with self._mapped_errors(), self.engine.begin() as connection:
+                one.run(connection)
+        except Exception as error:  # noqa: BLE001 - raised in its own thread
+            one.done(error)
+        else:
+            one.done()
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
@@ -151,6 +247,7 @@ class Database:
         """Forget connections inherited from a parent process without closing the parent's sockets."""
         self.engine.dispose(close=False)
         self._writer = threading.Lock()  # a thread of the parent may have held it
+        self._grouping, self._waiting, self._is_led = threading.Lock(), [], False
 
     def close(self) -> None:
         self.engine.dispose()

@@ -67,16 +67,22 @@ class EventStore:
         """Everything that happened to a task instance, oldest first."""
         query = sa.select(_TABLE).where(_TABLE.c.task_instance_id == task_instance_id).order_by(_TABLE.c.id)
         with self._database.reading() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [
-            EventView(
-                AttemptId(row["task_instance_id"], row["try_number"], row["launch"]),
-                row["at"],
-                row["event"],
-                row["details"],
-            )
-            for row in rows
-        ]
+            return [_view(row) for row in connection.execute(query).mappings()]
+
+    def of_run(self, tenant_id: str, dag_id: str, run_id: str) -> dict[str, list[EventView]]:
+        """Everything that happened to the task instances of a run, by their ids, oldest first."""
+        ids = task_instance_sql.ids_of_run(tenant_id, dag_id, run_id)
+        query = sa.select(_TABLE).where(_TABLE.c.task_instance_id.in_(ids)).order_by(_TABLE.c.id)
+        found: dict[str, list[EventView]] = {}
+        with self._database.reading() as connection:
+            for row in connection.execute(query).mappings():
+                found.setdefault(row["task_instance_id"], []).append(_view(row))
+        return found
+
+
+def _view(row: sa.RowMapping) -> EventView:
+    attempt = AttemptId(row["task_instance_id"], row["try_number"], row["launch"])
+    return EventView(attempt, row["at"], row["event"], row["details"])
 
 
 class HistoryStore:

@@ -66,6 +66,11 @@ class LogKey:
     task_id: str
     try_number: int
 
+    @property
+    def of_task(self) -> tuple[str, str, str]:
+        """DAG, run and task."""
+        return self.dag_id, self.run_id, self.task_id
+
 
 @dataclass(frozen=True, slots=True)
 class LogRecord:
@@ -140,8 +145,10 @@ class LogWriter:
     def __init__(self, path: Path, limits: LogLimits | None = None) -> None:
         self._limits = limits or LogLimits()
         self._descriptor = _open_for_append(path)
-        _end_torn_line(path, self._descriptor)
-        self._full = _ends_full(path)
+        self._full = False
+        if os.fstat(self._descriptor).st_size:
+            _end_torn_line(path, self._descriptor)
+            self._full = _ends_full(path)
 
     def append(self, records: Iterable[LogRecord]) -> None:
         """Write the records that fit."""
@@ -196,12 +203,10 @@ def _ends_full(path: Path) -> bool:
 
 def _end_torn_line(path: Path, descriptor: int) -> None:
     # A writer killed in the middle of a line left it without an end; the next line must not be glued to it.
-    size = os.fstat(descriptor).st_size
-    if size:
-        with path.open("rb") as file:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                os.write(descriptor, b"\n")
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            os.write(descriptor, b"\n")
 
 
 class LogReader:

@@ -107,6 +107,7 @@ _ID = sa.String(512)
 _NAME = sa.String(255)
 #: Written out, never bound: a planner proves that a partial index serves a query from the text alone.
 LIVE = sa.text(f"state IN ('{TaskState.QUEUED}', '{TaskState.RUNNING}')")
+UNNUMBERED = sa.text("end_number IS NULL AND ended_at IS NOT NULL")
 
 
 def table_of(model: type[Base]) -> sa.Table:
@@ -186,7 +187,7 @@ class TaskInstance(Base):
     hostname: Mapped[str] = mapped_column(_NAME, default="")
     external_name: Mapped[str] = mapped_column(_NAME, default="")
 
-    #: Which server runs the current launch, as ``domain.backend.BackEnd`` writes it: kubernetes, docker:host-1.
+    #: Which server runs the current launch, as ``domain.backend.BackEnd.address``: kubernetes/namespace, docker:host-1.
     back_end: Mapped[str] = mapped_column(_NAME, default="", server_default="")
     #: Where the message of the current launch goes; empty: the executor's own queue.
     queue_name: Mapped[str] = mapped_column(_NAME, default="", server_default="")
@@ -199,8 +200,12 @@ class TaskInstance(Base):
     #: How often it grew.
     oom_relaunches: Mapped[int] = mapped_column(default=0, server_default="0")
 
+    #: How often its task released its place until later, and when for the first time.
+    reschedules: Mapped[int] = mapped_column(default=0, server_default="0")
+    first_reschedule_at: Mapped[float | None] = mapped_column(Timestamp)
+
     queued_at: Mapped[float] = mapped_column(Timestamp)
-    #: Not before this time may the message be sent (backoff of a relaunch).
+    #: Not before this time may the message be sent (backoff of a relaunch, or the time that its task asked for).
     send_after: Mapped[float] = mapped_column(Timestamp)
     #: When the broker accepted the message of the current launch; NULL means it must still be sent.
     sent_at: Mapped[float | None] = mapped_column(Timestamp)
@@ -209,11 +214,29 @@ class TaskInstance(Base):
     ended_at: Mapped[float | None] = mapped_column(Timestamp)
     cancel_requested_at: Mapped[float | None] = mapped_column(Timestamp)
 
+    #: Whose it is: who follows the feed of ends names it.
+    owner: Mapped[str] = mapped_column(_NAME, default="", server_default="")
+    #: ``domain.relaunch.RelaunchMode``.
+    relaunch: Mapped[str] = mapped_column(sa.String(32), default="always", server_default="always")
+    #: Its place in the feed of ends, given once after the end was committed (``store.ends``).
+    end_number: Mapped[int | None] = mapped_column(sa.BigInteger)
+
     __table_args__ = (
         sa.Index("ix_task_instance_run", "tenant_id", "dag_id", "run_id", "task_id"),
         # Reapers and sweeps look at live rows only: the index stays small however long the history is.
         sa.Index("ix_task_instance_live", "state", "queued_at", sqlite_where=LIVE, postgresql_where=LIVE),
+        sa.Index("ix_task_instance_end_number", "end_number", unique=True),
+        sa.Index("ix_task_instance_unnumbered", "ended_at", sqlite_where=UNNUMBERED, postgresql_where=UNNUMBERED),
     )
+
+
+class Counter(Base):
+    """A number that only grows, whatever is deleted."""
+
+    __tablename__ = "counter"
+
+    name: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    value: Mapped[int] = mapped_column(sa.BigInteger)
 
 
 class TaskEvent(Base):

@@ -39,8 +39,9 @@ class ReaperQueries:
             now = database_now(connection)
             for row in connection.execute(task_instance_sql.expected(executors)):
                 attempt = AttemptId(row.task_instance_id, row.try_number, row.launch)
-                name, host = attempt_name(attempt, row.dag_id, row.task_id), _host(row.back_end)
-                expected = ExpectedAttempt(attempt, name, row.launched_at, row.holder is not None, host)
+                name = attempt_name(attempt, row.dag_id, row.task_id)
+                where = _where(row.back_end)
+                expected = ExpectedAttempt(attempt, name, row.launched_at, row.holder is not None, *where)
                 found[row.executor].append(expected)
         return {executor: Expectation.of(now, attempts) for executor, attempts in found.items()}
 
@@ -66,5 +67,7 @@ class ReaperQueries:
             after = (views[-1].queued_at, views[-1].task_instance_id, views[-1].try_number)
 
 
-def _host(back_end: str) -> str:
-    return BackEnd.parse(back_end).host if back_end else ""
+def _where(address: str) -> tuple[str, str]:
+    """Host and place."""
+    back_end = BackEnd.parse(address) if address else None
+    return (back_end.host, back_end.place) if back_end else ("", "")

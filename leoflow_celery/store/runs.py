@@ -100,6 +100,18 @@ class RunStore:
         with self._database.reading() as connection:
             return [_view(row) for row in connection.execute(query).mappings()]
 
+    def before(self, tenant_id: str, dag_id: str, started_at: float, limit: int) -> list[RunView]:
+        """The runs of a DAG that were started before that moment and have ended, the newest first."""
+        query = (
+            sa.select(*_COLUMNS)
+            .where(_RUN.c.tenant_id == tenant_id, _RUN.c.dag_id == dag_id, _RUN.c.started_at < started_at)
+            .where(_RUN.c.ended_at.is_not(None))
+            .order_by(_RUN.c.started_at.desc())
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [_view(row) for row in connection.execute(query).mappings()]
+
     def latest(self, tenant_id: str, dag_id: str) -> str:
         """The id of the run that was started last, or of the one that the newest task instance names.
 
@@ -146,6 +158,15 @@ class RunStore:
         """Every try of a run, a younger one of a task after an older one."""
         with self._database.reading() as connection:
             return _tries(connection, tenant_id, dag_id, run_id)
+
+    def task_seconds(self, tenant_id: str, dag_id: str, run_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+        """How long the tasks that succeeded in these runs of a DAG ran, in seconds: run → task → its last success."""
+        found: dict[str, dict[str, float]] = {}
+        with self._database.reading() as connection:
+            rows = connection.execute(task_instance_sql.times_of_runs(tenant_id, dag_id, run_ids))
+            for run_id, task_id, started_at, ended_at in rows:
+                found.setdefault(run_id, {})[task_id] = ended_at - started_at
+        return found
 
     # -- clearing -----------------------------------------------------------------------------------------------
 

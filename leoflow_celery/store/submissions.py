@@ -143,6 +143,18 @@ class SubmissionStore:
         with self._database.transaction() as connection:
             connection.execute(task_instance_sql.mark_sent(), rows)
 
+    def replace_request(self, seen: TaskInstanceView, sealed_request: str) -> bool:
+        """Give a try another request; False when it has ended, or has another one than it was seen with."""
+        values = {**attempt_parameters(seen.attempt), "p_before": seen.sealed_request, "p_after": sealed_request}
+        with self._database.transaction() as connection:
+            return connection.execute(task_instance_sql.replace_request(), values).rowcount > 0
+
+    def live(self, executor: ExecutorType) -> tuple[int, int]:
+        """How many live tries of an executor were not started yet, and how many were."""
+        with self._database.reading() as connection:
+            waiting, started = connection.execute(task_instance_sql.count_live(), {"p_executor": executor.value}).one()
+        return waiting, started
+
     def unsent(self, grace_seconds: float, limit: int = 500) -> list[TaskInstanceView]:
         """Unclaimed tries whose message is due and was not sent; the grace spares submits that are under way."""
         return self._views(task_instance_sql.unsent(grace_seconds, limit))
@@ -233,6 +245,8 @@ def _row(item: NewTry, state: TaskState) -> dict[str, Any]:
         "staging_claim": item.staging_claim,
         "memory_limit": item.memory_limit,
         "oom_memory_factor": item.oom_memory_factor,
+        "owner": request.owner,
+        "relaunch": request.relaunch.value,
     }
 
 

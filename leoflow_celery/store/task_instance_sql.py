@@ -18,8 +18,18 @@ from typing import Any
 import sqlalchemy as sa
 
 from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.request import RelaunchMode
 from leoflow_celery.domain.states import TERMINAL, TaskState, sources_of
-from leoflow_celery.store.models import LIVE, DatabaseTime, TaskCompletion, TaskInstance, is_ahead, is_over, table_of
+from leoflow_celery.store.models import (
+    LIVE,
+    UNNUMBERED,
+    DatabaseTime,
+    TaskCompletion,
+    TaskInstance,
+    is_ahead,
+    is_over,
+    table_of,
+)
 from leoflow_celery.store.views import needs_host
 
 TABLE = table_of(TaskInstance)
@@ -85,10 +95,11 @@ def _from_states(to_state: TaskState) -> Condition:
 def _runs_at() -> Condition:
     """The attempt was given to ``p_back_end``: it runs there, or nobody told yet and its queue leads there.
 
-    ``p_back_end_queue`` is the queue of that back end alone.
+    ``p_back_end_queue`` is the queue of that back end alone, ``p_back_end_places`` is like all of its places.
     """
+    is_there = sa.or_(_T.back_end == sa.bindparam("p_back_end"), _T.back_end.like(sa.bindparam("p_back_end_places")))
     is_own_queue = sa.or_(_T.queue_name == "", _T.queue_name == sa.bindparam("p_back_end_queue"))
-    return sa.or_(_T.back_end == sa.bindparam("p_back_end"), sa.and_(_T.back_end == "", is_own_queue))
+    return sa.or_(is_there, sa.and_(_T.back_end == "", is_own_queue))
 
 
 def ended_try(task_instance_id: sa.ColumnElement[str], try_number: sa.ColumnElement[int]) -> Condition:
@@ -199,6 +210,21 @@ def set_queue() -> sa.Executable:
     return sa.update(TABLE).where(of_try(TABLE)).values(queue_name=sa.bindparam("p_queue"))
 
 
+@cache
+def replace_request() -> sa.Executable:
+    """The live try has the request ``p_after``, if it still has ``p_before``."""
+    is_same = _T.sealed_request == sa.bindparam("p_before")
+    return sa.update(TABLE).where(of_try(TABLE), is_live(), is_same).values(sealed_request=sa.bindparam("p_after"))
+
+
+@cache
+def count_live() -> Rows:
+    """How many live tries of ``p_executor`` were not started yet, and how many were."""
+    is_started = sa.or_(_T.holder.is_not(None), _T.launched_at.is_not(None))
+    started = sa.func.count(sa.case((is_started, 1)))
+    return sa.select(sa.func.count() - started, started).where(is_live(), _T.executor == sa.bindparam("p_executor"))
+
+
 def unsend(since: float, until: float | None = None) -> sa.Update:
     """Messages that the broker took since then are to be sent again, unless their launch is known to have begun."""
     is_waiting = sa.and_(_T.holder.is_(None), _T.launched_at.is_(None), _T.sent_at >= since)
@@ -209,7 +235,8 @@ def unsend(since: float, until: float | None = None) -> sa.Update:
 
 def unsent(grace_seconds: float, limit: int) -> Rows:
     """Unclaimed tries whose message is due and was not sent."""
-    # A delay is no longer than the step that makes queued_at impossible.
+    # Of a clock that was set back: a delay of ours is no longer than the step that makes queued_at impossible, and a
+    # task that asked for a later time looks once too early.
     is_time = sa.or_(_T.send_after <= DatabaseTime(), is_ahead(_T.queued_at))
     is_due = sa.and_(_T.holder.is_(None), _T.sent_at.is_(None), ~_needs_host(), is_time)
     is_old = sa.or_(_T.launch > 1, is_over(_T.queued_at, grace_seconds))
@@ -385,12 +412,16 @@ def end(state: TaskState, conditions: frozenset[str]) -> sa.Executable:
 def next_launch(conditions: frozenset[str]) -> sa.Executable:
     """The try goes on with its next launch, queued now, to be sent ``p_delay`` seconds later.
 
-    ``p_growths`` is 1 when its memory limit grows.
+    ``p_growths`` is 1 when its memory limit grows, ``p_reschedules`` 1 when its task asked for it.
     """
+    reschedules = sa.bindparam("p_reschedules", type_=sa.Integer())
+    first = sa.case((reschedules == 1, sa.func.coalesce(_T.first_reschedule_at, DatabaseTime())))
     values: dict[str, object] = {
         "state": TaskState.QUEUED.value,
         "launch": _T.launch + 1,
         "oom_relaunches": _T.oom_relaunches + sa.bindparam("p_growths", type_=sa.Integer()),
+        "reschedules": _T.reschedules + reschedules,
+        "first_reschedule_at": sa.func.coalesce(first, _T.first_reschedule_at, type_=_T.first_reschedule_at.type),
         "queued_at": DatabaseTime(),
         "send_after": DatabaseTime(sa.bindparam("p_delay", type_=sa.Double())),
         "hostname": "",
@@ -410,6 +441,8 @@ def _ending(state: TaskState, names: frozenset[str], values: dict[str, object]) 
         "executor": _T.executor == sa.bindparam("p_executor"),
         "back_end": _runs_at(),
         "uncancelled": _T.cancel_requested_at.is_(None),
+        # The user's code may have begun since the row was read.
+        "startable": sa.or_(_T.relaunch != RelaunchMode.BEFORE_START.value, _T.started_at.is_(None)),
     }
     return (
         sa.update(TABLE)
@@ -483,10 +516,49 @@ def expected(executors: Collection[str]) -> Rows:
 def oldest_waiting() -> Rows:
     """(executor, queue name, time, now): since when the oldest try of each launch queue has waited for a worker."""
     since = sa.func.min(sa.func.coalesce(_T.sent_at, _T.queued_at), type_=_T.queued_at.type)
-    waiting = sa.and_(is_live(), _T.holder.is_(None), _T.launched_at.is_(None))
+    is_due = sa.or_(_T.sent_at.is_not(None), _T.send_after <= DatabaseTime())
+    waiting = sa.and_(is_live(), _T.holder.is_(None), _T.launched_at.is_(None), is_due)
     return (
         sa.select(_T.executor, _T.queue_name, since, DatabaseTime()).where(waiting).group_by(_T.executor, _T.queue_name)
     )
+
+
+# -- the feed of ends --------------------------------------------------------------------------------------------------
+
+
+def _is_unnumbered() -> Condition:
+    """The condition the partial index on ends without a number was made for; without a type, as in ``is_live``."""
+    return sa.literal_column(f"({UNNUMBERED.text})")
+
+
+@cache
+def any_unnumbered() -> Rows:
+    """Whether an end has no number yet."""
+    return sa.select(_T.try_number).where(_is_unnumbered()).limit(1)
+
+
+@cache
+def unnumbered(locking: bool) -> Rows:
+    """Up to ``p_limit`` ends without a number, the oldest first; with ``locking`` those that nobody changes now."""
+    query = sa.select(_T.task_instance_id, _T.try_number).where(_is_unnumbered())
+    order = (_T.ended_at, _T.task_instance_id, _T.try_number)
+    query = query.order_by(*order).limit(sa.bindparam("p_limit", type_=sa.Integer()))
+    return query.with_for_update(skip_locked=True) if locking else query
+
+
+@cache
+def number_end() -> sa.Executable:
+    """The try's end is ``p_number`` in the feed."""
+    return sa.update(TABLE).where(of_try(TABLE)).values(end_number=sa.bindparam("p_number"))
+
+
+@cache
+def ends(owned: bool) -> Rows:
+    """Up to ``p_limit`` ends after ``p_after`` and up to ``p_last``; ``owned``: those of ``p_owner``."""
+    query = sa.select(*_ROW).where(_T.end_number > sa.bindparam("p_after"), _T.end_number <= sa.bindparam("p_last"))
+    if owned:
+        query = query.where(_T.owner == sa.bindparam("p_owner"))
+    return query.order_by(_T.end_number).limit(sa.bindparam("p_limit", type_=sa.Integer()))
 
 
 # -- runs and history --------------------------------------------------------------------------------------------------
@@ -496,6 +568,20 @@ def of_run(tenant_id: str, dag_id: str, run_id: str) -> Rows:
     """Every try of a run, a younger one of a task instance after an older one."""
     is_run = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id, _T.run_id == run_id)
     return sa.select(*_ROW).where(is_run).order_by(_T.try_number)
+
+
+def ids_of_run(tenant_id: str, dag_id: str, run_id: str) -> sa.Select[tuple[str]]:
+    """The task instances of a run."""
+    is_run = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id, _T.run_id == run_id)
+    return sa.select(_T.task_instance_id).where(is_run).distinct()
+
+
+def times_of_runs(tenant_id: str, dag_id: str, run_ids: Collection[str]) -> Rows:
+    """(run, task, try, start, end) of what succeeded in these runs of a DAG, a younger try after an older one."""
+    is_one = sa.and_(_T.tenant_id == tenant_id, _T.dag_id == dag_id, _T.run_id.in_(run_ids))
+    has_run = sa.and_(_T.state == TaskState.SUCCESS.value, _T.started_at.is_not(None))
+    columns = sa.select(_T.run_id, _T.task_id, _T.started_at, _T.ended_at)
+    return columns.where(is_one, has_run).order_by(_T.try_number)
 
 
 def latest_run(tenant_id: str, dag_id: str) -> sa.Select[tuple[str]]:

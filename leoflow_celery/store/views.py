@@ -62,6 +62,8 @@ class TaskInstanceView:
     memory_limit: int
     oom_memory_factor: float
     oom_relaunches: int
+    reschedules: int
+    first_reschedule_at: float | None
     queued_at: float
     send_after: float
     sent_at: float | None
@@ -69,6 +71,10 @@ class TaskInstanceView:
     started_at: float | None
     ended_at: float | None
     cancel_requested_at: float | None
+    owner: str
+    relaunch: str
+    #: Its place in the feed of ends; None while it has none yet.
+    end_number: int | None
     #: When this was read: what ages are measured against.
     read_at: float = field(compare=False)
 

@@ -14,6 +14,7 @@ import json
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +28,7 @@ from kombu.exceptions import OperationalError
 from redis import exceptions as redis_errors
 
 from leoflow_celery import metrics
+from leoflow_celery.background import Periodic
 from leoflow_celery.domain.attempt import AttemptId
 from leoflow_celery.domain.canvas import permitted_context
 from leoflow_celery.domain.outcome import FinalEvent, Outcome
@@ -46,6 +48,10 @@ log = logging.getLogger(__name__)
 LEASE_SECONDS = 10
 #: As many callbacks at most are sent again, under the same ids, after a worker that was killed.
 _MARKED_TOGETHER = 5
+#: What was told is marked so much later, far within the lease.
+_MARK_SECONDS = 0.2
+#: The parts of a context by which messages are sent.
+_SUCCESSORS = ("callbacks", "errbacks", "chain", "chord")
 #: What one completion meets as well as the next one.
 _AWAY = (
     *(Unavailable, OperationalError, OSError),
@@ -106,8 +112,12 @@ def _complete(
     taken_at: float,
     ended: Callable[[Waiting], Ended],
 ) -> int:
-    """Complete what was taken under one lease, marking it done in small groups: those are told again after a crash."""
+    """Complete what was taken under one lease, marking it done in small groups: those are told again after a crash.
+
+    What has no more to tell than its result is marked a moment later, together with others.
+    """
     completions, count = services.store.completions, 0
+    marks = services.part(DoneMarks, lambda: DoneMarks(completions.done))
     done: list[Waiting] = []
     try:
         for item in waiting:
@@ -116,13 +126,60 @@ def _complete(
                 break  # another worker goes on with them
             if _completed(app, services, item, ended):
                 count += 1
-                done.append(item)
+                if _sends_more(item):
+                    done.append(item)
+                else:
+                    marks.put(item)
             if len(done) >= _MARKED_TOGETHER:
                 marking, done = done, []
                 completions.done(marking)
     finally:
         completions.done(done)
     return count
+
+
+def _sends_more(item: Waiting) -> bool:
+    """Whether completing it sent messages, or may have: those are not to be sent again without need."""
+    return bool(item.result_callback) or any(item.context.get(name) for name in _SUCCESSORS)
+
+
+class DoneMarks:
+    """Marks done what has its result, in groups, from a thread of its own.
+
+    A worker that dies before loses marks: another one writes the same results again, when the lease has run out. Only
+    for what sends nothing but its result.
+    """
+
+    def __init__(self, mark: Callable[[Sequence[Waiting]], None]) -> None:
+        self._mark = mark
+        self._told: deque[Waiting] = deque()
+        self._turns = Periodic(
+            self.flush, _MARK_SECONDS, name="leoflow-done", failed="completion.not_marked", at_once=False
+        )
+
+    def put(self, told: Waiting) -> None:
+        """It has its result."""
+        self._told.append(told)
+        self._turns.start()
+
+    def flush(self) -> None:
+        """Mark what was told until now; what cannot be marked is tried again.
+
+        Raises:
+            Whatever the store raises.
+        """
+        told = [self._told.popleft() for _ in range(len(self._told))]
+        try:
+            if told:
+                self._mark(told)
+        except Exception:
+            self._told.extendleft(reversed(told))
+            raise
+
+    def close(self) -> None:
+        """Mark what is left."""
+        self._turns.stop(wait_seconds=None)
+        self._turns.turn()
 
 
 def _completed(app: Celery, services: Services, item: Waiting, ended: Callable[[Waiting], Ended]) -> bool:
@@ -284,10 +341,16 @@ def advance_view(task: LeoflowTask, view: TaskInstanceView, ended: Ended | None 
         _send_launch(task, view)
 
 
+#: A launch that is due later than that waits in SQL alone.
+_SWEPT_SECONDS = 60.0
+
+
 def _send_launch(task: LeoflowTask, view: TaskInstanceView) -> None:
     delay = view.send_after - view.read_at
     # Unless it was written before the database's clock was set back: a delay begins when the try was queued.
     if delay > 0 and view.queued_at <= view.read_at + 1:
+        if delay > _SWEPT_SECONDS:
+            return  # the sweep of what was not sent finds it in its time; a message would wait in a worker meanwhile
         task.publisher.advance_try(view.task_instance_id, view.try_number, countdown_seconds=delay)
         return
     try:

@@ -31,6 +31,8 @@ from leoflow_celery.queueing.messages import EXECUTOR_OF, AttemptEnded, M, open_
 from leoflow_celery.queueing.publisher import Publisher
 from leoflow_celery.services import Services
 
+log = logging.getLogger(__name__)
+
 
 def our_app(app: Celery) -> LeoflowCelery:
     """The app that a task of ours runs in.
@@ -189,7 +191,6 @@ def reporter(app: Celery, executor_type: ExecutorType) -> FailureReporter:
     return report
 
 
-log = logging.getLogger(__name__)
 #: A worker that died in one of these tasks is replaced after it. A living one renews its lease.
 _LEASE_SECONDS = 10
 

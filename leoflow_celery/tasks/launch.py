@@ -72,9 +72,9 @@ def launch(self: LeoflowTask, sealed: str) -> str:
         reason = parse_reason(error.reason, FailureReason.INVALID_SPEC)
         _report_failure(self, order.attempt, Outcome.failed(reason, error.message))
     else:
-        back_end = BackEnd(executor, launched.host)
+        back_end = BackEnd(executor, launched.host, launched.place)
         host = launched.host or self.services.hostname
-        _leave_note(self, LaunchReport(order.attempt, launched.external_name, host, str(back_end)))
+        _leave_note(self, LaunchReport(order.attempt, launched.external_name, host, back_end.address))
         return f"launched {launched.external_name}"
     return "not launched"
 

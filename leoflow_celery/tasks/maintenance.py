@@ -26,6 +26,7 @@ from leoflow_celery.domain.reap import (
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.routing import QUEUE_OF, RESULTS_QUEUE, ExecutorType, TaskName, host_queue
 from leoflow_celery.errors import BrokerUnavailable, DecryptionFailed
+from leoflow_celery.queueing.messages import open_request
 from leoflow_celery.queueing.publisher import requested_grace
 from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.presence import Kind
@@ -65,8 +66,9 @@ def _send(task: LeoflowTask, view: TaskInstanceView) -> bool:
 
 @maintenance_task(TaskName.COMPLETE_DUE)
 def complete_all(self: LeoflowTask, lease: RenewedLease) -> int:
-    """Complete what ended without being completed."""
+    """Complete what ended without being completed, and give ends that nobody has read their place in the feed."""
     total = 0
+    self.services.store.ends.number()
     while count := complete_due(self.app, self.services):
         total += count
         lease.check()
@@ -106,9 +108,25 @@ def _reap_silent(task: LeoflowTask, policy: ReapPolicy, lease: RenewedLease) -> 
         if may_judge(view.executor):
             last = view.last_heartbeat_at
             verdict = silent_verdict(None if last is None else view.read_at - last, policy)
+            once = _made_once(task, view)
+            if once:
+                text = f"{verdict.message}; its {once} may have been made, and is sent once unless"
+                verdict = replace(verdict, message=f"{text} http_request.attempts says more")
             # It may have woken up since it was read: only silence since then ends it.
-            count += _give_up(task, view, verdict, FinishCondition(silent_since=view.last_seen_at))
+            condition = FinishCondition(silent_since=view.last_seen_at)
+            count += _give_up(task, view, verdict, condition, may_relaunch=not once)
     return count
+
+
+def _made_once(task: LeoflowTask, view: TaskInstanceView) -> str:
+    """The method of an inline call that may not be made a second time within the try; empty for any other task."""
+    if view.executor != ExecutorType.INLINE:
+        return ""
+    try:
+        call = open_request(task.services.keys, view.sealed_request).http_request
+    except DecryptionFailed:
+        return ""  # nobody can make it again
+    return call.method if call is not None and not call.may_be_made_again else ""
 
 
 def _reap_queued(task: LeoflowTask, policy: ReapPolicy, lease: RenewedLease) -> int:

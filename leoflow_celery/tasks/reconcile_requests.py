@@ -5,6 +5,7 @@ Only to back ends that announced themselves: nobody would consume the queue of a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -46,13 +47,15 @@ def _of_host(expectation: Expectation, back_end: BackEnd) -> Expectation:
 @maintenance_task(TaskName.REQUEST_STAGING)
 def collect_staging(self: LeoflowTask, lease: RenewedLease) -> int:
     """Send every present back end the staging volumes to delete, and those to keep."""
-    now, ttl = self.services.store.now(), self.services.settings.staging.ttl_seconds
+    begun, ttl = time.monotonic(), self.services.settings.staging.ttl_seconds
+    now = self.services.store.now()
     volumes = self.services.store.staging.list_active()
     # Never bound to a host, so it never came into being.
     _mark_deleted(self, plan_staging((one for one in volumes if one.backend == ExecutorType.DOCKER), now, ttl))
     for one in present_back_ends(self):
         lease.check()
         plan = plan_staging((volume for volume in volumes if volume.backend == str(one)), now, ttl)
+        plan = replace(plan, age_seconds=time.monotonic() - begun)
         interval = self.services.settings.maintenance.staging_interval_seconds
         self.publisher.collect_staging(one, CollectStaging(plan), interval)
     return 0

@@ -122,7 +122,7 @@ def record_end(self: LeoflowTask, speaker: str, sealed: str) -> None:
         log.warning("record.unknown", extra={"attempt": str(identity), "outcome": outcome.state.value})
         return
     back_end = BackEnd(executor, ended.host)
-    if view.executor != executor or view.back_end not in ("", str(back_end)):
+    if view.executor != executor or (view.back_end and BackEnd.parse(view.back_end) != back_end):
         raise self.refused(f"attempt {identity} was not given to {back_end}")
     outcome, xcoms = _with_value(self, view, outcome, ended.return_value)
     if outcome.state is TaskState.FAILED and not outcome.log_tail:

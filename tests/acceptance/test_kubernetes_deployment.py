@@ -80,8 +80,8 @@ def test_the_deployed_system_becomes_ready_and_runs_a_dag_of_pods(deployment: De
     assert ran.returncode == 0, f"{ran.stdout}{ran.stderr}\n{deployment.logs()}"
     with environment(settings_of(deployment)), Client(Settings.load()) as client:
         assert client.xcom("deployed", "one", "second") == 42
-        hosts = {view.back_end for view in client.task_instances("deployed", "one")}
-    assert hosts == {"kubernetes"}
+        places = {view.back_end for view in client.task_instances("deployed", "one")}
+    assert places == {f"kubernetes/{deployment.tasks.name}"}
     wait_until(lambda: not deployment.tasks.leftovers(), 120, lambda: str(deployment.tasks.leftovers()), 0.5)
 
     flower = f"http://{deployment.pod_address('flower')}:5555/api/workers"

@@ -41,9 +41,7 @@ def deployed(
         "KUBERNETES_STARTUP_PATIENCE_SECONDS": 30,
         # A launch that a dead worker left half done is finished by its redelivery, however slow the machine is.
         "KUBERNETES_PENDING_TIMEOUT_SECONDS": 120,
-        "KUBERNETES_HOLD_PODS": "true",
     }
-    module_namespace.exchanging_worker_kubeconfig()  # the right to patch pods: it holds them
     with KubernetesSystem(directory, shared_redis.url(), url, module_namespace, **overrides) as system:
         system.start_all()
         yield system

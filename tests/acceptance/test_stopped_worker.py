@@ -11,6 +11,7 @@ import pytest
 
 from leoflow_celery.client import Client
 from leoflow_celery.domain.states import TaskState
+from leoflow_celery.errors import TaskFailed
 from tests.support.http_target import HttpTarget
 from tests.support.process import ManagedProcess
 from tests.support.redis_server import RedisServer
@@ -86,6 +87,24 @@ def test_a_call_under_way_is_taken_over_after_the_lease_and_its_first_answer_cou
         assert handle.get(timeout=10) == value
         after = handle.task_instance()
         assert (after.state, after.launch, after.ended_at) == (TaskState.SUCCESS, 2, view.ended_at)
+
+
+def test_a_post_under_way_is_not_made_again(system: System) -> None:
+    client = system.client
+    first = system.start_worker("workers.inline", name="first")
+    with HttpTarget() as target:
+        handle = client.submit(http_task(target.hold("post"), method="POST"))
+        wait_until(lambda: target.calls["post"] == 1, 30, "the call")
+        send(first, signal.SIGSTOP)
+        system.start_worker("workers.inline", name="second")
+        with pytest.raises(TaskFailed) as caught:
+            handle.get(timeout=90)
+        assert caught.value.reason == "agent_lost"
+        assert "its POST may have been made, and is sent once" in caught.value.message
+        send(first, signal.SIGCONT)
+        target.release("post")
+        run_as_usual(client, target, "after")
+        assert (target.calls["post"], handle.task_instance().launch) == (1, 1)
 
 
 def test_a_task_goes_on_while_the_worker_that_started_it_stands_still(system: System, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -45,6 +46,41 @@ class Browser:
 
         return WebDriverWait(self._driver, _PAGE_SECONDS).until(shown, f"{text!r} in {selector} of {self.url}")
 
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a script returns; ``arguments`` are those of its function."""
+        return self._driver.execute_script(script, *arguments)
+
+    def press(self, *keys: str) -> None:
+        """Keys, one after the other, wherever the focus is; ``selenium.webdriver.Keys`` names the others."""
+        ActionChains(self._driver).send_keys(*keys).perform()
+
+    def click(self, selector: str) -> None:
+        """A click where the first element is, as a user can do it: nothing may be in the way."""
+        self._driver.find_element(By.CSS_SELECTOR, selector).click()
+
+    def write(self, selector: str, text: str) -> None:
+        """Text into a field, instead of what was there."""
+        field = self._driver.find_element(By.CSS_SELECTOR, selector)
+        field.clear()
+        field.send_keys(text)
+
+    def screen(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
+        """The size of the page in CSS pixels, and what the user's system prefers."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
+        self._driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def accessibility(self) -> list[dict[str, Any]]:
+        """What a screen reader is told: the nodes that are not ignored."""
+        nodes = self._driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        return [node for node in nodes if not node["ignored"]]
+
+    def complaints(self) -> list[str]:
+        """Errors of the console since the last look: scripts', policies' and of what could not be loaded."""
+        entries = self._driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
     @property
     def url(self) -> str:
         return self._driver.current_url
@@ -68,6 +104,7 @@ def browsing(user: str, password: str) -> Iterator[Browser]:
         require("chromium", "no chromium and chromedriver on the machine (Debian: chromium, chromium-driver)")
     options = ChromeOptions()
     options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with tempfile.TemporaryDirectory() as profile:
         for option in (*_OPTIONS, f"--user-data-dir={profile}"):
             options.add_argument(option)

@@ -161,12 +161,7 @@ class Namespace:
     def worker_kubeconfig(self) -> Path:
         """The file of a service account bound to exactly the Role that ``deploy/kubernetes`` gives the k8s worker."""
         if not self._exists(f"{_RBAC}/namespaces/{self.name}/rolebindings/{_WORKER}"):
-            self._bind_worker(worker_role())
-        return self._write_kubeconfig("worker", self.token_of(_WORKER))
-
-    def exchanging_worker_kubeconfig(self) -> Path:
-        """The same with what the component ``token-exchange`` adds; in a namespace whose worker is not bound yet."""
-        self._bind_worker(exchanging_worker_role())
+            self._bind_worker()
         return self._write_kubeconfig("worker", self.token_of(_WORKER))
 
     def gateway_kubeconfig(self) -> Path:
@@ -203,12 +198,12 @@ class Namespace:
         path = self.path("serviceaccounts", service_account, "token")
         return str(self.api.call("POST", path, body)["status"]["token"])
 
-    def _bind_worker(self, role: Manifest) -> None:
+    def _bind_worker(self) -> None:
         self._create_service_account(_WORKER)
         binding = _manifest("role-binding.yaml")
         for subject in binding["subjects"]:
             subject["namespace"] = self.name
-        self.api.call("POST", f"{_RBAC}/namespaces/{self.name}/roles", role)
+        self.api.call("POST", f"{_RBAC}/namespaces/{self.name}/roles", worker_role())
         self.api.call("POST", f"{_RBAC}/namespaces/{self.name}/rolebindings", binding)
 
     def _create_service_account(self, name: str) -> None:
@@ -370,16 +365,6 @@ class Namespace:
 def worker_role() -> Manifest:
     """The Role of the k8s worker, as deployed."""
     return _manifest("role.yaml")
-
-
-def exchanging_worker_role() -> Manifest:
-    """The same where tokens are exchanged: with the verbs that the component's patch adds."""
-    role, component = worker_role(), yaml.safe_load((EXCHANGE_DIRECTORY / "kustomization.yaml").read_text())
-    (patch,) = [yaml.safe_load(one["patch"]) for one in component["patches"] if one["target"]["kind"] == "Role"]
-    for added in patch:
-        assert (added["op"], added["path"]) == ("add", "/rules/0/verbs/-")
-        role["rules"][0]["verbs"].append(added["value"])
-    return role
 
 
 def gateway_rights() -> list[Manifest]:

@@ -48,7 +48,7 @@ class KubernetesSystem(System):
         **overrides: object,
     ) -> None:
         self.namespace = namespace
-        worker = namespace.exchanging_worker_kubeconfig() if exchanges else namespace.worker_kubeconfig()
+        worker = namespace.worker_kubeconfig()
         self.api_proxy, path = self._proxied(worker, directory / "kubeconfig")
         self.gateway_proxy: TcpProxy | None = None
         self._gateway_env: dict[str, str] = {}

@@ -56,14 +56,31 @@ def test_every_folder_with_code_is_a_package() -> None:
             assert (path.parent / "__init__.py").exists(), path.parent
 
 
-def test_the_client_libraries_that_exclude_each_other_are_pinned() -> None:
+def test_the_client_libraries_that_exclude_each_other_are_pinned(setup_cfg: configparser.ConfigParser) -> None:
     """kubernetes 37.0.2 and celery 5.7 want different dateutils; unpinned, pip takes an older celery in silence."""
-    requirements = [Requirement(text) for text in metadata.requires("leoflow-celery") or []]
-    by_name = {requirement.name: requirement for requirement in requirements}
-    assert by_name["celery"].specifier.contains("5.7.0")
-    assert not by_name["celery"].specifier.contains("5.6.3")
-    assert by_name["celery"].extras == {"redis"}
-    assert not by_name["kubernetes"].specifier.contains("37.0.2")
+    extras = setup_cfg["options.extras_require"]
+    worker = _by_name(extras["worker"])
+    for name in ("celery", "kombu"):
+        assert worker[name].specifier.contains("5.7.0")
+        assert not worker[name].specifier.contains("5.6.3")
+    for extra in ("kubernetes", "docker", "lite"):
+        assert _by_name(extras[extra])["leoflow-celery"].extras == {"worker"}
+    assert not _by_name(extras["kubernetes"])["kubernetes"].specifier.contains("37.0.2")
+
+
+def test_a_client_installs_beside_other_versions_of_celery(setup_cfg: configparser.ConfigParser) -> None:
+    """Airflow's Celery provider does not import with 5.7, and both must fit into one environment."""
+    celery = _by_name(setup_cfg["options"]["install_requires"])["celery"]
+    assert celery.extras == {"redis"}
+    assert [version for version in ("5.4.0", "5.5.3", "5.6.3", "5.7.0", "5.8.0") if version in celery.specifier] == [
+        "5.5.3",
+        "5.6.3",
+        "5.7.0",
+    ]
+
+
+def _by_name(text: str) -> dict[str, Requirement]:
+    return {requirement.name: requirement for requirement in map(Requirement, lines(text))}
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/adr/README.md"])

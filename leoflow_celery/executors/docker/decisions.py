@@ -67,7 +67,7 @@ def _over_deadline(end: End, deadline_seconds: int) -> bool:
 
 
 def _by_engine(end: End, record: TerminationRecord | None, claimed: bool) -> tuple[FailureReason, str]:
-    """With a record our agent was in it and came to no end, so it was not user code that ended the container."""
+    """With a record or a claim an agent was in it and told no end, so its exit code says nothing of the task."""
     if end.oom_killed and end.exit_code != 0:
         limit = f"its limit of {format_bytes(end.memory_limit)}" if end.memory_limit else "the memory of the host"
         return FailureReason.OOM_KILLED, f"the container was killed: it needed more memory than {limit}"
@@ -83,7 +83,7 @@ def _by_engine(end: End, record: TerminationRecord | None, claimed: bool) -> tup
         return FailureReason.CONTAINER_LOST, "the container ended with exit code 0 and without a report"
     if end.exit_code in (_TERMINATED, _INTERRUPTED):
         return FailureReason.INTERRUPTED, f"the container was stopped ({_how(end)})"
-    if record is not None or end.exit_code in (_KILLED, _LOST):
+    if record is not None or claimed or end.exit_code in (_KILLED, _LOST):
         return FailureReason.CONTAINER_LOST, f"the container ended without a report: {_how(end)}"
     return FailureReason.NON_ZERO_EXIT, f"the container ended with {_how(end)}"
 

@@ -68,10 +68,9 @@ class Ended:
             return self.is_here
         return record.claimed or (self.is_here and not self.claimed)
 
-    def seems_unclaimed(self, end: End, record: TerminationRecord | None) -> bool:
-        """Whether its success means nothing unless some agent had the claim, and SQL knows of none."""
-        succeeded = end.exit_code == 0 if record is None else record.state in (TaskState.SUCCESS, TaskState.SKIPPED)
-        return succeeded and not self.claimed
+    def seems_unclaimed(self, record: TerminationRecord) -> bool:
+        """Whether its success means nothing: some agent must have had the claim, and SQL knows of none."""
+        return record.state in (TaskState.SUCCESS, TaskState.SKIPPED) and not self.claimed
 
     def ended_since(self, end: End) -> bool:
         """Whether it may have claimed, and done all its work, since SQL was read."""
@@ -175,9 +174,9 @@ class Reconciler:
         if not ended.counts(record):
             log.info("docker.other_claimed", extra={"attempt": str(one.attempt), "attempt_name": one.name})
             return False
-        if ended.seems_unclaimed(end, record):
-            if ended.ended_since(end):
-                return False  # by the next expectation SQL knows whether an agent had the claim
+        if ended.ended_since(end) and not ended.claimed and (record is None or ended.seems_unclaimed(record)):
+            return False  # by the next expectation SQL knows whether an agent had the claim
+        if record is not None and ended.seems_unclaimed(record):
             record = None  # whoever wrote it was no agent of the attempt
         end = self._without_old_kill(one, end, record)
         tail = tuple(self._log_tail(one)) if record is None else ()

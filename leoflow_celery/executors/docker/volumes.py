@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.request import TaskRequest
@@ -50,7 +51,9 @@ class StagingVolumes:
 
     def collect(self, plan: StagingPlan) -> dict[str, str]:
         """Delete what the plan names and what nobody knows any more; returns what is gone, name → reason."""
+        begun = time.monotonic()
         labelled = self._engine.list_volumes(STAGING_VOLUMES)
+        plan = plan.by_clock_of(self._engine.clock.time(), time.monotonic() - begun)
         volumes = {one["Name"]: one for one in labelled if system_in(one.get("Labels")) == self._system}
         doomed = plan.doomed({name: seconds(one.get("CreatedAt")) for name, one in volumes.items()})
         return {name: reason for name, reason in doomed.items() if self._delete(name, is_ours=name in volumes)}

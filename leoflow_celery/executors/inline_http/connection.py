@@ -119,6 +119,8 @@ def _limited(sock: socket.socket, operation: Callable[[], Result]) -> Result:
 def _limit_send(sock: socket.socket) -> None:
     limits = current_limits()
     if limits is not None:
+        # What leaves this host cannot be taken back, and this process may have stood still until now.
+        limits.check_stop(at_once=True)
         sock.settimeout(max(limits.remaining(), 0.001))
 
 

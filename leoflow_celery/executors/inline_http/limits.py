@@ -51,14 +51,14 @@ class CallLimits:
         self.check_stop()
         return min(remaining, STOP_CHECK_SECONDS)
 
-    def check_stop(self) -> None:
-        """Ask ``should_stop``, at most every STOP_CHECK_SECONDS.
+    def check_stop(self, *, at_once: bool = False) -> None:
+        """Ask ``should_stop``, at most every STOP_CHECK_SECONDS unless ``at_once``.
 
         Raises:
             CallStopped: it said so.
         """
         now = time.monotonic()
-        if self.should_stop is None or now < self.next_stop_check:
+        if self.should_stop is None or (now < self.next_stop_check and not at_once):
             return
         self.next_stop_check = now + STOP_CHECK_SECONDS
         if self.should_stop():

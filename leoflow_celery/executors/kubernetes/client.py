@@ -6,6 +6,7 @@ Every call of ours may be made twice (objects have deterministic names), so a co
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import threading
@@ -52,6 +53,7 @@ class KubernetesApi:
 
     def __init__(self, connect: Callable[[], Connection], settings: KubernetesSettings, observer: Observer) -> None:
         self._connect, self._settings, self._observer = connect, settings, observer
+        self._namespace = ""
         self._connection = connect()
         #: What the API server's own times are compared with.
         self.clock = ServerClock()
@@ -77,7 +79,15 @@ class KubernetesApi:
     @property
     def namespace(self) -> str:
         """Where all task pods live."""
-        return self._connection.namespace
+        return self._namespace or self._connection.namespace
+
+    def within(self, namespace: str) -> KubernetesApi:
+        """The same server, with the same connections, in another namespace. Nothing to close."""
+        if namespace in ("", self.namespace):
+            return self
+        other = copy.copy(self)
+        other._namespace = namespace
+        return other
 
     def path(self, resource: str, name: str = "", subresource: str = "") -> str:
         """Of a core/v1 resource in our namespace: ``path("pods", "a", "log")``."""
@@ -127,6 +137,15 @@ class KubernetesApi:
         body = {**kind, "spec": {"resourceAttributes": attributes}}
         answer = self.ask(_RIGHTS_PATH, body, operation="create_selfsubjectaccessreview")
         return (answer.get("status") or {}).get("allowed") is True
+
+    def may_release_pods(self) -> bool:
+        """Whether ``release_pod`` may do what it does; no as well where nobody may ask."""
+        try:
+            return self.may({"verb": "patch", "resource": "pods", "namespace": self.namespace})
+        except ApiError as error:
+            if error.status == 403:
+                return False
+            raise
 
     def release_pod(self, name: str, uid: str) -> None:
         """Take our finalizer off this very pod, and touch no other; nothing to do when there is none, or no such pod.

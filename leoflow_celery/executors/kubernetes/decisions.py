@@ -213,8 +213,9 @@ def _end(
     if record is not None:
         return PodReport(cause_of_agent_death(pod), wants_log_tail=pod.has_run)
     outcome = cause_of_agent_death(pod) if expected.claimed and pod.has_run else cause_of_end(pod)
-    if outcome.exit_code == 0 and not settled:
-        return None  # an agent that leaves no record may have reported all the same
+    may_have_called = outcome.exit_code == 0 or (outcome.reason is FailureReason.NON_ZERO_EXIT and not expected.claimed)
+    if may_have_called and pod.has_run and not settled:
+        return None  # an agent that leaves no record may have claimed, or reported, since SQL was read
     return PodReport(outcome, wants_log_tail=pod.has_run or pod.failed_init is not None)
 
 
@@ -246,6 +247,15 @@ def _record(pod: PodState, expected: ExpectedAttempt) -> TerminationRecord | Non
 def is_missing(expected: ExpectedAttempt, read_at: float, policy: ReconcilePolicy) -> bool:
     """Whether an attempt without a pod, in a complete list, has lost it."""
     return expected.launched_before(read_at - policy.margin_seconds)
+
+
+def is_pod_of(pod: PodState, expected: ExpectedAttempt, policy: ReconcilePolicy) -> bool:
+    """Whether a pod of an attempt's name is the one that was launched for it, whatever system it is labelled with.
+
+    One that was made after the launch was recorded is another system's, which runs the same DAG: ours was gone by then.
+    """
+    made_by = (expected.launched_at or 0.0) + policy.margin_seconds
+    return pod.attempt == expected.attempt and pod.created_at <= made_by
 
 
 def missing_outcome(expected: ExpectedAttempt) -> Outcome:

@@ -62,7 +62,8 @@ class KubernetesExecutor:
         )
         self._reconciler = Reconciler(self._api, self._settings, reporter, observer)
         self._collector = StagingCollector(self._api, self._settings)
-        self._may_hold, self._asked_at = False, float("-inf")
+        self._may_hold: bool | None = None
+        self._asked_at = float("-inf")
 
     def execute(self, launch: LaunchSpec) -> Launched:
         """Create the staging claim, the pod and its Secret or voucher, as far as they are not there.
@@ -83,7 +84,8 @@ class KubernetesExecutor:
                 found, already = self._create(launch, pod)
                 if awaited := _awaited_secret(found):
                     self._create_secret(launch, awaited, found["metadata"]["uid"])
-        return Launched(launch.name, already, details={"uid": found["metadata"]["uid"]})
+        uid = found["metadata"]["uid"]
+        return Launched(launch.name, already, place=self._api.namespace, details={"uid": uid})
 
     def cancel(self, name: str, grace_seconds: float) -> None:
         """Delete the pod when it is ours: SIGTERM now, SIGKILL after the grace, which is a second at least.
@@ -118,19 +120,24 @@ class KubernetesExecutor:
         return {**pod, "metadata": {**metadata, **({"finalizers": finalizers} if finalizers else {})}}
 
     def _may_release(self) -> bool:
-        """Whether we may patch pods, as the API server said last; no when it says nothing."""
+        """Whether we may patch pods, as the API server said last; no when it says nothing.
+
+        A missing right is said when it is first seen missing: launches go on, only a drained node may cost an end.
+        """
         if time.monotonic() - self._asked_at >= _RIGHTS_SECONDS:
-            right = {"verb": "patch", "resource": "pods", "namespace": self._api.namespace}
             try:
-                self._may_hold = self._api.may(right)
+                may = self._api.may_release_pods()
             except ApiError as error:
                 log.warning("kubernetes.rights_unknown", extra={"error": str(error)})
                 return False
-            if not self._may_hold:
+            if not may and self._may_hold is not False:
                 needed = f"patch pods in namespace {self._api.namespace}"
-                log.warning("kubernetes.pods_not_held", extra={"missing_right": needed})
-            self._asked_at = time.monotonic()
-        return self._may_hold
+                told = (
+                    "a task whose pod is deleted before its end is recorded runs again; docs/kubernetes.md, 'Held pods'"
+                )
+                log.warning("kubernetes.pods_not_held", extra={"missing_right": needed, "consequence": told})
+            self._may_hold, self._asked_at = may, time.monotonic()
+        return bool(self._may_hold)
 
     def _secret_name(self, launch: LaunchSpec) -> str:
         """Of the Secret, should this call create the pod: never that of an earlier pod of the same name."""
@@ -257,7 +264,7 @@ class KubernetesExecutor:
 
     def _take_back(self, name: str, uid: str) -> None:
         try:
-            self._delete(name, uid, grace_seconds=0, held=self._settings.hold_pods)
+            self._delete(name, uid, grace_seconds=0, held=bool(self._may_hold))
         except ApiError as error:
             log.warning("kubernetes.pod_left_to_reconcile", extra={"attempt_name": name, "error": str(error)})
 

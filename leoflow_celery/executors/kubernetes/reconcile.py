@@ -1,7 +1,8 @@
 """``Reconciler``: compares the pods that exist with the attempts that SQL expects, and acts on the difference.
 
-One paged list, nothing else, unless there is something to report or to delete. An end that its agent could not report
-comes with the last lines that the pod's container printed.
+One paged list, nothing else, unless there is something to report or to delete. A pod that is not in the list is asked
+for by name, where it was launched, before it is called missing: it may have been made under other settings. An end that
+its agent could not report comes with the last lines that the pod's container printed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from leoflow_celery.domain.attempt import AttemptId
@@ -27,6 +28,7 @@ from leoflow_celery.executors.kubernetes.decisions import (
     ReconcilePolicy,
     decide_pod,
     is_missing,
+    is_pod_of,
     missing_outcome,
 )
 from leoflow_celery.executors.kubernetes.errors import ApiError, NotFound
@@ -95,6 +97,13 @@ def tail_of(text: str, lines: int) -> tuple[str, ...]:
     return tuple(reversed(kept))
 
 
+def _find(api: KubernetesApi, name: str) -> PodState | None:
+    try:
+        return observe(api.get(api.pods_path(name), operation="get_pod"))
+    except NotFound:
+        return None
+
+
 #: Pods dealt with at a time. More would take the connections of the launches beside us.
 _THREADS = 8
 
@@ -107,8 +116,16 @@ class _Done:
     deleted: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Away:
+    """A pod of ours that our list does not have."""
+
+    namespace: str
+    uid: str
+
+
 class Reconciler:
-    """Keeps nothing but the moment it looked last. Thread-safe as long as one reconcile runs at a time."""
+    """Keeps the moment it looked last, and which pods are not in its list. One reconcile runs at a time."""
 
     def __init__(
         self,
@@ -122,6 +139,7 @@ class Reconciler:
         self._observer = observer or Observer()
         self._policy = policy or ReconcilePolicy.of(settings)
         self._looked_at = time.monotonic()
+        self._away: dict[str, _Away] = {}
 
     def reconcile(self, expectation: Expectation) -> Reconciled:
         """One pass. What fails for one pod is tried again by the next pass, and stops no other.
@@ -134,7 +152,7 @@ class Reconciler:
         pods = self._list()
         expectation = expectation.by_clock_of(self._api.clock.time(), time.monotonic() - begun)
         self._observe(pods.values())
-        work = [*self._decided(pods, expectation), *self._missing(pods, expectation)]
+        work = [*self._decided(pods, expectation), *self._absent(pods, expectation)]
         done = list(self._in_parallel(work)) if work else []
         return Reconciled(len(pods), sum(one.reported for one in done), sum(one.deleted for one in done))
 
@@ -168,11 +186,12 @@ class Reconciler:
             if (decision := decide()) != KEEP:
                 yield partial(self._act, pod, expected, decision, decide)
 
-    def _missing(self, pods: dict[str, PodState], expectation: Expectation) -> Iterable[Callable[[], _Done]]:
+    def _absent(self, pods: dict[str, PodState], expectation: Expectation) -> Iterable[Callable[[], _Done]]:
         """Only ever called with a complete list: an incomplete one raised before."""
-        for name, expected in expectation.attempts.items():
-            if name not in pods and is_missing(expected, expectation.read_at, self._policy):
-                yield partial(self._report_missing, expected)
+        attempts = expectation.attempts
+        missing = {name for name, one in attempts.items() if is_missing(one, expectation.read_at, self._policy)}
+        for name in (missing | self._away.keys()) - pods.keys():
+            yield partial(self._look_for, name, attempts.get(name), expectation.read_at)
 
     def _in_parallel(self, work: list[Callable[[], _Done]]) -> Iterable[_Done]:
         with ThreadPoolExecutor(min(_THREADS, len(work)), thread_name_prefix="leoflow-reconcile") as pool:
@@ -209,10 +228,35 @@ class Reconciler:
             outcome = outcome.evolve(log_tail=fetch_log_tail(self._api, pod, self._settings.log_tail_lines))
         self._report(pod.name, attempt, outcome, report.return_value)
 
-    def _report_missing(self, expected: ExpectedAttempt) -> _Done:
+    def _look_for(self, name: str, expected: ExpectedAttempt | None, read_at: float) -> _Done:
+        """Ask for a pod by name, and judge it as one of the list; report the attempt whose pod there is none of."""
+        away = self._away.get(name)
+        api = self._api.within(away.namespace if away else expected.place if expected else "")
+        try:
+            pod = _find(api, name)
+        except ApiError as error:
+            fields = {"attempt_name": name, "namespace": api.namespace, "error": str(error)}
+            log.warning("kubernetes.pod_not_looked_up", extra=fields)
+            return _Done()
+        if pod is not None and (pod.uid == away.uid if away else expected and is_pod_of(pod, expected, self._policy)):
+            if away is None:
+                log.warning("kubernetes.pod_away", extra={"attempt_name": name, "namespace": api.namespace})
+                self._away[name] = _Away(api.namespace, pod.uid)
+            return self._judge_away(api, pod, expected, read_at)
+        self._away.pop(name, None)
+        if expected is None or not is_missing(expected, read_at, self._policy):
+            return _Done()
         outcome = explain(missing_outcome(expected), self._events(expected.name))
         self._report(expected.name, expected.attempt, outcome, None)
         return _Done(reported=True)
+
+    def _judge_away(self, api: KubernetesApi, pod: PodState, expected: ExpectedAttempt | None, read_at: float) -> _Done:
+        """With the means of its own namespace, and as a pod of our system."""
+        policy = replace(self._policy, system=pod.system)
+        there = Reconciler(api, self._settings, self._reporter, self._observer, policy)
+        decide = partial(decide_pod, pod, expected, read_at, self._api.clock.time(), policy)
+        decision = decide()
+        return _Done() if decision == KEEP else there._act(pod, expected, decision, decide)
 
     def _events(self, name: str, uid: str = "", kind: str = "Pod") -> list[PodEvent]:
         """An end without the words of the cluster is better than none."""

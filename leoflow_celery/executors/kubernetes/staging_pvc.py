@@ -9,6 +9,7 @@ cluster keeps a claim that any pod names: they go first.
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -29,6 +30,8 @@ from leoflow_celery.executors.kubernetes.labels import (
 from leoflow_celery.executors.kubernetes.merge import Json
 from leoflow_celery.executors.kubernetes.parse_pod import PodState, claims_of, observe, seconds
 from leoflow_celery.settings import KubernetesSettings
+
+log = logging.getLogger(__name__)
 
 _CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
 _DEFAULT_CLASS = ("storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class")
@@ -153,7 +156,6 @@ def _is_default(storage_class: Json) -> bool:
     return any(annotations.get(name) == "true" for name in _DEFAULT_CLASS)
 
 
-log = logging.getLogger(__name__)
 _THREADS = 4
 _RESOURCE = "persistentvolumeclaims"
 
@@ -190,7 +192,9 @@ class StagingCollector:
         Raises:
             ApiError: the list of claims could not be had to its end; nothing was concluded.
         """
+        begun = time.monotonic()
         claims = self._list()
+        plan = plan.by_clock_of(self._api.clock.time(), time.monotonic() - begun)
         doomed = plan.doomed({claim.name: claim.created_at for claim in claims.values()})
         if not doomed:
             return {}

@@ -27,6 +27,10 @@ class XComStore(Protocol):
         """Every live value of a run, ordered by task and key."""
         ...
 
+    def sizes_of_run(self, tenant_id: str, dag_id: str, run_id: str) -> list[tuple[XComKey, int]]:
+        """How many bytes each live value of a run has, ordered by task and key; no value is read."""
+        ...
+
     def delete_task(self, tenant_id: str, dag_id: str, run_id: str, task_id: str, connection: Any = None) -> None:
         """Forget all values of a task: it starts again."""
         ...

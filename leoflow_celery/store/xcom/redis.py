@@ -89,6 +89,17 @@ class RedisXComStore:
         return found
 
     @_mapped
+    def sizes_of_run(self, tenant_id: str, dag_id: str, run_id: str) -> list[tuple[XComKey, int]]:
+        keys = self._keys(tenant_id, dag_id, run_id)
+        with self._client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.exists(self._name(key))
+                pipe.hstrlen(self._name(key), "value")
+            answers = pipe.execute() if keys else []
+        pairs = zip(keys, answers[::2], answers[1::2], strict=True)
+        return [(key, int(size)) for key, is_there, size in pairs if is_there]
+
+    @_mapped
     def delete_task(self, tenant_id: str, dag_id: str, run_id: str, task_id: str, connection: Any = None) -> None:  # noqa: ARG002
         keys = [key for key in self._keys(tenant_id, dag_id, run_id) if key.task_id == task_id]
         if keys:

@@ -68,6 +68,16 @@ class SqlXComStore:
             rows = connection.execute(query).mappings().all()
         return [(XComKey(*(row[name] for name in _KEY)), _value(row)) for row in rows]
 
+    def sizes_of_run(self, tenant_id: str, dag_id: str, run_id: str) -> list[tuple[XComKey, int]]:
+        query = (
+            sa.select(*(_TABLE.c[name] for name in _KEY), sa.func.length(_TABLE.c.value))
+            .where(_TABLE.c.tenant_id == tenant_id, _TABLE.c.dag_id == dag_id, _TABLE.c.run_id == run_id)
+            .where(_TABLE.c.expires_at > DatabaseTime())
+            .order_by(_TABLE.c.task_id, _TABLE.c.key)
+        )
+        with self._database.reading() as connection:
+            return [(XComKey(*key), int(size)) for *key, size in connection.execute(query)]
+
     def delete_task(
         self, tenant_id: str, dag_id: str, run_id: str, task_id: str, connection: sa.Connection | None = None
     ) -> None:

@@ -191,6 +191,17 @@ def test_a_silent_holder_is_replaced_and_fenced_everywhere(store: Store) -> None
     assert store.attempts.get("ti-1").exit_code == 1
 
 
+def test_an_inline_attempt_is_not_taken_from_a_silent_holder(store: Store) -> None:
+    """Its call may have been made. The reaper judges, which knows what the call is."""
+    attempt = submit(store)
+    listened(store)
+    store.attempts.claim(attempt, "old", "host", EXPIRED, start=True)
+    with pytest.raises(ClaimRefused) as refused:
+        store.attempts.claim(attempt, "new", "host", LEASE_SECONDS, start=True)
+    assert refused.value.why == "held"
+    assert store.attempts.get("ti-1").holder == "old"
+
+
 @pytest.mark.parametrize(
     ("executor", "reaper_seconds", "gateway_seconds", "replaced"),
     [

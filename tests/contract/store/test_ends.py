@@ -46,6 +46,48 @@ def test_what_user_code_prints_can_always_be_recorded(store: Store) -> None:
     assert store.attempts.get("ti-1").message.startswith("nul ")
 
 
+class TestATaskThatLooksAgainLater:
+    def test_goes_on_with_the_next_launch_and_spends_nothing(self, store: Store) -> None:
+        attempt = submit(store)
+        for count in range(1, 6):  # more often than there are relaunches
+            claim(store, attempt)
+            finished = store.attempts.reschedule(attempt, "h1", 0)
+            assert (finished.recorded, finished.state) == (True, TaskState.QUEUED)
+            view = store.attempts.get("ti-1")
+            assert (view.launch, view.reschedules, view.holder, view.sent_at) == (count + 1, count, None, None)
+            attempt = view.attempt
+        assert event_names(store)[-1] == "rescheduled"
+        guard = claim(store, attempt)
+        assert store.attempts.finish(attempt, EVICTED, guard).relaunch is not None, "the budget is whole"
+
+    def test_waits_in_sql_until_then(self, store: Store) -> None:
+        attempt = submit(store)
+        claim(store, attempt)
+        before = store.attempts.get("ti-1").read_at
+        store.attempts.reschedule(attempt, "h1", 3_600)
+        view = store.attempts.get("ti-1")
+        assert view.send_after - before >= 3_599
+        assert view.first_reschedule_at is not None
+        assert list(store.submissions.unsent(0)) == []
+        assert store.reaper_queries.oldest_waiting() == {}
+        assert list(store.reaper_queries.waiting(0)) == []
+
+    def test_is_the_holders_alone_to_say(self, store: Store) -> None:
+        attempt = submit(store)
+        claim(store, attempt)
+        assert not store.attempts.reschedule(attempt, "another", 0).recorded
+        assert store.attempts.reschedule(attempt, "h1", 0).recorded
+        assert not store.attempts.reschedule(attempt, "h1", 0).recorded, "the next launch is not the last one's"
+        assert store.attempts.get("ti-1").launch == 2
+
+    def test_that_was_cancelled_ends(self, store: Store) -> None:
+        attempt = submit(store)
+        claim(store, attempt)
+        store.attempts.request_cancel("ti-1")
+        assert store.attempts.reschedule(attempt, "h1", 60).state is TaskState.FAILED
+        assert store.attempts.get("ti-1").reason == FailureReason.CANCELLED
+
+
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("state", list(TaskState))
 def test_every_transition_the_table_forbids_is_refused(store: Store, state: TaskState, end: TaskState) -> None:

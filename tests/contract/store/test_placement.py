@@ -15,6 +15,7 @@ from leoflow_celery.domain.routing import ExecutorType
 from leoflow_celery.domain.states import RunState, TaskState
 from leoflow_celery.errors import InvalidRequest, NotFound
 from leoflow_celery.store import Store
+from leoflow_celery.store.attempts import FinishCondition
 from leoflow_celery.store.models import DatabaseTime, TaskInstance, table_of
 from leoflow_celery.store.presence import BACK_END_GAP_SECONDS, Kind
 from leoflow_celery.store.views import Submitted
@@ -249,6 +250,20 @@ def test_the_first_server_that_started_an_attempt_is_the_one_recorded(store: Sto
     for host in ("h1", "h2"):
         store.attempts.launched([LaunchReport(attempt, "name", host, f"docker:{host}")])
     assert store.attempts.get("a").back_end == "docker:h1"
+
+
+@pytest.mark.parametrize("told", ["kubernetes", "kubernetes/team-a"])
+def test_the_place_of_an_attempt_is_recorded_and_makes_no_other_back_end(store: Store, told: str) -> None:
+    attempt = record(store, "a", K8S, staging_claim="").attempt
+    store.attempts.launched([LaunchReport(attempt, "name", "worker", told)])
+    assert store.attempts.get("a").back_end == told
+    (expected,) = store.reaper_queries.expectations({"kubernetes"})["kubernetes"].attempts.values()
+    assert (expected.host, expected.place) == ("", told.removeprefix("kubernetes").lstrip("/"))
+    end = Outcome.failed(FailureReason.UNSCHEDULABLE, "no room")
+    of_another = FinishCondition(back_end="docker:h1")
+    assert store.attempts.finish(attempt, end, of_another, may_relaunch=False).recorded is False
+    own = FinishCondition(executor="kubernetes", back_end="kubernetes")
+    assert store.attempts.finish(attempt, end, own, may_relaunch=False).recorded
 
 
 # -- what must exist outside -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from leoflow_celery.store import Store
 from leoflow_celery.store.attempts import Beat, FinishCondition
 from leoflow_celery.store.completions import Waiting
 from leoflow_celery.store.events import event_row
-from leoflow_celery.store.models import DagRun, TaskCompletion, TaskEvent, TaskInstance, table_of
+from leoflow_celery.store.models import Counter, DagRun, TaskCompletion, TaskEvent, TaskInstance, table_of
 from leoflow_celery.store.submissions import _completion_row, _row
 from tests.contract.store.rows import claim, new_try, submit
 from tests.support.statements import Statement, recorded
@@ -32,7 +32,9 @@ def long_store(store: Store) -> Store:
     completions = [{**_completion_row(item), "created_at": now, "done_at": now} for item in tries]
     times = dict.fromkeys(("queued_at", "send_after", "ended_at"), now)
     with store.database.transaction() as connection:
-        connection.execute(sa.insert(table_of(TaskInstance)), [_row(item, TaskState.SUCCESS) | times for item in tries])
+        rows = [_row(one, TaskState.SUCCESS) | times | {"end_number": n} for n, one in enumerate(tries, 1)]
+        connection.execute(sa.insert(table_of(TaskInstance)), rows)
+        connection.execute(sa.insert(table_of(Counter)).values(name="ends", value=HISTORY_ROWS))
         connection.execute(sa.insert(table_of(TaskCompletion)), completions)
         connection.execute(
             sa.insert(table_of(TaskEvent)),
@@ -63,7 +65,7 @@ def plan_of(store: Store, statement: Statement) -> list[str]:
 
 def full_scans(lines: list[str]) -> list[str]:
     """The lines that walk through all rows of a table, not through one of the partial indexes."""
-    partial = ("ix_task_instance_live", "ix_task_completion_open")
+    partial = ("ix_task_instance_live", "ix_task_completion_open", "ix_task_instance_unnumbered")
     tables = ("task_instance", "task_completion", "task_event")
     walks = [line for line in lines if "SCAN" in line or "Seq Scan on" in line]
     return [line for line in walks if any(t in line for t in tables) and not any(index in line for index in partial)]
@@ -101,8 +103,15 @@ CALLS: dict[str, Call] = {
     ),
     "mark deleted": lambda store: store.staging.mark_staging_deleted("claim", "orphaned", "kubernetes"),
     "cancel": lambda store: store.attempts.request_cancel("ti-3"),
+    "ended": lambda store: store.ends.ended(["old-7", "ti-1"]),
+    "ends": lambda store: store.ends.read(HISTORY_ROWS - 10),
+    "ends of an owner": lambda store: store.ends.read(HISTORY_ROWS - 10, "me"),
+    "number": lambda store: [submit(store, "ti-6"), store.attempts.request_cancel("ti-6"), store.ends.number()],
     "events": lambda store: store.events.of("ti-1"),
     "run": lambda store: store.runs.task_instances("default", "sales", "run-7"),
+    "events of a run": lambda store: store.events.of_run("default", "sales", "run-7"),
+    "results of a run": lambda store: store.completions.done_of_run("default", "sales", "run-7"),
+    "durations": lambda store: store.runs.task_seconds("default", "sales", ["run-7", "run-8"]),
 }
 
 

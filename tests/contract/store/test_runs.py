@@ -12,8 +12,8 @@ from leoflow_celery.domain.reasons import FailureReason
 from leoflow_celery.domain.states import RunState, TaskState
 from leoflow_celery.errors import InvalidRequest, NotFound
 from leoflow_celery.store import Store
-from leoflow_celery.store.models import DagRun, TaskClear, table_of
-from tests.contract.store.rows import new_try, race, submit
+from leoflow_celery.store.models import DagRun, TaskClear, TaskInstance, table_of
+from tests.contract.store.rows import claim, new_try, race, submit
 
 T = "default"
 
@@ -138,3 +138,56 @@ def test_what_was_cleared_goes_with_its_run(failed_run: Store) -> None:
     assert failed_run.history.prune(-60) == 2
     assert failed_run.history.prune_runs(-60) == 1
     assert failed_run.runs.cleared(T, "d", "r") == {}
+
+
+def test_a_runs_history_is_read_at_once_and_tells_of_this_run_only(store: Store) -> None:
+    first = submit(store, "ti-1")
+    submit(store, "ti-2")
+    submit(store, "ti-1", 2)
+    submit(store, "other", run_id="r2")
+    found = store.events.of_run(T, "sales", "r1")
+    assert found == {name: store.events.of(name) for name in ("ti-1", "ti-2")}
+    assert [event.event for event in found["ti-1"]] == ["submitted", "submitted", "finished"]  # superseded
+    assert store.events.of_run(T, "sales", "nope") == {}
+    assert first.try_number == 1
+
+
+def test_a_result_is_handed_over_when_the_last_who_waited_has_it(store: Store) -> None:
+    attempt = submit(store, "ti-1")
+    store.completions.register("another-id", "ti-1", 1, {})
+    store.attempts.finish(attempt, Outcome.success())
+    taken = store.completions.take(60, "ti-1", 1)
+    assert len(taken) == 2
+    store.completions.done(taken[:1])
+    assert store.completions.done_of_run(T, "sales", "r1") == {}
+    store.completions.done(taken[1:])
+    [(key, at)] = store.completions.done_of_run(T, "sales", "r1").items()
+    assert key == ("ti-1", 1)
+    assert abs(at - store.now()) < 30
+    assert store.completions.done_of_run(T, "sales", "r2") == {}
+
+
+def test_runs_that_ended_before_are_compared_by_the_last_success_of_each_task(store: Store) -> None:
+    start_runs(store, sales__old=500, sales__mid=300, sales__open=200, sales__now=0, a__other=400)
+    for run_id in ("old", "mid", "now"):
+        store.runs.finish(T, "sales", run_id, RunState.SUCCESS)
+    moment = store.runs.get(T, "sales", "now").started_at
+    assert [run.run_id for run in store.runs.before(T, "sales", moment, 10)] == ["mid", "old"]
+    assert [run.run_id for run in store.runs.before(T, "sales", moment, 1)] == ["mid"]
+
+    tries = table_of(TaskInstance)
+    for run_id, number, seconds, outcome in (
+        ("old", 1, 5, Outcome.success()),
+        ("old", 2, 7, Outcome.success()),
+        ("mid", 1, 9, Outcome.failed(FailureReason.NON_ZERO_EXIT, "")),
+    ):
+        attempt = submit(store, f"ti-{run_id}", number, run_id=run_id, task_id="load")
+        claim(store, attempt)
+        store.attempts.finish(attempt, outcome)
+        with store.database.transaction() as connection:
+            is_try = (tries.c.task_instance_id == f"ti-{run_id}", tries.c.try_number == number)
+            ended = connection.execute(sa.select(tries.c.ended_at).where(*is_try)).scalar_one()
+            connection.execute(sa.update(tries).where(*is_try).values(started_at=ended - seconds))
+    found = store.runs.task_seconds(T, "sales", ["old", "mid"])
+    assert found.keys() == {"old"}
+    assert found["old"]["load"] == pytest.approx(7, abs=0.01)

@@ -72,6 +72,17 @@ def test_a_value_of_exactly_the_limit_is_kept_whole(xcom: XComStore) -> None:
     assert rejected.value.reason == "payload_too_large"
 
 
+def test_the_sizes_of_a_runs_values_are_told_without_them(xcom: XComStore, store_with: StoreFactory) -> None:
+    assert xcom.sizes_of_run("default", "sales", "run-1") == []
+    put(xcom, KEY, "ü".encode())
+    put(xcom, XComKey("default", "sales", "run-1", "extract", "a:b"), b"\x00" * 1_000)
+    put(xcom, XComKey("default", "sales", "run-2", "extract"))
+    put(store_with(ttl_seconds=-1).xcom, XComKey("default", "sales", "run-3", "extract"))
+    assert xcom.sizes_of_run("default", "sales", "run-3") == []
+    found = [(key.task_id, key.key, size) for key, size in xcom.sizes_of_run("default", "sales", "run-1")]
+    assert found == [("extract", "a:b", 1_000), ("extract", "return_value", 2)]
+
+
 def test_expired_values_are_gone(store_with: StoreFactory) -> None:
     brief, lasting = store_with(ttl_seconds=-1).xcom, store_with(ttl_seconds=60).xcom
     put(brief, KEY)

@@ -226,7 +226,7 @@ def test_a_full_disk_ends_the_task_and_keeps_its_lines(plane, start_agent):
 def test_a_full_disk_beyond_memory_drops_lines_and_has_an_end(plane, start_agent):
     """Nothing fits, not even the line that says so: streams that carry nothing are paused, and given up."""
     plane.spec = pb.TaskSpec(operator="bash", entrypoint="echo lost")
-    defect = NO_SPACE + "from leoflow_celery.agent import spool\nspool._MAX_MEMORY_BYTES = 1\n"
+    defect = NO_SPACE + "from leoflow_celery.agent import logs\nlogs._MAX_MEMORY_BYTES = 1\n"
     agent = start_agent(defect=defect, LEOFLOW_AGENT_REPORT_DEADLINE_SECONDS="4")
     assert agent.wait() == 0
     assert plane.final().request.state == pb.TASK_STATE_SUCCESS

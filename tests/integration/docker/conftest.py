@@ -129,8 +129,16 @@ def executor(docker_system: Docker) -> DockerExecutor:
 
 
 def wait_for_output(plane: ControlPlane, line: str) -> None:
-    """Until the user's process has printed a line."""
-    wait_until(lambda: line in plane.text("stdout"), 120, lambda: f"{line!r}, got {plane.lines}", interval=0.1)
+    """Until the user's process has printed a line; fails at once when the task ended without it."""
+
+    def printed() -> bool:
+        ended = plane.final()  # asked first: the lines come before the end
+        if line in plane.text("stdout"):
+            return True
+        assert ended is None, f"the task ended without {line!r}: {ended.request}"
+        return False
+
+    wait_until(printed, 120, lambda: f"{line!r}, got {plane.lines}", interval=0.1)
 
 
 Spec = Callable[..., pb.TaskSpec]

@@ -29,14 +29,18 @@ def test_out_of_memory(engine, docker_system, executor):
     assert "its limit of 32Mi" in outcome.message
 
 
-def test_exit_3_with_its_last_50_lines(engine, docker_system, executor):
+@pytest.mark.parametrize(
+    ("claimed", "reason"), [(False, FailureReason.NON_ZERO_EXIT), (True, FailureReason.CONTAINER_LOST)]
+)
+def test_exit_3_with_its_last_50_lines(engine, docker_system, executor, claimed, reason):
+    """Whose exit code is it? Where an agent had the claim, the agent's."""
     launch = docker_system.launch()
     docker_system.run_plain(launch, "sh", "-c", "for i in $(seq 80); do echo line $i; done; exit 3")
     engine.wait(launch.name)
-    done = executor.reconcile(docker_system.expectation(launch))
+    done = executor.reconcile(docker_system.expectation(launch, claimed=claimed))
     outcome = docker_system.outcome()
     assert done.reported == 1
-    assert (outcome.reason, outcome.exit_code) == (FailureReason.NON_ZERO_EXIT, 3)
+    assert (outcome.reason, outcome.exit_code) == (reason, 3)
     assert outcome.log_tail == tuple(f"line {number}" for number in range(31, 81))
 
 

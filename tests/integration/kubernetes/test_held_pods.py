@@ -24,8 +24,8 @@ OTHERS = "leoflow-test/keep"
 
 @pytest.fixture
 def scene(namespace: Namespace) -> Iterator[Scene]:
-    """With the rights that holding pods needs."""
-    made = Scene(namespace.exchanging_worker_kubeconfig())
+    """With the rights of the deployed Role."""
+    made = Scene(namespace.worker_kubeconfig())
     yield made
     made.close()
 
@@ -139,25 +139,33 @@ def _without_patch(namespace: Namespace) -> Path:
     return config
 
 
-def _launched(config: Path, namespace: Namespace, **settings: Any) -> Manifest:
-    """A pod as the executor makes it, which is cancelled afterwards."""
+def _launched(config: Path, namespace: Namespace, launches: int = 1, **settings: Any) -> Manifest:
+    """The last of some pods as one executor makes them; each is cancelled afterwards."""
     kubernetes = KubernetesSettings(kubeconfig=config, **settings)
     executor = KubernetesExecutor(Settings(kubernetes=kubernetes), lambda *_: None)
-    launch = launch_spec(image=base_image(), pod_override={"spec": {"nodeSelector": {"leoflow-test/nobody": "has"}}})
     try:
-        executor.execute(launch)
-        pod = namespace.pod(launch.name)
-        assert pod is not None
-        executor.cancel(launch.name, 0)
-        namespace.wait_for_no_pod(launch.name)
+        for _ in range(launches):
+            parked = {"spec": {"nodeSelector": {"leoflow-test/nobody": "has"}}}
+            launch = launch_spec(image=base_image(), pod_override=parked)
+            executor.execute(launch)
+            pod = namespace.pod(launch.name)
+            assert pod is not None
+            executor.cancel(launch.name, 0)
+            namespace.wait_for_no_pod(launch.name)
         return pod
     finally:
         executor.close()
 
 
-def test_the_executor_holds_pods_where_it_is_asked_to_and_may_let_them_go(namespace: Namespace, scene: Scene) -> None:
+def test_the_executor_holds_pods_where_it_may_let_them_go_and_says_once_where_it_may_not(
+    namespace: Namespace, scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("leoflow_celery.executors.kubernetes.executor._RIGHTS_SECONDS", 0.0)  # ask again each time
     may, may_not = scene.settings.kubeconfig, _without_patch(namespace)
     assert may is not None
-    assert _launched(may, namespace, hold_pods=True)["metadata"]["finalizers"] == [FINALIZER]
-    assert "finalizers" not in _launched(may, namespace)["metadata"]
-    assert "finalizers" not in _launched(may_not, namespace, hold_pods=True)["metadata"]
+    assert _launched(may, namespace)["metadata"]["finalizers"] == [FINALIZER]
+    assert "finalizers" not in _launched(may, namespace, hold_pods=False)["metadata"]
+    assert "kubernetes.pods_not_held" not in caplog.messages
+    assert "finalizers" not in _launched(may_not, namespace, launches=2)["metadata"]
+    (said,) = [one for one in caplog.records if one.message == "kubernetes.pods_not_held"]
+    assert said.__dict__["missing_right"] == f"patch pods in namespace {namespace.name}"

@@ -117,3 +117,13 @@ def test_an_xcom_that_no_environment_can_hold_travels_by_file(value):
 
 def test_the_token_is_not_in_the_configs_text():
     assert "secret" not in repr(CONFIG)
+
+
+def test_exec_runs_its_arguments_and_reads_its_input():
+    spec = pb.TaskSpec(operator="exec")
+    spec.extra["argv"], spec.extra["stdin"] = ["cat", "a b"], "secret"
+    command = build(spec)
+    assert (command.argv, command.stdin, command.files) == (["cat", "a b"], b"secret", {})
+    assert "secret" not in repr(command)
+    spec.extra["argv"] = ["{python}", "-m", "x"]
+    assert build(spec).argv == ["/venv/bin/python", "-m", "x"]

@@ -1,12 +1,14 @@
-"""Where the kernel's count of OOM kills is read."""
+"""Where the kernel's count of OOM kills is read, and whom it is offered."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from leoflow_celery.agent.linux import oom_kills
+from leoflow_celery.agent.linux import children, oom_kills
 
 V1_IN_A_CONTAINER = "9:name=systemd:/docker/c1\n4:memory:/docker/c1\n1:cpu:/docker/c1\n0::/docker/c1\n"
 V1_ON_A_HOST = "4:cpu,memory:/system.slice/x\n0::/\n"
@@ -48,3 +50,29 @@ def test_a_counter_file_without_the_counter_is_none(tmp_path: Path) -> None:
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+_PARENT = """
+import subprocess, sys
+from leoflow_celery.agent import linux
+shell = subprocess.Popen(["sh", "-c", "(echo; exec sleep 600) & wait"], stdout=subprocess.PIPE)
+shell.stdout.readline()
+(child,) = linux.children(shell.pid)
+linux.offer_children_to_oom_kill()
+for pid in ("self", shell.pid, child):
+    print(open(f"/proc/{pid}/oom_score_adj").read().strip(), flush=True)
+linux.adopt_orphans()
+shell.kill()
+linux.kill_descendants()
+"""
+
+
+def test_what_the_process_had_started_is_offered_with_it() -> None:
+    """Else the kernel would take a shell, and leave its child that eats the memory."""
+    own = Path("/proc/self/oom_score_adj").read_text().strip()
+    done = subprocess.run([sys.executable, "-c", _PARENT], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [own, "1000", "1000"]
+
+
+def test_a_process_that_is_gone_has_no_children() -> None:
+    assert children(2**22 + 1) == []

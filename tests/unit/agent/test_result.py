@@ -22,6 +22,12 @@ from leoflow_celery.errors import XComRejected
     [
         (0, ("", ""), False, TaskState.SUCCESS, None, "", 0),
         (0, ("skipped", "no rows"), False, TaskState.SKIPPED, None, "no rows", None),
+        (0, ("up_for_reschedule", "2030-01-31T12:00:00+01:00"), False, TaskState.UP_FOR_RESCHEDULE, None,
+            "2030-01-31T12:00:00+01:00", 0),
+        (1, ("up_for_reschedule", "2030-01-31T12:00:00+01:00"), False, TaskState.FAILED, FailureReason.NON_ZERO_EXIT,
+            "exit code 1: 2030-01-31T12:00:00+01:00", 1),
+        (0, ("up_for_reschedule", "soon"), False, TaskState.FAILED, FailureReason.NON_ZERO_EXIT,
+            "the time to look again, 'soon', is not RFC 3339 (2030-01-31T12:00:00+00:00) or epoch seconds", 0),
         (3, ("", ""), False, TaskState.FAILED, FailureReason.NON_ZERO_EXIT, "exit code 3", 3),
         (3, ("invalid_xcom", ""), False, TaskState.FAILED, FailureReason.INVALID_XCOM, "exit code 3", 3),
         (1, ("http_status", "500"), False, TaskState.FAILED, FailureReason.HTTP_STATUS, "exit code 1: 500", 1),
@@ -32,6 +38,11 @@ from leoflow_celery.errors import XComRejected
 def test_what_an_exit_means(exit_code, named, oom, state, reason, message, reported):
     outcome = outcome_of_exit(exit_code, named, oom)
     assert (outcome.state, outcome.reason, outcome.message, outcome.exit_code) == (state, reason, message, reported)
+
+
+@pytest.mark.parametrize(("text", "at"), [("1900000000.5", 1900000000.5), ("2030-03-17T17:46:40+00:00", 1900000000.0)])
+def test_a_task_names_the_time_to_look_again(text, at):
+    assert outcome_of_exit(0, ("up_for_reschedule", text)).reschedule_at == at
 
 
 def test_sigkill_when_the_kernel_was_out_of_memory_is_oom():

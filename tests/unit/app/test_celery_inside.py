@@ -11,6 +11,7 @@ from typing import Any
 
 import celery
 import pytest
+from celery.backends.redis import RedisBackend
 from celery.worker import consumer as celery_consumer
 from celery.worker import control
 from celery.worker.consumer import mingle
@@ -18,8 +19,10 @@ from celery.worker.request import Request
 from kombu.transport.memory import Channel
 from kombu.transport.virtual import Message
 
-from leoflow_celery.app.consumer import Consumer
+from leoflow_celery.app import create_app
+from leoflow_celery.app.consumer import Consumer, ResultBackend
 from leoflow_celery.app.transport import AMQP
+from leoflow_celery.settings import Settings
 from tests.support.poison import CANARY, encoded, envelope
 
 
@@ -147,3 +150,36 @@ def test_a_consumer_starts_without_news_of_other_workers(monkeypatch: pytest.Mon
     monkeypatch.setattr("leoflow_celery.app.consumer.Door", lambda _: "door")
     assert Consumer(without_gossip=False).door == "door"
     assert (seen["without_mingle"], seen["without_gossip"]) == (True, True)
+
+
+class Asked:
+    """A Redis of one key that notes what it is asked."""
+
+    def __init__(self, kind: type[RedisBackend]) -> None:
+        self.backend: Any = kind(app=celery.Celery(set_as_current=False), url="redis://")
+        self.calls: list[str] = []
+        self.backend.get = lambda _: self.calls.append("get")
+        self.backend._set_with_state = lambda *_: self.calls.append("set")
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "calls"),
+    [
+        (RedisBackend, "SUCCESS", ["get", "set"]),
+        (ResultBackend, "SUCCESS", ["set"]),
+        (ResultBackend, "FAILURE", ["get", "set"]),
+        (ResultBackend, "STARTED", ["get", "set"]),
+    ],
+)
+def test_celery_reads_before_it_writes_a_result_and_we_do_not_before_a_success(
+    kind: type[RedisBackend], state: str, calls: list[str]
+) -> None:
+    asked = Asked(kind)
+    asked.backend.store_result("an-id", {"some": "value"}, state)
+    assert asked.calls == calls
+
+
+def test_a_worker_has_our_results_and_a_publisher_celerys() -> None:
+    with create_app("inline", settings=Settings()) as worker, create_app(settings=Settings()) as publisher:
+        assert type(worker.backend) is ResultBackend
+        assert type(publisher.backend) is RedisBackend

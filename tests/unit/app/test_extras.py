@@ -36,7 +36,10 @@ def names(queue: str) -> dict[str, set[str]]:
 )
 def test_a_worker_has_what_its_queues_need(queue: str, worker: set[str], consumer: set[str]) -> None:
     assert names(queue) == {
-        "worker": {"LogFields", "BackEndFiles", "BrokerRights", "MetricsEndpoint", "CloseServices", "ReadClocks"}
+        "worker": {
+            *("LogFields", "BackEndFiles", "BrokerRights", "MetricsEndpoint", "SettledHeap", "CloseServices"),
+            "ReadClocks",
+        }
         | worker,
         "consumer": {"AliveFile"} | consumer,
     }

@@ -59,6 +59,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("LEOFLOW_DATABASE_URL", f"sqlite:///{tmp_path / 'leoflow.db'}")
     monkeypatch.setenv("LEOFLOW_LOGS_ROOT", str(tmp_path / "logs"))
     monkeypatch.setenv("LEOFLOW_CONTROL_PLANE_ADDR", f"unix:{tmp_path / 'nobody.sock'}")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "no-kubeconfig"))
     monkeypatch.setenv("COLUMNS", "200")
     loaded = Settings.load()
     migrate(loaded.database.url.get_secret_value())

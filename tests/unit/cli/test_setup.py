@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import grpc
 import pytest
@@ -71,6 +72,7 @@ def test_doctor_finds_what_is_missing_and_names_the_setting(
     monkeypatch.setenv("LEOFLOW_SEAL_KEYS", "")
     monkeypatch.setenv("LEOFLOW_GATEWAY_SECRET_FILES", str(tmp_path / "missing"))
     found = findings(cli)
+    assert found.pop("pods") == (True, mock.ANY)  # not asked
     assert not any(ok for ok, _ in found.values())
     assert "LEOFLOW_SEAL_KEYS" in found["keys"][1]
     assert "LEOFLOW_GATEWAY_SECRET_FILES" in found["secrets"][1]
@@ -139,6 +141,7 @@ def test_doctor_in_words(cli: Cli, settings: Settings) -> None:
         ["FAIL", "workers"],
         ["FAIL", "backends"],
         ["FAIL", "clocks"],
+        ["ok", "pods"],
     ]
 
 

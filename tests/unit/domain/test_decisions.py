@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -209,3 +210,15 @@ def test_a_staging_plan_that_comes_late_or_again_spares_the_volume_of_a_run_that
     plan = StagingPlan(1000.0, {"v": "run_succeeded"})
     assert plan.doomed({"v": 1001.0}) == {}
     assert plan.doomed({"v": 999.0}) == plan.doomed({"v": None}) == {"v": "run_succeeded"}
+
+
+def test_a_staging_plan_is_compared_by_the_clock_of_the_server_that_holds_the_volumes() -> None:
+    """SQL's clock is a thousand seconds behind the server's, then as far ahead of it."""
+    for read_at in (0.0, 2_000.0):
+        read = StagingPlan(read_at, {"made-again": "run_succeeded", "old": "run_succeeded"}, orphan_seconds=100)
+        plan = replace(read, age_seconds=7).by_clock_of(server_now=1_010.0, seconds_since=3)
+        assert plan.read_at == pytest.approx(1_000.0 - 2)
+        volumes = {"made-again": 1_001.0, "old": 900.0, "orphan": 890.0, "young": 950.0}
+        assert plan.doomed(volumes) == {"old": "run_succeeded", "orphan": "orphaned"}
+    unknown = StagingPlan(5.0, {})
+    assert unknown.by_clock_of(1_000.0, 1) is unknown

@@ -6,6 +6,7 @@ import pytest
 
 from leoflow_celery.clock import ServerClock
 from leoflow_celery.domain.attempt import AttemptId
+from leoflow_celery.domain.backend import BackEnd
 from leoflow_celery.domain.desired_state import Expectation, ExpectedAttempt
 from leoflow_celery.queueing import messages
 
@@ -32,3 +33,22 @@ def test_how_old_an_expectation_is_goes_by_the_brokers_clock(monkeypatch: pytest
     assert messages.Reconcile.from_json(sent).expectation.age_seconds == 9
     del sent["said_at"]
     assert messages.Reconcile.from_json(sent).expectation.age_seconds is None
+
+
+def test_where_an_attempt_was_started_travels_and_the_version_before_did_not_say_it() -> None:
+    expected = ExpectedAttempt(ATTEMPT, "a", 950.0, claimed=True, place="team-a")
+    sent = Expectation.of(1_000.0, [expected]).to_json()
+    assert Expectation.from_json(sent).attempts == {"a": expected}
+    sent["attempts"] = [row[:7] for row in sent["attempts"]]
+    assert Expectation.from_json(sent).attempts["a"].place == ""
+    sent["attempts"] = [[*sent["attempts"][0], "team-a", "more"]]
+    with pytest.raises(ValueError, match="8"):
+        Expectation.from_json(sent)
+
+
+@pytest.mark.parametrize("address", ["kubernetes", "kubernetes/team-a", "docker:host-1", "subprocess"])
+def test_a_back_end_is_read_as_it_is_written_and_its_place_makes_no_other(address: str) -> None:
+    read = BackEnd.parse(address)
+    assert read.address == address
+    assert read == BackEnd.parse(str(read))
+    assert "/" not in str(read)

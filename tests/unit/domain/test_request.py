@@ -28,6 +28,7 @@ from leoflow_celery.errors import InvalidRequest, RequestTooLarge
 IDS = {"task_instance_id": "ti-1", "dag_id": "sales", "run_id": "manual:1", "task_id": "load"}
 BASH = {**IDS, "operator": "bash", "entrypoint": "true"}
 PYTHON = {**IDS, "operator": "python", "entrypoint": "dag:load"}
+EXEC = {**IDS, "operator": "exec", "argv": ["cat"], "stdin": "secret"}
 HTTP = {**IDS, "operator": "http_api", "http_request": {"method": "GET", "url": "http://service/orders"}}
 CANARY = "c4n4ry"
 
@@ -107,7 +108,7 @@ def test_every_field_survives_json() -> None:
 def test_a_request_that_is_accepted_is_valid_by_the_schema_we_publish() -> None:
     schema = request_json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
-    for data in (BASH, PYTHON, HTTP, FULL):
+    for data in (BASH, PYTHON, HTTP, EXEC, FULL):
         jsonschema.validate(data, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**BASH, "nope": 1}, schema)
@@ -137,7 +138,14 @@ def task(**fields: Any) -> dict[str, Any]:
 
 BAD = [
     # operator and what it needs
-    ({**BASH, "operator": "spark"}, "operator", "Input should be 'python', 'bash' or 'http_api' (got 'spark')"),
+    ({**BASH, "operator": "spark"}, "operator", "Input should be 'python', 'bash', 'http_api' or 'exec'"),
+    ({**IDS, "operator": "exec"}, "argv", "is empty; an exec task needs a program and its arguments, as a list"),
+    ({**EXEC, "argv": ["", "x"]}, "argv", "is empty"),
+    ({**EXEC, "entrypoint": "true"}, "entrypoint", "an exec task runs argv; remove it"),
+    ({**EXEC, "stdin": 5}, "stdin", "Input should be a valid string"),
+    ({**BASH, "stdin": "x"}, "stdin", "is for exec tasks; remove it from this bash task"),
+    ({**PYTHON, "argv": ["x"]}, "argv", "is for exec tasks; remove it from this python task"),
+    ({**BASH, "relaunch": "twice"}, "relaunch", "Input should be 'always', 'before_start' or 'never'"),
     ({**PYTHON, "entrypoint": ""}, "entrypoint", "a python task needs 'module:callable', e.g. 'dag:extract' (got '')"),
     ({**PYTHON, "entrypoint": "dag"}, "entrypoint", "needs 'module:callable', e.g. 'dag:extract' (got 'dag')"),
     ({**PYTHON, "entrypoint": "dag:"}, "entrypoint", "needs 'module:callable'"),

@@ -30,6 +30,7 @@ def test_the_names_are_the_contracts() -> None:
         "skipped",
         "upstream_failed",
         "up_for_retry",
+        "up_for_reschedule",  # of the newer agent protocol
     ]
     assert [state.value for state in RunState] == ["queued", "running", "success", "failed"]
     assert {RunState.SUCCESS, RunState.FAILED} == TERMINAL_RUN

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
 from ipaddress import ip_address
 
 import pytest
@@ -12,9 +15,11 @@ from leoflow_celery.domain.request import HttpRequest
 from leoflow_celery.domain.xcom import check_value
 from leoflow_celery.errors import ConfigurationError, XComRejected
 from leoflow_celery.executors.inline_http import result
-from leoflow_celery.executors.inline_http.errors import HttpTaskError, RefusedAddress
+from leoflow_celery.executors.inline_http.connection import _DeadlineSocket
+from leoflow_celery.executors.inline_http.errors import CallStopped, HttpTaskError, RefusedAddress
 from leoflow_celery.executors.inline_http.failure import FailedAttempt, failed_status, give_up, retry_after_seconds
 from leoflow_celery.executors.inline_http.guard import AddressGuard, meant_addresses
+from leoflow_celery.executors.inline_http.limits import CallLimits, limited
 from leoflow_celery.executors.inline_http.prepare import describe, prepare
 from leoflow_celery.executors.inline_http.result import HttpResult, json_of
 
@@ -244,3 +249,27 @@ class TestGivingUp:
         given = give_up(self.busy, 60, 5, 10, is_last=False)
         assert given.reason is FailureReason.HTTP_STATUS
         assert "60.0 s would be past the deadline of 10 s" in given.text
+
+
+def test_what_must_stop_is_heard_before_each_send_however_short_ago_it_was_asked():
+    """A process that was stopped goes on in the middle of a call, and its claim is another one's by then."""
+    held = [True, True]
+    here, there = socket.socketpair()
+    with here, there, _DeadlineSocket(here.family, here.type, here.proto, os.dup(here.fileno())) as sock:
+        limits = CallLimits(time.monotonic() + 60, AddressGuard(), lambda: not held.pop())
+        with limited(limits):
+            sock.sendall(b"first")
+            limits.check_stop()  # not asked again so soon
+            held[:] = [False]
+            with pytest.raises(CallStopped):
+                sock.sendall(b"second")
+        assert there.recv(100) == b"first"
+
+
+@pytest.mark.parametrize(
+    ("method", "attempts", "may"),
+    [("GET", None, True), ("PUT", 1, True), ("POST", None, False), ("PATCH", 1, False), ("POST", 2, True)],
+)
+def test_whether_a_call_may_be_made_again_when_nobody_knows_whether_it_was(method, attempts, may):
+    call = HttpRequest(method=method, url="http://h/", attempts=attempts)
+    assert call.may_be_made_again is may

@@ -20,14 +20,16 @@ from leoflow_celery.errors import DatabaseUnavailable
 from leoflow_celery.store import Store
 from leoflow_celery.store.completions import Waiting
 from leoflow_celery.tasks import completion
+from tests.support.waiting import wait_until
 
 
 class Completions:
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, context: dict[str, Any] | None = None) -> None:
         self.names, self.finished, self.put_off, self.groups = names, [], [], []
+        self.context = context or {}
 
     def take(self, *_: object) -> list[Waiting]:
-        return [Waiting(name, "ti", 1, {}, None) for name in self.names]
+        return [Waiting(name, "ti", 1, self.context, None) for name in self.names]
 
     def failed(self, waiting: Waiting) -> float:
         self.put_off.append(waiting.celery_task_id)
@@ -36,6 +38,21 @@ class Completions:
     def done(self, completed: list[Waiting]) -> None:
         self.finished += [item.celery_task_id for item in completed]
         self.groups.append(len(completed))
+
+
+class Parts:
+    """As many services as completing needs."""
+
+    def __init__(self, **store: Any) -> None:
+        self.store = SimpleNamespace(**store)
+        self.parts: dict[type, Any] = {}
+
+    def part(self, kind: type, build: Any) -> Any:
+        return self.parts.setdefault(kind, build())
+
+    def close(self) -> None:
+        for part in self.parts.values():
+            part.close()
 
 
 @pytest.fixture
@@ -51,8 +68,11 @@ def run(monkeypatch: pytest.MonkeyPatch, store: Completions, error: Exception) -
     monkeypatch.setattr(completion, "complete", complete)
     monkeypatch.setattr(completion, "_with_value", lambda *_: None)
     attempts = SimpleNamespace(ended=lambda _: [SimpleNamespace(task_instance_id="ti", try_number=1)])
-    services: Any = SimpleNamespace(store=SimpleNamespace(completions=store, attempts=attempts))
-    return completion.complete_due(SimpleNamespace(), services)
+    services: Any = Parts(completions=store, attempts=attempts)
+    try:
+        return completion.complete_due(SimpleNamespace(), services)
+    finally:
+        services.close()
 
 
 def called_by_kombu(cause: Exception) -> OperationalError:
@@ -149,7 +169,7 @@ def world(value: XComValue) -> tuple[Any, Any]:
     attempts = SimpleNamespace(ended=lambda _: [View()])
     store = SimpleNamespace(completions=completions, attempts=attempts, xcom=SimpleNamespace(get=lambda _: value))
     store.return_value = lambda view: Store.return_value(store, view)
-    return SimpleNamespace(store=store), SimpleNamespace(backend=Backend())
+    return Parts(**vars(store)), SimpleNamespace(backend=Backend())
 
 
 @pytest.mark.parametrize("value", [b"hello", b"[" * 985 + b"]" * 985, b"[" * 5_000, b"\xff", b"1e999"])
@@ -157,6 +177,7 @@ def test_a_value_that_nobody_can_read_ends_as_a_failure_and_is_not_tried_for_eve
     monkeypatch.setattr(completion, "send_failed", lambda *_: None)
     services, app = world(XComValue(value))
     assert completion.complete_due(app, services) == 1
+    services.close()
     assert (services.store.completions.finished, services.store.completions.put_off) == (["a"], [])
     state, error = app.backend.results["a"]
     assert (state, error.reason) == ("FAILURE", "invalid_xcom")
@@ -174,10 +195,35 @@ def test_a_value_that_its_writer_called_text_is_the_result(monkeypatch):
     assert app.backend.results["a"] == ("SUCCESS", "hello")
 
 
-def test_what_was_told_is_marked_in_small_groups(monkeypatch):
-    store = Completions(*(f"n{number}" for number in range(13)))
+def test_what_sends_callbacks_is_marked_at_once_in_small_groups(monkeypatch):
+    store = Completions(*(f"n{number}" for number in range(13)), context={"callbacks": [{"task": "next"}]})
     assert run(monkeypatch, store, KeyError("nobody's")) == 13
     assert store.groups == [5, 5, 3]
+
+
+def test_what_has_only_its_result_is_marked_together_a_moment_later(monkeypatch):
+    store = Completions(*(f"n{number}" for number in range(13)))
+    assert run(monkeypatch, store, KeyError("nobody's")) == 13
+    assert sorted(store.finished) == sorted(store.names)
+    assert len(store.groups) < 13
+
+
+def test_marks_that_the_database_did_not_take_are_made_later_without_being_asked():
+    refused: list[int] = []
+    store = Completions("a", "b")
+
+    def mark(told: Any) -> None:
+        if not refused:
+            refused.append(len(told))
+            raise DatabaseUnavailable("away")
+        store.done(told)
+
+    marks = completion.DoneMarks(mark)
+    for item in store.take():
+        marks.put(item)
+    wait_until(lambda: store.finished == ["a", "b"], timeout=10)
+    marks.close()
+    assert refused
 
 
 def test_what_a_lease_no_longer_covers_is_left_to_the_next_worker(monkeypatch):

@@ -73,7 +73,7 @@ def test_a_success_stays_one_whatever_became_of_the_container():
 
 def test_an_agent_that_leaves_no_record_is_told_from_none_by_its_claim():
     assert classify(end(0), None, claimed=True).outcome.reason is FailureReason.CONTAINER_LOST
-    assert classify(end(1), None, claimed=True, log_tail=[WRONG_MACHINE]).outcome.reason is FailureReason.NON_ZERO_EXIT
+    assert classify(end(1), None, claimed=True, log_tail=[WRONG_MACHINE]).outcome.reason is FailureReason.CONTAINER_LOST
 
 
 WRONG_MACHINE = "exec /usr/bin/agent: exec format error"
