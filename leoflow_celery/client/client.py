@@ -201,7 +201,7 @@ class Client:
         or has not sent when the process dies, is sent by the control plane.
 
         Raises:
-            The same as ``submit``; without BrokerUnavailable and AtCapacity for ``send="later"``.
+            LeoflowError: the same as ``submit``; without BrokerUnavailable and AtCapacity for ``send="later"``.
         """
         return self._submit(requests, {}, send_later=send == "later")
 
