@@ -66,6 +66,7 @@ class Reader:
             ["bash", "-e", "-c", f"{before}\n{line}"],
             cwd=self.directory,
             env=self.environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=240 * PATIENCE,
@@ -103,6 +104,7 @@ def expect(shown: str, output: str, place: str) -> None:
         position = found.end()
 
 
+@pytest.mark.timeout(900)
 def test_every_line_of_the_tutorial_does_what_the_page_says(wheels: Path, tmp_path: Path) -> None:
     directory = tmp_path / "t"
     directory.mkdir()
