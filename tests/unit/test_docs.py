@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import doctest
 import importlib.util
 import json
@@ -191,3 +192,12 @@ def test_every_page_has_a_place_in_the_site() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     assert {name for name in pages if name not in text and not re.match(r"adr/\d", name)} == set()
+
+
+def test_the_layers_on_the_page_are_the_contract() -> None:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "setup.cfg")
+    contract = parser["importlinter:contract:layers"]["layers"].split("\n")
+    page = next(one for one in BLOCKS if one.page.name == "architecture.md" and "leoflow_celery.errors" in one.text)
+    told = [line.replace("workers, beat_schedule", "workers") for line in page.text.splitlines()]
+    assert told == [line.strip() for line in contract if line.strip()]
