@@ -26,7 +26,7 @@ TIERS := test-unit test-contract test-integration test-acceptance
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$name -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: help demo test $(TIERS) test-airflow lint proto bench images clean
+.PHONY: help demo test $(TIERS) test-airflow lint docs proto bench images clean
 
 help:
 	@echo 'make demo    create .venv, install, run examples/sales/dag.json on an embedded system'
@@ -34,6 +34,7 @@ help:
 	@echo '             make test-unit, test-contract, test-integration and test-acceptance run one tier'
 	@echo 'make test-airflow  install Airflow into .venv-airflow (a minute, 400 MB) and let its scheduler run tasks through us'
 	@echo 'make lint    ruff, mypy --strict, import-linter'
+	@echo 'make docs    build the documentation as .cache/site (python3 -m http.server -d .cache/site shows it)'
 	@echo 'make bench   the benchmarks, each beside its floor'
 	@echo 'make images  build leoflow-task-base:latest, leoflow-agent:latest and leoflow-system:latest (TAG=... names another tag)'
 	@echo 'make proto   regenerate leoflow_celery/protocol/agent_pb2.py from agent.proto'
@@ -53,6 +54,9 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 test-airflow: $(VENV)/.test $(AIRFLOW_VENV)/.airflow
 	LEOFLOW_TEST_REQUIRE=airflow-scheduler LEOFLOW_TEST_AIRFLOW_VENV=$(abspath $(AIRFLOW_VENV)) \
@@ -83,7 +87,7 @@ $(VENV)/.python:
 	@touch $@
 
 # One stamp per set of extras: each is installed once, and again when the metadata changed.
-$(VENV)/.lite $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.python $(METADATA)
+$(VENV)/.lite $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.python $(METADATA)
 	$(PIP) install --quiet --editable '.[$*]'
 	@touch $@
 

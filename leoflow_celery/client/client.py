@@ -201,7 +201,7 @@ class Client:
         or has not sent when the process dies, is sent by the control plane.
 
         Raises:
-            The same as ``submit``; without BrokerUnavailable and AtCapacity for ``send="later"``.
+            LeoflowError: the same as ``submit``; without BrokerUnavailable and AtCapacity for ``send="later"``.
         """
         return self._submit(requests, {}, send_later=send == "later")
 
@@ -599,7 +599,7 @@ class Client:
         follow: bool = False,
         after: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """Lines of a try's log (the newest) after the first ``after``: ``{ts, level, stream, msg}``. ``follow``: to its end."""
+        """The log of a try (the newest) behind line ``after``: ``{ts, level, stream, msg}``. ``follow``: to its end."""
         if try_number is None:
             views = self.task_instances(dag_id, run_id, tenant_id)
             try_number = next((view.try_number for view in views if view.task_id == task_id), 1)
