@@ -15,7 +15,11 @@ PACKAGES = ("leoflow_celery", "leoflow_runtime", "workers")
 #: The only places that may import each foreign client; a folder stands for everything in it.
 OWNERS = {
     "kubernetes": ("leoflow_celery/executors/kubernetes/",),
-    "yaml": ("leoflow_celery/lite/dag_file.py", "leoflow_celery/executors/kubernetes/", "leoflow_celery/executors/policy.py"),
+    "yaml": (
+        "leoflow_celery/lite/dag_file.py",
+        "leoflow_celery/executors/kubernetes/",
+        "leoflow_celery/executors/policy.py",
+    ),
     "docker": ("leoflow_celery/executors/docker/engine.py",),
     "requests": ("leoflow_celery/executors/inline_http/", "leoflow_celery/executors/docker/engine.py"),
     "grpc": ("leoflow_celery/gateway/", "leoflow_celery/agent/client.py", "leoflow_celery/cli/doctor.py"),
