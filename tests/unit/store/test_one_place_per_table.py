@@ -12,7 +12,9 @@ TABLES = PACKAGE / "store" / "models.py"
 
 
 def test_only_one_module_knows_the_table_of_tries() -> None:
-    knowing = [path for path in PACKAGE.rglob("*.py") if path != TABLES and "table_of(TaskInstance)" in path.read_text()]
+    knowing = [
+        path for path in PACKAGE.rglob("*.py") if path != TABLES and "table_of(TaskInstance)" in path.read_text()
+    ]
     assert [path.name for path in knowing] == ["task_instance_sql.py"]
 
 
