@@ -599,7 +599,7 @@ class Client:
         follow: bool = False,
         after: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """The log of a try (the newest) behind line ``after``: ``{ts, level, stream, msg}``. ``follow``: to its end."""
+        """Log lines of a try, the newest by default, after the first ``after``; with ``follow`` until it ends."""
         if try_number is None:
             views = self.task_instances(dag_id, run_id, tenant_id)
             try_number = next((view.try_number for view in views if view.task_id == task_id), 1)
