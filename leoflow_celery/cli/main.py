@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, cast
 
 import typer
 
@@ -22,6 +22,8 @@ from leoflow_celery.environment import ENV_FILE, read_env_file
 from leoflow_celery.errors import LeoflowError
 
 EXIT_USER_ERROR = 2
+#: Of the click that Typer uses: its own, or the package.
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
@@ -105,14 +107,20 @@ def options(
 
 
 def main() -> None:
-    """The console script. Typer turns usage errors into exit code 2 and Ctrl-C into 130."""
+    """The console script. A wrong word or option is one line and exit code 2, Ctrl-C is 130."""
     hide_from_our_user()  # the gateway and lite hold keys
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        if said := error.format_message().rstrip("."):  # nothing: the help was asked for, and stands there
+            command = error.ctx.command_path if error.ctx else "leoflow"
+            note(f"leoflow: {' '.join(said.split())}; '{command} --help' says how")
+        sys.exit(EXIT_USER_ERROR)
     except LeoflowError as error:
         note(f"leoflow: {' '.join(str(error).split())}{system.where(error)}")
         sys.exit(EXIT_USER_ERROR)
+    sys.exit(code or 0)
 
 
 def _terminate(_signal: int, _frame: object) -> NoReturn:

@@ -106,10 +106,24 @@ def test_ctrl_c_and_sigterm_end_with_their_codes(cli: Cli, monkeypatch: pytest.M
         assert "Traceback" not in result.err
 
 
-def test_an_unknown_command_or_option_exits_2(cli: Cli) -> None:
-    assert cli("dance").code == 2
-    assert cli("status", "a", "b", "--colour").code == 2
-    assert cli("status").code == 2
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dance"], "No such command 'dance'"),
+        (["status", "a", "b", "--colour"], "No such option: --colour"),
+        (["status"], "Missing argument"),
+        (["runs", "--limit", "-1"], "'--limit'"),
+        (["runs", "--limit", "9" * 40], "'--limit'"),
+        (["runs", "--state", "sleepy"], "'--state'"),
+        (["logs", "a", "b", "--try", "0"], "'--try'"),
+        (["keys", "--for", "nobody"], "'nobody' is none of k8s"),
+    ],
+)
+def test_a_wrong_word_or_option_is_one_line(cli: Cli, words: list[str], said: str) -> None:
+    result = cli(*words)
+    assert (result.code, is_one_line(result)) == (2, True), result.err
+    assert said in result.err
+    assert "--help' says how" in result.err
 
 
 def test_help_imports_nothing_heavy() -> None:
