@@ -139,13 +139,6 @@ def request_page() -> str:
     return _schema_page("Task request", TaskRequest, request_json_schema(), "leoflow schema")
 
 
-def dag_page() -> str:
-    """The dag.json, field by field."""
-    from leoflow_celery.lite.dag import Dag
-
-    return _schema_page("dag.json", Dag, Dag.model_json_schema(), "leoflow schema --dag")
-
-
 def _schema_page(title: str, model: type[BaseModel], schema: dict[str, Any], command: str) -> str:
     parts = [
         f"# {title}",
@@ -248,7 +241,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/settings.md": settings_page,
     "reference/commands.md": commands_page,
     "reference/request.md": request_page,
-    "reference/dag.md": dag_page,
     "reference/reasons.md": reasons_page,
     "changelog.md": changelog_page,
 }

@@ -47,6 +47,11 @@ KEYS: dict[str, dict[str, tuple[str, Any]]] = {
             "always `pod`.",
             "pod",
         ),
+        "agent": (
+            "`inject`: our agent is put into the container of an image that has none; `image`: the image has it. The "
+            "queue's setting by default.",
+            "inject",
+        ),
         "entrypoint": ("python: `module:callable`; bash: the command.", "echo hello"),
         "http_request": ("http_api: the call.", {"method": "GET", "url": "https://example.com/orders"}),
         "env": ("Environment variables of the task.", {"REGION": "north"}),

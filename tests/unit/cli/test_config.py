@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.unit.cli.test_inspect import request_of
 
 from leoflow_celery.cli import complete
 from leoflow_celery.cli.config import masked
 from leoflow_celery.client import Client
 from leoflow_celery.settings import Settings, variables
 from tests.unit.cli.conftest import Cli
+from tests.unit.cli.test_tasks import request_of
 
 
 def shown(cli: Cli, *arguments: str) -> dict[str, tuple[str, str]]:
