@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ _URL = "postgresql+psycopg://leoflow:PASSWORD@127.0.0.1/leoflow"
 READY = {
     "leoflow gateway": "gateway listening on",
     "celery -A leoflow_celery.beat_schedule": "beat: Starting",
-    "celery -A leoflow_celery.app flower": "Connected to redis",
+    "leoflow flower": "Connected to redis",
     "celery -A leoflow_celery.workers.": r"@\S+ ready\.",
 }
 
@@ -35,7 +36,7 @@ def section(title: str) -> list[str]:
     return [one.text for one in blocks(ROOT / "README.md") if one.language == "sh" and start < one.line < end]
 
 
-def prepared(text: str, redis_url: str, database_url: str) -> dict[str, str]:
+def prepared(text: str, redis_url: str, database_url: str, kept: Path) -> dict[str, str]:
     """Type the block that prepares, and return what every process then has in its environment."""
     port = free_port()
     setup = text.replace("redis://127.0.0.1:6379/0", redis_url).replace(_URL, database_url)
@@ -47,21 +48,15 @@ def prepared(text: str, redis_url: str, database_url: str) -> dict[str, str]:
         "LEOFLOW_GATEWAY_LISTEN": f"127.0.0.1:{port}",
         "LEOFLOW_CONTROL_PLANE_ADDR": f"127.0.0.1:{port}",
     }
-    shell = ["bash", "-e", "-c", "\n".join([*typed, "env -0 > /dev/fd/3"])]
-    reading, writing = os.pipe()
-    os.dup2(writing, 3)
-    done = subprocess.run(shell, env=environment, capture_output=True, text=True, check=False, pass_fds=(3,))
-    os.close(writing)
-    os.close(3)
-    with os.fdopen(reading) as pipe:
-        values = dict(one.split("=", 1) for one in pipe.read().split("\0") if one)
+    shell = ["bash", "-e", "-c", "\n".join([*typed, f"env -0 > {shlex.quote(str(kept))}"])]
+    done = subprocess.run(shell, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return values
+    return dict(one.split("=", 1) for one in kept.read_text().split("\0") if one)
 
 
 def test_what_the_readme_says_to_type_makes_a_system(redis_url: str, database_url: str, tmp_path: Path) -> None:
     setup, processes = section("Deployed")
-    environment = prepared(setup, redis_url, database_url)
+    environment = prepared(setup, redis_url, database_url, tmp_path / "environment")
     assert environment["LEOFLOW_EXECUTOR_TYPE"] == "docker"
     started: list[ManagedProcess] = []
     try:
