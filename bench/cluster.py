@@ -29,6 +29,7 @@ def namespace(pool_size: int = 8) -> Iterator[KubernetesApi]:
         raise SystemExit("KUBECONFIG names no cluster; this benchmark needs a real one")
     name = f"leoflow-bench-{uuid.uuid4().hex[:8]}"
     os.environ["LEOFLOW_KUBERNETES_NAMESPACE"] = name
+    os.environ["LEOFLOW_KUBERNETES_HOLD_PODS"] = "false"  # nobody here would let them go
     api = KubernetesApi.from_settings(KubernetesSettings(namespace=name), pool_size)
     api.post("/api/v1/namespaces", {"metadata": {"name": name}}, operation="create_namespace")
     try:

@@ -49,7 +49,6 @@ def main() -> None:
     options = parser.parse_args()
     report_bundle(options.agent_image)
     os.environ |= {"LEOFLOW_KUBERNETES_AGENT": "inject", "LEOFLOW_KUBERNETES_AGENT_IMAGE": options.agent_image}
-    os.environ["LEOFLOW_KUBERNETES_HOLD_PODS"] = "false"  # there is nobody who would let them go
     ours, floor = [], []
     with namespace() as api, System() as system:
         port = system.listen_on(options.address)
