@@ -188,6 +188,23 @@ class Namespace:
             self._create_service_account("powerless")
         return self._write_kubeconfig("powerless", self.token_of("powerless"))
 
+    def unpatching_kubeconfig(self) -> Path:
+        """The file of a service account that may do with pods and Secrets what a worker does, but not patch them."""
+        group, config = "rbac.authorization.k8s.io", self.powerless_kubeconfig()
+        verbs = ["get", "list", "delete", "create"]
+        rules = [{"apiGroups": [""], "resources": ["pods", "events", "secrets"], "verbs": verbs}]
+        role = {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": {"name": "no-patch"}, "rules": rules}
+        binding: Manifest = {
+            "apiVersion": f"{group}/v1",
+            "kind": "RoleBinding",
+            "metadata": {"name": "no-patch"},
+            "roleRef": {"apiGroup": group, "kind": "Role", "name": "no-patch"},
+            "subjects": [{"kind": "ServiceAccount", "name": "powerless", "namespace": self.name}],
+        }
+        for kind, one in (("roles", role), ("rolebindings", binding)):
+            self.api.call("POST", f"{_RBAC}/namespaces/{self.name}/{kind}", one)
+        return config
+
     def token_of(self, service_account: str) -> str:
         """A token of a service account, good for two hours."""
         body = {

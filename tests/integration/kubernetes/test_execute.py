@@ -85,6 +85,7 @@ def test_the_secret_of_a_pod_goes_with_it(executor: KubernetesExecutor, module_n
     assert secret["metadata"]["ownerReferences"][0]["uid"] == launched.details["uid"]
     assert base64.b64decode(secret["data"]["PASSWORD"]) == b"hunter2"
     module_namespace.delete("pods", launch.name)
+    module_namespace.drop_finalizers("pods", launch.name)  # it is held
     wait_until(lambda: not secrets_of(module_namespace, launch), 120, "the Secret goes", 0.2)
 
 

@@ -106,7 +106,7 @@ def test_a_release_that_failed_is_made_by_the_next_reconcile(namespace: Namespac
     """Here the right is missing; a worker that was killed between deletion and release leaves the same."""
     pod = held(task_pod(spec=PARKED))
     namespace.create(pod)
-    powerless = Scene(_without_patch(namespace))
+    powerless = Scene(namespace.unpatching_kubeconfig())
     try:
         assert powerless.reconcile(read_at=time.time() + 1).deleted == 1
     finally:
@@ -114,29 +114,6 @@ def test_a_release_that_failed_is_made_by_the_next_reconcile(namespace: Namespac
     assert finalizers(namespace, pod) == [FINALIZER]
     scene.reconcile(read_at=time.time() + 1)
     namespace.wait_for_no_pod(name_of(pod))
-
-
-def _without_patch(namespace: Namespace) -> Path:
-    """A service account that may list and delete pods, as the Role without the optional right."""
-    path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace.name}"
-    group, config = "rbac.authorization.k8s.io", namespace.powerless_kubeconfig()
-    rules = [
-        {"apiGroups": [""], "resources": ["pods", "events", "secrets"], "verbs": ["get", "list", "delete", "create"]}
-    ]
-    namespace.api.call(
-        "POST",
-        f"{path}/roles",
-        {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": {"name": "no-patch"}, "rules": rules},
-    )
-    binding: Manifest = {
-        "apiVersion": f"{group}/v1",
-        "kind": "RoleBinding",
-        "metadata": {"name": "no-patch"},
-        "roleRef": {"apiGroup": group, "kind": "Role", "name": "no-patch"},
-        "subjects": [{"kind": "ServiceAccount", "name": "powerless", "namespace": namespace.name}],
-    }
-    namespace.api.call("POST", f"{path}/rolebindings", binding)
-    return config
 
 
 def _launched(config: Path, namespace: Namespace, launches: int = 1, **settings: Any) -> Manifest:
@@ -161,7 +138,7 @@ def test_the_executor_holds_pods_where_it_may_let_them_go_and_says_once_where_it
     namespace: Namespace, scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("leoflow_celery.executors.kubernetes.executor._RIGHTS_SECONDS", 0.0)  # ask again each time
-    may, may_not = scene.settings.kubeconfig, _without_patch(namespace)
+    may, may_not = scene.settings.kubeconfig, namespace.unpatching_kubeconfig()
     assert may is not None
     assert _launched(may, namespace)["metadata"]["finalizers"] == [FINALIZER]
     assert "finalizers" not in _launched(may, namespace, hold_pods=False)["metadata"]

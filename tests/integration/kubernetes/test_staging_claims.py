@@ -120,6 +120,7 @@ def test_storage_that_knows_fs_group_is_writable_without_an_override(
     module_namespace.wait_for_pod(launch.name, "Succeeded")
     assert plane.text("stdout") == ["10001", "10001 root"]
     module_namespace.delete("pods", launch.name)
+    module_namespace.drop_finalizers("pods", launch.name)  # it is held
     module_namespace.delete("persistentvolumeclaims", "group")
     wait_until(lambda: module_namespace.get("persistentvolumeclaims", "group") is None, 60, "the claim goes")
 

@@ -292,7 +292,7 @@ def test_the_word_for_a_pod_is_never_given_to_another_that_took_its_name(world: 
 
 
 def test_a_worker_that_may_not_vouch_says_so_and_leaves_no_pod(world: World, namespace: Namespace) -> None:
-    settings = KubernetesSettings(kubeconfig=namespace.worker_kubeconfig(), agent_token="exchange")
+    settings = KubernetesSettings(kubeconfig=namespace.unpatching_kubeconfig(), agent_token="exchange")
     executor = KubernetesExecutor(Settings(kubernetes=settings), lambda *_: None)
     with pytest.raises(TransientLaunchError, match='cannot patch resource "pods"') as caught:
         executor.execute(world.launch())
