@@ -11,12 +11,9 @@ import statistics
 import subprocess
 import time
 
-from bench.cluster import namespace
-from bench.kubernetes_latency import run_floor, run_ours
-from bench.system import System, add_container_arguments, report
-from leoflow_celery.client import Client
+from bench.kubernetes_latency import measure
+from bench.system import add_container_arguments, report
 from leoflow_celery.executors.base import INJECTED_DIR
-from leoflow_celery.store import migrate
 
 _STARTS = 5
 
@@ -49,20 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     report_bundle(options.agent_image)
     os.environ |= {"LEOFLOW_KUBERNETES_AGENT": "inject", "LEOFLOW_KUBERNETES_AGENT_IMAGE": options.agent_image}
-    ours, floor = [], []
-    with namespace() as api, System() as system:
-        port = system.listen_on(options.address)
-        system.start_redis()
-        with Client() as client:
-            migrate.upgrade(client.services.store.database)
-            system.start_gateway(port)
-            system.start_worker("workers.control")
-            system.start_worker("workers.k8s")
-            run_ours(client, options.image)
-            for _ in range(options.pods):
-                floor.append(run_floor(api, options.image))
-                ours.append(run_ours(client, options.image))
-            report("submit to user code, agent injected", ours, floor, "s", "≤ 1.5")
+    report("submit to user code, agent injected", *measure(options), "s", "≤ 1.5")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import json
-import math
 import os
 import signal
 import stat
@@ -26,6 +25,7 @@ MAX_RETURN_VALUE_BYTES = 4 * 1024 * 1024 - 65_536
 MAX_PUSHED = 100
 SKIPPED = "skipped"
 RESCHEDULE = "up_for_reschedule"
+_LATEST_SECOND = 253_402_300_799  # the end of the year 9999: the wire knows none later
 
 
 def read_return_value(path: Path) -> bytes | None:
@@ -154,7 +154,7 @@ def _reschedule(text: str) -> Outcome:
     """The task looks again at a time that it left behind: RFC 3339 with an offset, or epoch seconds."""
     with contextlib.suppress(ValueError, OverflowError):
         at = float(text) if text.replace(".", "", 1).isdigit() else datetime.fromisoformat(text).timestamp()
-        if math.isfinite(at):
+        if 0 <= at <= _LATEST_SECOND:
             return Outcome(TaskState.UP_FOR_RESCHEDULE, message=text, exit_code=0, reschedule_at=at)
     message = f"the time to look again, {text[:80]!r}, is not RFC 3339 (2030-01-31T12:00:00+00:00) or epoch seconds"
     return Outcome.failed(FailureReason.NON_ZERO_EXIT, message, 0)

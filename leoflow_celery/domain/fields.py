@@ -177,13 +177,15 @@ def _environment(value: dict[str, str]) -> dict[str, str]:
 
 
 _MAX_MOMENT_CHARACTERS = 64
+_DAY_AND_T = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ]")
 
 
 def _moment(text: str) -> str:
     """A time as RFC 3339 writes it, or empty."""
     if text:
         try:
-            has_offset = datetime.fromisoformat(text).utcoffset() is not None
+            # Python reads more than RFC 3339: weeks, no dashes, any character for the T.
+            has_offset = bool(_DAY_AND_T.match(text)) and datetime.fromisoformat(text).utcoffset() is not None
         except ValueError:
             has_offset = False
         if not has_offset or len(text) > _MAX_MOMENT_CHARACTERS:

@@ -98,8 +98,10 @@ def outcome_of(request: pb.ReportStateRequest, reason: str) -> Outcome:
 
 def seconds_until(request: pb.ReportStateRequest) -> float:
     """How long until the task looks again, at most a month. Both times are by the agent's clock, where it says both."""
-    now = request.occurred_at.ToMicroseconds() / 1e6 if request.HasField("occurred_at") else time.time()
-    return min(max(request.reschedule_at.ToMicroseconds() / 1e6 - now, 0.0), _MAX_RESCHEDULE_SECONDS)
+    # Field by field: the library's conversions raise for what is no time, and an agent may send any number.
+    at, now = (one.seconds + one.nanos / 1e9 for one in (request.reschedule_at, request.occurred_at))
+    delay = at - (now if request.HasField("occurred_at") else time.time())
+    return min(max(delay, 0.0), _MAX_RESCHEDULE_SECONDS)
 
 
 class Lifecycle:

@@ -21,7 +21,7 @@ from tests.support.requirements import require
 _FROM_SCRATCH = "FROM scratch\nCOPY root /\n"
 _BUSYBOX = _FROM_SCRATCH + 'ENV PATH=/bin\nUSER 65534:65534\nENTRYPOINT ["/bin/busybox"]\nCMD ["echo", "by itself"]\n'
 _OPINIONATED = _FROM_SCRATCH + (
-    "ENV PATH=/bin GREETING=hello\nUSER 1234:4321\nWORKDIR /work/place\nSTOPSIGNAL SIGQUIT\n"
+    "ENV PATH=/bin GREETING=hello\nUSER 1234:4321\nWORKDIR /srv/place\nSTOPSIGNAL SIGQUIT\n"
     'ENTRYPOINT ["/bin/busybox", "sh", "-c"]\nCMD ["echo $GREETING from $(pwd) as $(id -u)"]\n'
 )
 

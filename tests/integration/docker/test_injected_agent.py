@@ -54,7 +54,7 @@ def test_the_images_own_command_runs_as_its_user_in_its_directory(docker_system:
     name = inject(docker_system, plane, foreign_images.opinionated_image(), bash(""))
     docker_system.engine.wait(name)
     assert ended(plane) == (pb.TASK_STATE_SUCCESS, ""), plane.final()
-    assert plane.text("stdout") == ["hello from /work/place as 1234"]
+    assert plane.text("stdout") == ["hello from /srv/place as 1234"]
 
 
 def test_an_image_without_a_command_is_refused_when_the_request_names_none_either(

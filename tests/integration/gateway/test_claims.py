@@ -34,6 +34,31 @@ def test_register_claims_for_the_session(world: World) -> None:
     assert str(agent.session) not in view.holder
 
 
+@pytest.mark.parametrize(
+    ("at", "now", "seconds"),
+    [
+        (2_000_000_090, 2_000_000_000, 90),  # by the agent's clock, years ahead of ours
+        (2**62, -(2**62), 31 * 86_400),
+        (-(2**62), 2**62, 0),
+    ],
+)
+def test_a_task_that_looks_again_waits_as_long_as_its_own_clock_says(
+    world: World, at: int, now: int, seconds: float
+) -> None:
+    request = world.submit()
+    agent = world.agent(request)
+    agent.run()
+    report = pb.ReportStateRequest(state=pb.TASK_STATE_UP_FOR_RESCHEDULE)
+    report.occurred_at.seconds, report.reschedule_at.seconds = now, at
+    assert agent.call("ReportState", report).acknowledged
+    view = world.view(request)
+    assert (view.state, view.attempt.launch, view.reschedules) == (TaskState.QUEUED, 2, 1)
+    assert view.send_after - view.queued_at == pytest.approx(seconds, abs=1)
+    again = agent.call("ReportState", report)
+    assert (again.acknowledged, again.should_terminate) == (False, True)
+    assert world.view(request).attempt.launch == 2, "the same report twice is one"
+
+
 def test_a_repeated_register_is_the_same_holder(world: World) -> None:
     agent = world.agent(world.submit())
     agent.register()

@@ -72,7 +72,7 @@ def test_the_command_of_the_override_is_what_the_image_runs(
     name = start(plane, make_executor, image, spec, pod_override={"spec": {"containers": [override]}})
     ended(plane, module_namespace, name)
     assert reported(plane) == (pb.TASK_STATE_SUCCESS, ""), plane.final()
-    assert plane.text("stdout") == ["hello from /work/place as 1234"]
+    assert plane.text("stdout") == ["hello from /srv/place as 1234"]
 
 
 def test_a_python_task_runs_in_the_images_own_python(

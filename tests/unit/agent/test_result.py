@@ -45,6 +45,12 @@ def test_a_task_names_the_time_to_look_again(text, at):
     assert outcome_of_exit(0, ("up_for_reschedule", text)).reschedule_at == at
 
 
+@pytest.mark.parametrize("text", ["1" + "0" * 30, "1" * 400, "253402300800", "1969-01-01T00:00:00+00:00"])
+def test_a_time_that_the_wire_does_not_know_is_refused(text):
+    outcome = outcome_of_exit(0, ("up_for_reschedule", text))
+    assert (outcome.state, outcome.reschedule_at) == (TaskState.FAILED, None)
+
+
 def test_sigkill_when_the_kernel_was_out_of_memory_is_oom():
     outcome = outcome_of_exit(-9, oom_killed=True)
     assert outcome.reason is FailureReason.OOM_KILLED
